@@ -1,0 +1,127 @@
+"""Arithmetic on a parameter's own axes: means, norms and contractions over rows or columns.
+
+Nothing here transposes or reshapes. What is left after a reduction keeps the parameter's other axes in
+their order, so its sharding is the parameter's with the reduced axes left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+
+from layout_optax.roles import ParamLayout
+
+
+def compute_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype statistics are computed in: float32, or the given dtype where that is wider.
+
+    Example:
+      >>> compute_dtype(jnp.bfloat16)
+      dtype('float32')
+    """
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def rms(x: jax.Array, axes: Sequence[int], *, keepdims: bool = True) -> jax.Array:
+    """Root mean square over ``axes``; the absolute value where there are none."""
+    return jnp.sqrt(jnp.mean(jnp.square(x), axis=tuple(axes), keepdims=keepdims))
+
+
+def remaining(axes: Sequence[int], removed: Sequence[int]) -> tuple[int, ...]:
+    """The positions that ``axes`` of a parameter have once the ``removed`` axes are gone.
+
+    Example:
+      >>> remaining((0, 3), removed=(1,))
+      (0, 2)
+    """
+    return tuple(axis - sum(gone < axis for gone in removed) for axis in axes)
+
+
+def shape_without(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
+    """A shape with the given axes left out."""
+    return tuple(size for axis, size in enumerate(shape) if axis not in axes)
+
+
+def subscripts(layout: ParamLayout, ndim: int) -> tuple[str, str, str]:
+    """Einsum letters of a whole parameter, of its batch and row axes, of its batch and column axes.
+
+    Each keeps the parameter's axis order. Letters stay clear of ``z``, free for a rank axis.
+
+    Example:
+      >>> subscripts(ParamLayout("matrix", (2,), (1,)), 3)
+      ('abc', 'ac', 'ab')
+    """
+    if ndim > 25:
+        raise ValueError(f"subscripts: at most 25 axes, got {ndim}.")
+    letters = "abcdefghijklmnopqrstuvwxy"[:ndim]
+    without = lambda axes: "".join(c for i, c in enumerate(letters) if i not in axes)  # noqa: E731
+    return letters, without(layout.column_axes), without(layout.row_axes)
+
+
+def explicit_sharding(x: Any) -> NamedSharding | None:
+    """The sharding that an array's type carries on a mesh of Explicit axes, else None."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        sharding = x.sharding
+    elif isinstance(x, np.ndarray) or not hasattr(x, "dtype"):
+        return None
+    else:
+        sharding = jax.typeof(x).sharding
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+        return None
+    explicit = all(kind == AxisType.Explicit for kind in sharding.mesh.axis_types)
+    return sharding if explicit else None
+
+
+def sharding_without(x: Any, axes: Sequence[int]) -> NamedSharding | None:
+    """The projection of an array's Explicit sharding on the axes that stay, or None."""
+    sharding = explicit_sharding(x)
+    if sharding is None:
+        return None
+    spec = tuple(sharding.spec) + (None,) * (len(x.shape) - len(sharding.spec))
+    kept = [part for axis, part in enumerate(spec) if axis not in axes]
+    return NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*kept))
+
+
+def zeros_without(param: Any, axes: Sequence[int], dtype: Any) -> jax.Array:
+    """Zeros of a parameter's shape without ``axes``, created with the projected sharding.
+
+    Args:
+      param: an array, tracer or `jax.ShapeDtypeStruct`.
+      axes: non-negative axes to leave out; ``()`` for the parameter's own shape.
+      dtype: the dtype of the zeros.
+    """
+    shape = shape_without(param.shape, axes)
+    return jnp.zeros(shape, dtype, out_sharding=sharding_without(param, axes))
+
+
+def contract(
+    x: jax.Array, weights: jax.Array, layout: ParamLayout, over: str, *, precision: Any = "highest"
+) -> jax.Array:
+    """Sums ``x * weights`` over the rows or the columns of a parameter.
+
+    Args:
+      x: an array of the parameter's shape.
+      weights: shape of the parameter without its other core axes (``over="columns"``: batch and
+        column axes; ``over="rows"``: batch and row axes).
+      layout: the parameter's layout with non-negative axes.
+      over: ``"rows"`` or ``"columns"``, the axes that are summed away.
+      precision: matmul precision; accelerators default to bfloat16 or TF32, which norms do not bear.
+
+    Returns:
+      Shape of the parameter without the summed axes.
+    """
+    full, rows, columns = subscripts(layout, x.ndim)
+    weight, out = (columns, rows) if over == "columns" else (rows, columns)
+    axes = layout.column_axes if over == "columns" else layout.row_axes
+    return jnp.einsum(
+        f"{full},{weight}->{out}",
+        x,
+        weights,
+        precision=precision,
+        out_sharding=sharding_without(x, axes),
+    )

@@ -1,0 +1,104 @@
+"""Random bits that belong to a parameter, not to a tree: stable under dict order, sharding and scanning.
+
+A leaf's seed is the hash of its path without the indices of layer stacks (``layers/3/q``,
+``layers_3/q`` and ``layers/q`` hash alike), mixed with those indices in order and then with the indices along
+the batch axes. Layer 3 therefore draws the same numbers in a list and in a stack.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from layout_optax.roles import ParamLayout
+
+_NUMBERED_STACK = re.compile(r"^((?:\w+_)?(?:layers|blocks|layer|block))_(\d+)$")
+
+
+def split_path(path: str) -> tuple[str, tuple[int, ...]]:
+    """A path without its stack indices, and those indices in order.
+
+    Example:
+      >>> split_path("layers/3/q"), split_path("layers_3/q"), split_path("layers/q")
+      (('layers/q', (3,)), ('layers/q', (3,)), ('layers/q', ()))
+    """
+    names, indices = [], []
+    for component in path.split("/"):
+        if component.isdigit():
+            indices.append(int(component))
+        elif numbered := _NUMBERED_STACK.match(component):
+            names.append(numbered[1])
+            indices.append(int(numbered[2]))
+        else:
+            names.append(component)
+    return "/".join(names), tuple(indices)
+
+
+def mix(x: jax.Array) -> jax.Array:
+    """A bijective 32-bit finaliser: every input bit moves every output bit about half the time.
+
+    The two multipliers are C. Wellons's ``lowbias32`` constants (a published low-bias search result).
+    """
+    x = jnp.asarray(x, jnp.uint32)
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def fold(seed: jax.Array, value: jax.Array | int) -> jax.Array:
+    """Mixes a value into a seed (uint32, any broadcastable shapes); order matters."""
+    return mix(mix(seed) + jnp.asarray(value, jnp.uint32) * jnp.uint32(0x9E3779B9))
+
+
+def leaf_seeds(
+    path: str, shape: Sequence[int], layout: ParamLayout, seed: jax.Array | int = 0
+) -> jax.Array:
+    """One uint32 seed per batch index of a parameter.
+
+    Args:
+      path: the leaf's path in normal form.
+      shape: the parameter's shape.
+      layout: its layout with non-negative axes.
+      seed: a number of the user's, possibly traced (a step count).
+
+    Returns:
+      uint32, shape of the batch axes: ``()`` for a plain matrix, ``(layers,)`` for a stack.
+
+    Example:
+      >>> matrix, stack = ParamLayout("matrix", (1,), (0,)), ParamLayout("matrix", (2,), (1,))
+      >>> one = leaf_seeds("layers/3/q", (4, 5), matrix)
+      >>> bool(one == leaf_seeds("layers/q", (8, 4, 5), stack)[3])
+      True
+    """
+    name, indices = split_path(path)
+    seeds = fold(jnp.asarray(seed, jnp.uint32), zlib.crc32(name.encode()))
+    for index in indices:
+        seeds = fold(seeds, index)
+    for axis in layout.batch_axes(len(shape)):
+        seeds = fold(seeds[..., None], jnp.arange(shape[axis], dtype=jnp.uint32))
+    return seeds
+
+
+def element_bits(
+    path: str, shape: Sequence[int], layout: ParamLayout, seed: jax.Array
+) -> jax.Array:
+    """One uint32 of random bits per entry of a parameter, by hashing its seed and coordinates.
+
+    Only element-wise integer arithmetic on iotas, so that it fuses into its consumer and never
+    depends on sharding.
+
+    Returns:
+      uint32, the parameter's shape.
+    """
+    ndim = len(shape)
+    core = layout.row_axes + layout.column_axes
+    bits = jnp.expand_dims(leaf_seeds(path, shape, layout, seed), core)
+    # Rows and columns fold in turn: a product of coordinates would repeat along diagonals.
+    for axis in core:
+        index = jnp.arange(shape[axis], dtype=jnp.uint32)
+        bits = fold(bits, jnp.expand_dims(index, tuple(a for a in range(ndim) if a != axis)))
+    return bits

@@ -1,0 +1,269 @@
+"""What each parameter is: its role, and which of its axes are rows and columns.
+
+A layout is a promise about meaning, not about memory: "layout" here never refers to XLA's memory layout.
+One rule serves all methods. ROW axes are the vocabulary of a table or the output units of a matrix,
+COLUMN axes are the other matrix axes, every remaining axis is a batch axis (scanned layers, experts).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import numpy as np
+import optax
+
+Role = Literal["embedding", "head", "matrix", "vector"]
+ROLES: tuple[str, ...] = get_args(Role)
+PyTree: TypeAlias = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamLayout:
+    """Role and axes of one parameter.
+
+    A frozen, hashable dataclass that is deliberately not a pytree node: in a tree of layouts it is a leaf.
+    Axes may be negative, in which case they count from the end and leave any number of leading axes
+    to the batch; an integer stands for a tuple of one.
+
+    Attributes:
+      role: ``"embedding"``, ``"head"``, ``"matrix"`` or ``"vector"``.
+      row_axes: vocabulary of a table, output units of a matrix; ``()`` for a vector.
+      column_axes: features of a table, input (reduction) axes of a matrix, the entries of a vector.
+
+    Raises:
+      ValueError: for an unknown role, an axis named twice, a vector with row axes, or a table or
+        matrix without rows or columns.
+
+    Example:
+      >>> ParamLayout("matrix", row_axes=-1, column_axes=-2).batch_axes(ndim=3)
+      (0,)
+    """
+
+    role: Role
+    row_axes: tuple[int, ...]
+    column_axes: tuple[int, ...]
+
+    def __post_init__(self):
+        """Turns integers into tuples and refuses what cannot be a layout."""
+        for field in ("row_axes", "column_axes"):
+            axes = getattr(self, field)
+            axes = (axes,) if isinstance(axes, (int, np.integer)) else axes
+            object.__setattr__(self, field, tuple(int(axis) for axis in axes))
+        if self.role not in ROLES:
+            raise ValueError(f"ParamLayout: role must be one of {ROLES}, got {self.role!r}.")
+        named = self.row_axes + self.column_axes
+        if len(set(named)) != len(named):
+            raise ValueError(f"ParamLayout: an axis is named twice in {self}.")
+        if self.role == "vector" and self.row_axes:
+            raise ValueError(f"ParamLayout: a vector has column axes only, got {self}.")
+        if self.role != "vector" and not (self.row_axes and self.column_axes):
+            raise ValueError(f"ParamLayout: a {self.role} needs row and column axes, got {self}.")
+
+    def resolve(self, ndim: int, path: str = "") -> ParamLayout:
+        """Returns the same layout with non-negative, sorted axes for a parameter of ``ndim`` axes.
+
+        Raises:
+          ValueError: if an axis lies outside the parameter, or two names mean the same axis.
+        """
+        rows, columns = (
+            tuple(sorted(axis + ndim if axis < 0 else axis for axis in axes))
+            for axes in (self.row_axes, self.column_axes)
+        )
+        where = f" of '{path}'" if path else ""
+        if any(not 0 <= axis < ndim for axis in rows + columns):
+            raise ValueError(
+                f"ParamLayout: {self} names an axis that the parameter{where} does not have ({ndim} "
+                "axes). Give a layout that fits its shape."
+            )
+        if len(set(rows + columns)) != len(rows + columns):
+            raise ValueError(f"ParamLayout: {self} names one axis{where} twice ({ndim} axes).")
+        return ParamLayout(self.role, rows, columns)
+
+    def batch_axes(self, ndim: int) -> tuple[int, ...]:
+        """Axes of a parameter of ``ndim`` axes that are neither row nor column."""
+        resolved = self.resolve(ndim)
+        named = resolved.row_axes + resolved.column_axes
+        return tuple(axis for axis in range(ndim) if axis not in named)
+
+
+LayoutLike: TypeAlias = ParamLayout | PyTree | Callable[[PyTree], PyTree] | None
+"""What every transformation takes as ``layout``: ``None`` (inferred from paths and shapes), one
+`ParamLayout` for every leaf, a tree (or prefix tree) of them, or a callable from parameters to a tree."""
+
+
+def as_layout(spec: Any, path: str = "") -> ParamLayout | None:
+    """Reads one layout specification; None where there is none (``None``, ``optax.MaskedNode``).
+
+    Objects with ``reduction_axis`` and ``output_axis`` (optax's ``MuonDimensionNumbers`` and
+    ``GaLoreDimensionNumbers``) are taken as matrices: output axes are rows, reduction axes columns.
+
+    Raises:
+      TypeError: for anything else.
+    """
+    if spec is None or isinstance(spec, optax.MaskedNode):
+        return None
+    if isinstance(spec, ParamLayout):
+        return spec
+    if hasattr(spec, "reduction_axis") and hasattr(spec, "output_axis"):
+        return ParamLayout("matrix", spec.output_axis, spec.reduction_axis)
+    where = f" for '{path}'" if path else ""
+    raise TypeError(
+        f"layout{where}: expected a ParamLayout, None, or dimension numbers, got {spec!r}."
+    )
+
+
+def is_layout_leaf(value: Any) -> bool:
+    """Whether a node of a layout tree is a leaf: a layout, dimension numbers, None or a mask."""
+    return (
+        value is None
+        or isinstance(value, (ParamLayout, optax.MaskedNode))
+        or (hasattr(value, "reduction_axis") and hasattr(value, "output_axis"))
+    )
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a leaf position of a parameter tree holds no parameter (``None``, ``MaskedNode``)."""
+    return value is None or isinstance(value, optax.MaskedNode)
+
+
+def path_string(path: Sequence[Any]) -> str:
+    """The normal form of a leaf's path: components joined by ``/``, a box's trailing ``value`` removed.
+
+    NNX and Linen boxes add an attribute ``value`` at ``init`` that is absent at ``update``; only that
+    trailing attribute goes, since attention has a sub-module of the same name.
+
+    Example:
+      >>> path_string((jax.tree_util.DictKey("mlp"), jax.tree_util.GetAttrKey("value")))
+      'mlp'
+    """
+    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutLeaves:
+    """A tree taken apart into leaves with their paths and layouts; see `flatten_with_layout`.
+
+    Attributes:
+      treedef: the tree's structure, in which ``None`` and ``MaskedNode`` count as leaves.
+      paths: the leaves' paths in normal form.
+      layouts: per leaf its layout with non-negative axes, or None where the leaf is empty or not ours.
+      leaves: the leaves themselves.
+    """
+
+    treedef: Any
+    paths: list[str]
+    layouts: list[ParamLayout | None]
+    leaves: list[Any]
+
+    def align(self, tree: PyTree) -> list[Any]:
+        """The nodes of another tree (a state field) that stand at these leaves' positions."""
+        return self.treedef.flatten_up_to(tree)
+
+    def unflatten(self, values: Sequence[Any]) -> PyTree:
+        """A tree of this structure with the given values at the leaves."""
+        return self.treedef.unflatten(values)
+
+    def map(self, fn: Callable[..., Any], *trees: PyTree, other: Any = optax.MaskedNode) -> PyTree:
+        """Maps ``fn(path, layout, leaf, *nodes)`` over our leaves.
+
+        ``other`` says what stands where a leaf is not ours: a function without arguments, or
+        ``"leaf"`` to pass the leaf through. Empty leaves stay as they are.
+        """
+        rows = zip(self.paths, self.layouts, self.leaves, *map(self.align, trees), strict=True)
+        values = []
+        for path, layout, leaf, *nodes in rows:
+            if layout is not None:
+                values.append(fn(path, layout, leaf, *nodes))
+            else:
+                values.append(leaf if is_empty(leaf) or other == "leaf" else other())
+        return self.unflatten(values)
+
+
+def flatten_with_layout(layout: LayoutLike, tree: PyTree) -> LayoutLeaves:
+    """Takes a tree of parameters, gradients or shapes apart and finds each leaf's layout.
+
+    ``None`` and ``optax.MaskedNode`` positions of ``tree`` are kept and have no layout, so a layout given
+    as a tree works inside `optax.partition` and `optax.masked`. In a layout tree ``None`` means
+    "infer" and ``MaskedNode`` "not ours".
+
+    Args:
+      layout: see `LayoutLike`.
+      tree: any pytree whose leaves have a ``shape``.
+
+    Raises:
+      ValueError: if a leaf has no layout in the tree given, or none can be inferred; it names the path.
+      TypeError: if the layout tree holds something that is not a layout.
+    """
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty)
+    paths = [path_string(path) for path, _ in with_paths]
+    leaves = [leaf for _, leaf in with_paths]
+    if all(map(is_empty, leaves)):  # placeholder trees of optax.tree.map_params among them
+        return LayoutLeaves(treedef, paths, [None] * len(leaves), leaves)
+    if callable(layout) and not isinstance(layout, ParamLayout) and not is_layout_leaf(layout):
+        layout = layout(tree)
+    find = _finder(layout, with_paths, paths)
+    layouts = []
+    for (_, leaf), path in zip(with_paths, paths, strict=True):
+        found = None if is_empty(leaf) else find(path)
+        layouts.append(None if found is None else found.resolve(len(np.shape(leaf)), path))
+    return LayoutLeaves(treedef, paths, layouts, leaves)
+
+
+def _finder(layout: Any, with_paths: Any, paths: list[str]) -> Callable[[str], ParamLayout | None]:
+    """A function from a leaf's path to its layout, or None where the leaf is not ours."""
+    from layout_optax import rules  # the rules build on this module
+
+    by_path = dict(zip(paths, with_paths, strict=True))
+
+    def infer(path: str) -> ParamLayout | None:
+        keys, leaf = by_path[path]
+        return rules.infer_leaf(keys, np.shape(leaf)).layout
+
+    if layout is None:
+        return infer
+    if is_layout_leaf(layout):
+        one = as_layout(layout)
+        return lambda path: one
+    given = {
+        path_string(path): spec
+        for path, spec in jax.tree_util.tree_flatten_with_path(layout, is_leaf=is_layout_leaf)[0]
+    }
+
+    def look_up(path: str) -> ParamLayout | None:
+        prefix = path
+        while prefix not in given:
+            if not prefix:
+                raise ValueError(
+                    f"layout: the layout tree has no entry for '{path}'. Add one there or above it "
+                    "(a ParamLayout, None to infer it, optax.MaskedNode() to leave it alone)."
+                )
+            prefix = prefix.rpartition("/")[0]
+        return infer(path) if given[prefix] is None else as_layout(given[prefix], path)
+
+    return look_up
+
+
+def resolve_layout(layout: LayoutLike, params: PyTree) -> PyTree:
+    """Returns a tree shaped like ``params`` with a `ParamLayout` at every leaf that is ours.
+
+    Leaves that are not ours become ``optax.MaskedNode()``; empty leaves stay. The result can be given
+    back as ``layout``.
+
+    Args:
+      layout: see `LayoutLike`.
+      params: any pytree of arrays or shapes.
+
+    Raises:
+      ValueError: see `flatten_with_layout`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> resolve_layout(None, {"norm": {"scale": jnp.ones(8)}})
+      {'norm': {'scale': ParamLayout(role='vector', row_axes=(), column_axes=(0,))}}
+    """
+    return flatten_with_layout(layout, params).map(lambda path, layout, leaf: layout)
