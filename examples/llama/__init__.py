@@ -1,0 +1,1 @@
+"""Llama pre-training example: model, data, trainer and comparison."""
