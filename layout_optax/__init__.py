@@ -1,6 +1,9 @@
-"""What each parameter is, which axes are its rows and columns, and where its optimizer state lives."""
+"""What each parameter is, which of its axes are rows and columns, and where its state lives."""
 
+from layout_optax.describe import describe as describe
+from layout_optax.memory import state_bytes as state_bytes
 from layout_optax.roles import ParamLayout as ParamLayout
+from layout_optax.roles import resolve_layout as resolve_layout
 from layout_optax.rules import infer_layout as infer_layout
 
-__all__ = ["ParamLayout", "infer_layout"]
+__all__ = ["ParamLayout", "describe", "infer_layout", "resolve_layout", "state_bytes"]

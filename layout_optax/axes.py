@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
 from layout_optax.roles import ParamLayout
@@ -63,32 +62,36 @@ def subscripts(layout: ParamLayout, ndim: int) -> tuple[str, str, str]:
     return letters, without(layout.column_axes), without(layout.row_axes)
 
 
-def explicit_sharding(x: Any) -> NamedSharding | None:
-    """The sharding that an array's type carries on a mesh of Explicit axes, else None."""
-    if isinstance(x, jax.ShapeDtypeStruct):
-        sharding = x.sharding
-    elif isinstance(x, np.ndarray) or not hasattr(x, "dtype"):
-        return None
-    else:
-        sharding = jax.typeof(x).sharding
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
-        return None
-    explicit = all(kind == AxisType.Explicit for kind in sharding.mesh.axis_types)
-    return sharding if explicit else None
+def _named_sharding(x: Any) -> NamedSharding | None:
+    """The named sharding of an array, shape or tracer, on whatever kind of mesh, else None."""
+    traced = isinstance(x, jax.core.Tracer)
+    # Arrays and shapes know their concrete mesh, which an eager computation needs.
+    sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
+    named = isinstance(sharding, NamedSharding) and not sharding.mesh.empty
+    return sharding if named else None
 
 
-def sharding_without(x: Any, axes: Sequence[int]) -> NamedSharding | None:
-    """The projection of an array's Explicit sharding on the axes that stay, or None."""
-    sharding = explicit_sharding(x)
-    if sharding is None:
-        return None
-    spec = tuple(sharding.spec) + (None,) * (len(x.shape) - len(sharding.spec))
+def _project(sharding: NamedSharding, ndim: int, axes: Sequence[int]) -> NamedSharding:
+    spec = tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
     kept = [part for axis, part in enumerate(spec) if axis not in axes]
     return NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*kept))
 
 
+def sharding_without(x: Any, axes: Sequence[int]) -> NamedSharding | None:
+    """The projection on the axes that stay of a sharding whose mesh axes are Explicit, or None."""
+    sharding = _named_sharding(x)
+    if sharding is None:
+        return None
+    if any(kind != AxisType.Explicit for kind in sharding.mesh.axis_types):
+        return None
+    return _project(sharding, len(x.shape), axes)
+
+
 def zeros_without(param: Any, axes: Sequence[int], dtype: Any) -> jax.Array:
     """Zeros of a parameter's shape without ``axes``, created with the projected sharding.
+
+    Under `jax.jit` the projection needs a mesh of Explicit axes, since a tracer on an Auto mesh does
+    not know its sharding; outside of it the array's own sharding serves on any mesh.
 
     Args:
       param: an array, tracer or `jax.ShapeDtypeStruct`.
@@ -96,7 +99,11 @@ def zeros_without(param: Any, axes: Sequence[int], dtype: Any) -> jax.Array:
       dtype: the dtype of the zeros.
     """
     shape = shape_without(param.shape, axes)
-    return jnp.zeros(shape, dtype, out_sharding=sharding_without(param, axes))
+    if isinstance(param, jax.core.Tracer):
+        return jnp.zeros(shape, dtype, out_sharding=sharding_without(param, axes))
+    sharding = _named_sharding(param)
+    projected = None if sharding is None else _project(sharding, len(param.shape), axes)
+    return jnp.zeros(shape, dtype, device=projected)
 
 
 def contract(

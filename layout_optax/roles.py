@@ -20,7 +20,7 @@ ROLES: tuple[str, ...] = get_args(Role)
 PyTree: TypeAlias = Any
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class ParamLayout:
     """Role and axes of one parameter.
 
@@ -46,10 +46,10 @@ class ParamLayout:
     row_axes: tuple[int, ...]
     column_axes: tuple[int, ...]
 
-    def __post_init__(self):
+    def __init__(self, role: Role, row_axes: int | Sequence[int], column_axes: int | Sequence[int]):
         """Turns integers into tuples and refuses what cannot be a layout."""
-        for field in ("row_axes", "column_axes"):
-            axes = getattr(self, field)
+        object.__setattr__(self, "role", role)
+        for field, axes in (("row_axes", row_axes), ("column_axes", column_axes)):
             axes = (axes,) if isinstance(axes, (int, np.integer)) else axes
             object.__setattr__(self, field, tuple(int(axis) for axis in axes))
         if self.role not in ROLES:
