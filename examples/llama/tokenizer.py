@@ -20,7 +20,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from examples.llama.corpus import DataError, Document
+from examples.llama.documents import DataError, Document
 
 BOS, EOS = "<bos>", "<eos>"
 """Special tokens of a tokenizer trained here, with ids 0 and 1; the corpus uses `<eos>`."""
@@ -119,7 +119,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         DataError: If it is missing, broken or empty.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.is_file():
@@ -227,7 +227,8 @@ def cached_encoding(
     """
     path = _cache_path(cache_dir, "tokens", ".npz", corpus_sha256, tokenizer_sha256(tokenizer))
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # Opened here, because `np.load` leaves a file that it cannot read open.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             tokens, lengths = arrays["tokens"], arrays["lengths"]
         if len(lengths) == len(documents) and lengths.sum() == len(tokens):
             return tokens, lengths
