@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 
 from layout_optax.roles import ParamLayout
@@ -64,7 +65,7 @@ def subscripts(layout: ParamLayout, ndim: int) -> tuple[str, str, str]:
 
 def _named_sharding(x: Any) -> NamedSharding | None:
     """The named sharding of an array, shape or tracer, on whatever kind of mesh, else None."""
-    traced = isinstance(x, jax.core.Tracer)
+    traced = isinstance(x, Tracer)
     # Arrays and shapes know their concrete mesh, which an eager computation needs.
     sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
     named = isinstance(sharding, NamedSharding) and not sharding.mesh.empty
@@ -99,7 +100,7 @@ def zeros_without(param: Any, axes: Sequence[int], dtype: Any) -> jax.Array:
       dtype: the dtype of the zeros.
     """
     shape = shape_without(param.shape, axes)
-    if isinstance(param, jax.core.Tracer):
+    if isinstance(param, Tracer):
         return jnp.zeros(shape, dtype, out_sharding=sharding_without(param, axes))
     sharding = _named_sharding(param)
     projected = None if sharding is None else _project(sharding, len(param.shape), axes)
