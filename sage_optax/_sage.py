@@ -1,0 +1,332 @@
+"""SAGE: Lion's sign momentum times a per-column damper that never exceeds one.
+
+Paper: Lee and Kim, "SAGE: Sign-Adaptive Gradient for Memory-Efficient LLM Optimization", arXiv:2604.07663.
+State of a table (V, d): one momentum and d floats. The functions on arrays do one step of one leaf; the
+transformation owns state and trees.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from layout_optax.axes import compute_dtype, zeros_without
+from layout_optax.roles import (
+    LayoutLeaves,
+    LayoutLike,
+    flatten_with_layout,
+    is_empty,
+)
+from sage_optax._damper import Damper, EpsMode, lion_step, sage_damping
+from sage_optax._int8 import decode, encode
+
+STATIC_ARGS: tuple[str, ...] = ("layout", "mu_dtype", "weight_decay_mask")
+"""Arguments that `optax.inject_hyperparams` must not turn into numbers or schedules. optax wants only names
+that the factory has, so for `sinkgd`, which has no momentum, leave ``"mu_dtype"`` out."""
+
+
+class SageState(NamedTuple):
+    r"""State of `scale_by_sage`; trees are shaped like the parameters.
+
+    Leaves that are not ours hold ``optax.MaskedNode()``.
+
+    Attributes:
+      count: int32 scalar, updates so far.
+      mu: the momentum m in ``mu_dtype``, or its int8 codes.
+      magnitude: S before bias correction, the running mean over rows of \|g\|: the parameter's shape without
+        row axes, float32 (float64 for float64 parameters). None if ``damper`` is None.
+      mu_row_max: float32 scales of the int8 codes, the parameter's shape without column axes. None
+        unless ``mu_dtype`` is int8.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    mu: Any
+    magnitude: Any
+    mu_row_max: Any
+
+
+def scale_by_sage(
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.99,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    *,
+    damper: Damper = "both",
+    eps_mode: EpsMode = "absolute",
+    mu_dtype: Any = None,
+    layout: LayoutLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescales updates by SAGE (arXiv:2604.07663, section 3), without learning rate or decay.
+
+    Per parameter, with :math:`\operatorname{rms}` over its columns:
+
+    .. math::
+      s &= \operatorname{mean}_{rows} |g|, \quad S \leftarrow b_2 S + (1 - b_2) s, \quad
+        \hat S = S / (1 - b_2^t) \\
+      H &= \min\left(\frac{\operatorname{rms}(\hat S)}{\hat S + \varepsilon},
+        \frac{\operatorname{rms}(s)}{s + \varepsilon}, 1\right) \\
+      u &= \operatorname{sign}(b_1 m + (1 - b_1) g) \, H, \quad
+        \text{then } m \leftarrow b_2 m + (1 - b_2) g
+
+    A vector has no rows: s is \|g\|. Only S is bias corrected. The order is the paper's (sign of the OLD
+    momentum). The authors' released code updates m first; that is this rule with ``b1 * b2`` for ``b1``
+    (0.891 for the defaults), so pass that to reproduce it.
+
+    0 <= H <= 1. H is 0 in every column when the step's gradient is exactly zero, so nothing moves
+    then although m may not be zero (``damper="both"``).
+
+    Statistics and averages are computed in float32 at least. With ``damper=None`` the arithmetic is
+    `optax.lion`'s, in the gradient's own dtype, and the result is that of `optax.lion` bit for bit.
+
+    A NaN or infinite gradient makes the whole leaf's update and S non-finite (H takes an rms over
+    columns); wrap with `optax.apply_if_finite` to contain it.
+
+    Args:
+      b1: weight of the old momentum in the sign, in [0, 1).
+      b2: decay of momentum and magnitude, in [0, 1).
+      eps: offset of the damper's denominators, positive. b1, b2 and eps may be schedules; the bias
+        correction then uses the current b2.
+      damper: ``"both"``; ``"ema"`` without the instantaneous term; None for H = 1, which is Lion and
+        keeps no magnitude.
+      eps_mode: ``"absolute"``, the paper's, in the gradient's units: with s = 1e-8 everywhere H is 0.5.
+        ``"relative"`` multiplies eps by the rms beside it, which makes H independent of the
+        gradient's scale.
+      mu_dtype: dtype of the momentum: None for the parameter's, a float dtype, or int8 (one byte and
+        one float32 a row; square-root levels, unbiased stochastic rounding). In int8 a
+        non-finite gradient entry spoils the momentum of its whole row.
+      layout: what each parameter is; see `layout_optax.LayoutLike`. Leaves that are not ours pass through.
+
+    Returns:
+      A transformation with state `SageState`. Updates have the gradient's dtype.
+
+    Raises:
+      ValueError: for an unknown ``damper`` or ``eps_mode``, numbers out of range, or an unusable ``mu_dtype``.
+
+    Example:
+      >>> tx = scale_by_sage()
+      >>> grads = {"embedding": jnp.array([[1.0, -2.0], [3.0, 0.0]])}
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates["embedding"].round(3))  # columns of mean 2 and 1: H = sqrt(2.5) / 2 and 1
+      [[ 0.791 -1.   ]
+       [ 0.791  0.   ]]
+      >>> state.magnitude["embedding"].shape
+      (2,)
+    """
+    _check_options(damper, eps_mode)
+    _check_numbers(b1=b1, b2=b2, eps=eps)
+    momentum_dtype = _momentum_dtype(mu_dtype)
+    int8 = momentum_dtype == jnp.int8
+
+    def init_fn(params: optax.Params) -> SageState:
+        ours = flatten_with_layout(layout, params)
+
+        def zero_magnitude(path, layout, param):
+            return zeros_without(param, layout.row_axes, compute_dtype(param.dtype))
+
+        return SageState(
+            count=jnp.zeros([], jnp.int32),
+            mu=ours.map(lambda _, layout, p: zeros_without(p, (), momentum_dtype or p.dtype)),
+            magnitude=None if damper is None else ours.map(zero_magnitude),
+            mu_row_max=(
+                ours.map(lambda _, layout, p: zeros_without(p, layout.column_axes, jnp.float32))
+                if int8
+                else None
+            ),
+        )
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, SageState]:
+        del params, extra_args
+        ours = flatten_with_layout(layout, updates)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        rate1, rate2, offset = (_at(number, state.count) for number in (b1, b2, eps))
+
+        def step(path, layout, g, mu, magnitude, row_max):
+            dtype = g.dtype
+            if damper is not None or int8:  # otherwise optax.lion's own arithmetic
+                if int8:
+                    mu = decode(mu, row_max, layout)
+                wide = compute_dtype(jnp.promote_types(dtype, mu.dtype))
+                g, mu = g.astype(wide), mu.astype(wide)
+            direction, mu = lion_step(g, mu, rate1, rate2)
+            if damper is not None:
+                damping, magnitude = sage_damping(
+                    g, magnitude, layout, count, rate2, offset, damper, eps_mode
+                )
+                direction = direction * damping
+            if int8:
+                mu, row_max = encode(mu, path, layout, count)
+            return _Leaf(direction.astype(dtype), mu, magnitude, row_max)
+
+        steps = ours.map(step, *(_or_nones(ours, tree) for tree in state[1:]))
+
+        def collect(field: str, like: Any) -> Any:
+            """One field of all leaves as a tree, in the dtypes of the old state."""
+            if like is None:
+                return None
+            return ours.map(
+                lambda _, layout, g, leaf, old: getattr(leaf, field).astype(old.dtype), steps, like
+            )
+
+        directions = ours.map(lambda _, layout, g, leaf: leaf.direction, steps, other="leaf")
+        return directions, SageState(
+            count, *(collect(field, getattr(state, field)) for field in SageState._fields[1:])
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def sage(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.99,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    *,
+    damper: Damper = "both",
+    eps_mode: EpsMode = "absolute",
+    mu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
+    weight_decay_mask: Any = None,
+    layout: LayoutLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    """SAGE on every parameter, with decoupled weight decay ("SAGE-Pure" in the paper).
+
+    The paper trains with `sage_hybrid`; SAGE alone on matrices does badly there (perplexity 116 against 30
+    at 270M). Every parameter moves by at most ``learning_rate * (1 + weight_decay * |p|)``.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: see `scale_by_sage`.
+      b2: see `scale_by_sage`.
+      eps: see `scale_by_sage`.
+      damper: see `scale_by_sage`.
+      eps_mode: see `scale_by_sage`.
+      mu_dtype: see `scale_by_sage`.
+      weight_decay: times the learning rate and the parameter, as in `optax.adamw`.
+      weight_decay_mask: tree of booleans, or a callable from parameters to one; None decays everything.
+      layout: see `scale_by_sage`.
+
+    Returns:
+      The transformation; with `optax.inject_hyperparams` pass ``static_args=STATIC_ARGS``.
+
+    Raises:
+      ValueError: see `scale_by_sage`.
+
+    Example:
+      >>> tx = sage(1e-3, weight_decay=0.0)
+      >>> params = {"norm": {"scale": jnp.ones(4)}}
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> print(updates["norm"]["scale"])
+      [-0.001 -0.001 -0.001 -0.001]
+    """
+    return optax.chain(
+        scale_by_sage(
+            b1, b2, eps, damper=damper, eps_mode=eps_mode, mu_dtype=mu_dtype, layout=layout
+        ),
+        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def sage_damper(
+    updates: optax.Updates,
+    state: SageState,
+    *,
+    b2: optax.ScalarOrSchedule = 0.99,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    damper: Literal["both", "ema"] = "both",
+    eps_mode: EpsMode = "absolute",
+    layout: LayoutLike = None,
+) -> Any:
+    """The damper H that `scale_by_sage` applies to a gradient, for logging.
+
+    Args:
+      updates: the gradients of a step.
+      state: the `SageState` BEFORE that step, made with a damper.
+      b2: as given to `scale_by_sage`.
+      eps: as given to `scale_by_sage`.
+      damper: as given to `scale_by_sage`.
+      eps_mode: as given to `scale_by_sage`.
+      layout: as given to `scale_by_sage`.
+
+    Returns:
+      A tree like ``state.magnitude``: H per batch and column entry, between 0 and 1.
+      ``optax.MaskedNode()`` at leaves without SAGE state.
+
+    Raises:
+      ValueError: if the state keeps no magnitude, or for unknown options.
+
+    Example:
+      >>> grads = {"embedding": jnp.array([[1.0, -2.0], [3.0, 0.0]])}
+      >>> print(sage_damper(grads, scale_by_sage().init(grads))["embedding"].round(3))
+      [0.791 1.   ]
+    """
+    if state.magnitude is None or damper is None:
+        raise ValueError("sage_damper: damper=None keeps no magnitude; its H is 1 everywhere.")
+    _check_options(damper, eps_mode)
+    ours = flatten_with_layout(layout, updates)
+    count = jnp.asarray(optax.safe_increment(state.count))
+    decay, offset = _at(b2, state.count), _at(eps, state.count)
+
+    def damping(path, layout, g, magnitude):
+        if is_empty(magnitude):
+            return optax.MaskedNode()
+        g = g.astype(compute_dtype(g.dtype))
+        found, _ = sage_damping(g, magnitude, layout, count, decay, offset, damper, eps_mode)
+        return jnp.squeeze(found, layout.row_axes)
+
+    return ours.map(damping, state.magnitude)
+
+
+class _Leaf(NamedTuple):
+    """What one step makes of one leaf."""
+
+    direction: jax.Array
+    mu: jax.Array
+    magnitude: jax.Array | None
+    mu_row_max: jax.Array | None
+
+
+def _or_nones(ours: LayoutLeaves, tree: Any) -> Any:
+    """A state field, or None at every leaf if the state does not keep it."""
+    return ours.map(lambda *_: None) if tree is None else tree
+
+
+def _at(number: Any, count: jax.Array) -> Any:
+    """The value of a number or schedule at a step."""
+    return number(count) if callable(number) else number
+
+
+def _check_options(damper: Any, eps_mode: Any) -> None:
+    if damper not in ("both", "ema", None):
+        raise ValueError(f"sage: damper must be 'both', 'ema' or None, got {damper!r}.")
+    if eps_mode not in ("absolute", "relative"):
+        raise ValueError(f"sage: eps_mode must be 'absolute' or 'relative', got {eps_mode!r}.")
+
+
+def _check_numbers(**numbers: Any) -> None:
+    """Range checks of plain numbers; schedules and injected arrays are not looked at."""
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float)):
+            continue
+        if name == "eps" and not value > 0:
+            raise ValueError(f"sage: eps must be positive, got {value}.")
+        if name != "eps" and not 0 <= value < 1:
+            raise ValueError(f"sage: {name} must be in [0, 1), got {value}.")
+
+
+def _momentum_dtype(mu_dtype: Any) -> np.dtype | None:
+    """The momentum's dtype, None for the parameter's."""
+    if mu_dtype is None:
+        return None
+    if isinstance(mu_dtype, jax.Array):
+        raise ValueError(
+            "sage: mu_dtype arrived as an array. Under optax.inject_hyperparams a class such as "
+            "jnp.bfloat16 is taken for a schedule: pass static_args=STATIC_ARGS, or its name."
+        )
+    dtype = jax.dtypes.canonicalize_dtype(mu_dtype)
+    if not (jnp.issubdtype(dtype, jnp.floating) or dtype == jnp.int8):
+        raise ValueError(f"sage: mu_dtype must be None, a float dtype or int8, got {mu_dtype!r}.")
+    return dtype
