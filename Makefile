@@ -1,0 +1,65 @@
+# Everything a fresh machine needs is git, make and Python >= 3.11; each target sets up what it uses.
+# PYTHON chooses the interpreter:  PYTHON=python3.12 make test
+
+PYTHON ?= python3
+INTERPRETER := $(shell tools/find-python $(PYTHON))
+ifeq ($(INTERPRETER),)
+$(error No Python >= 3.11 answers to '$(PYTHON)')
+endif
+VERSION := $(shell $(INTERPRETER) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV ?= .venv-$(VERSION)
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+LIBRARY_TESTS := layout_optax sage_optax lorapre_optax tests/layout tests/sage $(wildcard tests/lorapre)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-library lint format wheel bench-sinkhorn clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
+	@echo "  The environment is $(VENV), made from $(INTERPRETER); PYTHON=... chooses another."
+
+setup: $(READY) ## Make the virtual environment (the other targets do it themselves)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "== Setting up $(VENV) from $(INTERPRETER) (a few minutes the first time, reused afterwards)"
+	@$(INTERPRETER) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[example,tests,lint]'
+	@touch $@
+	@echo "== $(VENV) is ready"
+
+demo: $(READY) ## Train a small Llama with AdamW, Lion-Hybrid and SAGE-Hybrid on real text (<= 10 minutes)
+	@echo "== Training the demo Llama on this interpreter's standard library, one optimizer after the other"
+	@$(BIN)/python -m examples.llama.compare --preset demo --out out/demo --resume $(ARGS)
+
+test: $(READY) ## Run all tests: formulas, golden vectors, properties, the example (<= 10 minutes)
+	@echo "== Running all tests on Python $(VERSION)"
+	@$(BIN)/python -m pytest -n auto -q $(ARGS)
+
+test-library: $(READY) ## Run the tests of the three packages only
+	@echo "== Running the packages' tests on Python $(VERSION)"
+	@$(BIN)/python -m pytest -n auto -q $(LIBRARY_TESTS) $(ARGS)
+
+lint: $(READY) ## Check format, style and types (ruff, pyright)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(READY) ## Format the code and mend what ruff can
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+wheel: $(READY) ## Build the wheel and import it from an empty directory
+	@rm -rf build/wheel && mkdir -p build/wheel/empty
+	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target build/wheel/site build/wheel/*.whl
+	@cd build/wheel/empty && PYTHONPATH=../site $(abspath $(BIN))/python -W error \
+		$(abspath tools/check_wheel.py) $(abspath build/wheel/site)
+
+bench-sinkhorn: $(READY) ## Time the Sinkhorn kernel against the plain loop
+	@$(BIN)/python -m benchmarks.sinkhorn $(ARGS)
+
+clean: ## Remove environments, caches and outputs
+	rm -rf .venv-* build out .pytest_cache .ruff_cache .hypothesis
