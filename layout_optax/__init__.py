@@ -6,4 +6,6 @@ from layout_optax.roles import ParamLayout as ParamLayout
 from layout_optax.roles import resolve_layout as resolve_layout
 from layout_optax.rules import infer_layout as infer_layout
 
+__version__ = "0.1.0"
+
 __all__ = ["ParamLayout", "describe", "infer_layout", "resolve_layout", "state_bytes"]
