@@ -163,6 +163,7 @@ def test_corpus_sha256_sees_names_texts_order_and_borders():
         ("a.jsonl", b'{"text": "\xe9"}\n', "The file 'a.jsonl' is not UTF-8 text"),
         ("a.jsonl.gz", b"plain", "The file 'a.jsonl.gz' cannot be read"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 20, "cannot be read"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
@@ -239,15 +240,12 @@ def test_hub_streams_name_and_config(hub):
 
 
 def test_hub_reads_no_further_than_its_limit(hub, monkeypatch):
-    def endless():
-        while True:
-            yield {"body": "12345"}
-
-    hub.data["endless"] = endless()
-    assert len(load_documents("hf:endless", text_field="body", max_documents=7)) == 7
-    assert len(load_documents("hf:endless", text_field="body", max_bytes=50)) == 10
+    records = [{"body": f"{number:05d}"} for number in range(21)]
+    hub.data["long"] = [*records, ConnectionError("read too far")]
+    assert len(load_documents("hf:long", text_field="body", max_documents=7)) == 7
+    assert len(load_documents("hf:long", text_field="body", max_bytes=50)) == 10
     monkeypatch.setattr(corpus, "HUB_MAX_BYTES", 100)
-    assert len(load_documents("hf:endless", text_field="body")) == 20
+    assert len(load_documents("hf:long", text_field="body")) == 20
 
 
 def test_hub_errors(hub):
