@@ -1,0 +1,63 @@
+"""Times steps that run ahead of the host: only between two waits for the device is a time known."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+
+class StepClock:
+    """Times stretches of steps, each from one wait for the device to the next.
+
+    Attributes:
+        seconds: Time of all stretches so far; what lies between them (evaluation) is left out.
+        steps: Steps in all stretches.
+
+    >>> clock = StepClock()
+    >>> clock.start(); clock.count(); clock.count(); clock.stop()
+    >>> seconds, steps = clock.interval()
+    >>> steps, seconds == clock.seconds, clock.median() == seconds / 2
+    (2, True, True)
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.steps = 0
+        self._started = 0.0
+        self._running_steps = 0
+        self._interval_start = (0.0, 0)
+        self._ordinary: list[float] = []
+        self._others: list[float] = []
+
+    def start(self) -> None:
+        """Begins a stretch."""
+        self._running_steps = 0
+        self._started = time.perf_counter()
+
+    def count(self) -> None:
+        """Counts a step of the running stretch."""
+        self._running_steps += 1
+
+    def stop(self, *, ordinary: bool = True) -> None:
+        """Ends a stretch, after a wait for the device.
+
+        Args:
+            ordinary: Whether its steps were all of the plain kind, without statistics.
+        """
+        elapsed = time.perf_counter() - self._started
+        self.seconds += elapsed
+        self.steps += self._running_steps
+        if self._running_steps:
+            means = self._ordinary if ordinary else self._others
+            means.append(elapsed / self._running_steps)
+
+    def interval(self) -> tuple[float, int]:
+        """Seconds and steps since the last call, or since the beginning."""
+        seconds, steps = self._interval_start
+        self._interval_start = (self.seconds, self.steps)
+        return self.seconds - seconds, self.steps - steps
+
+    def median(self) -> float | None:
+        """Median over stretches of the mean time of an ordinary step; of any where none was plain."""
+        means = self._ordinary or self._others
+        return statistics.median(means) if means else None

@@ -1,0 +1,149 @@
+"""Where the numbers of a run go: JSON lines, TensorBoard, and whole files written in one piece."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import uuid
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+"""Names of a run's files."""
+
+_PACKAGES = ("jax", "jaxlib", "optax", "flax", "grain", "numpy", "tokenizers")
+
+
+class MetricsWriter:
+    """Writes the numbers of a run as JSON lines and, if asked, for TensorBoard.
+
+    Every line is flushed when it is written, so that a crash loses nothing. The lines of an earlier run
+    in the folder are kept beside the new ones under the suffix `.old`; its event files are removed,
+    since TensorBoard would mix the two.
+
+    Args:
+        folder: The run's folder; made if it is missing.
+        tensorboard: Write event files into `folder/tensorboard` too.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with MetricsWriter(Path(folder), tensorboard=False) as writer:
+    ...         writer.write("train", 1, {"loss": 2.5, "grad_norm": float("inf")})
+    ...     read_metrics(Path(folder))
+    [{'kind': 'train', 'step': 1, 'loss': 2.5, 'grad_norm': 'Infinity'}]
+    """
+
+    def __init__(self, folder: Path, *, tensorboard: bool = True):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS
+        if path.exists():
+            path.replace(path.with_suffix(path.suffix + ".old"))
+        self._file: TextIO = path.open("w", encoding="utf-8")
+        self._events = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # protobuf is slow to import
+
+            events = folder / "tensorboard"
+            for old in events.glob("events.out.tfevents.*"):
+                old.unlink()
+            self._events = SummaryWriter(str(events))
+
+    def write(self, kind: str, step: int, numbers: Mapping[str, float]) -> None:
+        """Writes one line: what kind of numbers, after which step, and the numbers by name."""
+        line = {"kind": kind, "step": step, **jsonable(numbers)}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in numbers.items():
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+            self._events.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The lines of a run's metrics file; a last line that a crash cut short is left out.
+
+    Args:
+        folder: The run's folder.
+        kind: Only lines of this kind.
+    """
+    lines = []
+    for text in (folder / METRICS).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return [line for line in lines if kind is None or line["kind"] == kind]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file in one piece: after a crash there is the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    part.write_text(json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, or None if there is none or it is not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def jsonable(value: Any) -> Any:
+    """A value made of what strict JSON has; numbers that it has not become their names.
+
+    >>> jsonable({"rate": np.float32(0.5), "loss": float("nan"), "out": Path("runs")})
+    {'rate': 0.5, 'loss': 'NaN', 'out': 'runs'}
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, (np.generic, jax.Array)) or (
+        isinstance(value, np.ndarray) and value.ndim == 0
+    ):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return str(value) if isinstance(value, Path) else value
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers, and the device."""
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "device": f"{jax.device_count()} x {device.device_kind}",
+    }
+
+
+def command_line(module: str) -> str:
+    """The command that started this process, without paths of this machine's interpreter."""
+    return " ".join(["python", "-m", module, *sys.argv[1:]])

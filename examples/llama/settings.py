@@ -1,0 +1,338 @@
+"""What a training run can be asked for, and how the protocol and the preset fill in the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from examples.llama.batches import check_batch
+from examples.llama.data import DataConfig
+from examples.llama.optimizers import (
+    OPTION_NAMES,
+    Damper,
+    EpsMode,
+    MuDtype,
+    OptimizerOptions,
+    make_optimizer,
+    optimizer_entry,
+)
+from examples.llama.presets import PROTOCOLS, LlamaConfig, preset
+from examples.llama.tuned_rates import tuned_rate
+from layout_optax.roles import ROLES
+
+RANKS = {"galore_60m": 128, "galore_130m": 256, "galore_350m": 256, "galore_1b": 512}
+"""Ranks of the published low-rank tables; elsewhere a quarter of the hidden size."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains a Llama with one optimizer. What is not given comes from the protocol and the preset."""
+
+    preset: str = "demo"
+    """Model shape: a key of presets.PRESETS."""
+    optimizer: str = "sage_hybrid"
+    """Optimizer: a key of optimizers.OPTIMIZERS."""
+    out: Path = Path("runs/train")
+    """Folder for config.json, metrics.jsonl, summary.json and the TensorBoard files."""
+    overwrite: bool = False
+    """Replace a finished run in that folder."""
+    protocol: str | None = None
+    """demo, galore or sage: sequence length, batch, clipping, decay and schedule; by default the
+    one of the preset's family."""
+    steps: int | None = None
+    """Optimizer steps."""
+    batch_size: int | None = None
+    """Sequences of one step."""
+    seq_len: int | None = None
+    """Predicted tokens of a sequence."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after the other."""
+    learning_rate: float | None = None
+    """Peak learning rate; by default the tuned one of preset and optimizer."""
+    role_rates: str | None = None
+    """Peak rates of single roles in a hybrid: embedding=1e-3,vector=2e-3."""
+    warmup_fraction: float | None = None
+    """Share of the steps that warms up."""
+    final_rate_fraction: float | None = None
+    """Rate at the end of the cosine, as a share of the peak."""
+    clip_norm: float | None = None
+    """Global gradient norm to clip to; 0 for no clipping."""
+    weight_decay: float | None = None
+    """Decoupled weight decay, multiplied by the learning rate."""
+    decay_vectors: bool = True
+    """Let weight decay act on norm scales too, as the papers' scripts do."""
+    b1: float | None = None
+    """Weight of the old momentum in the update."""
+    b2: float | None = None
+    """Decay of the momentum (sign rules) or of the second moment (Adam rules)."""
+    eps: float | None = None
+    """Added to denominators (SAGE's damper, Adam)."""
+    damper: Damper | None = None
+    """SAGE's damper: both terms, the averaged one only, or none (which is Lion)."""
+    eps_mode: EpsMode | None = None
+    """Whether SAGE's eps is absolute or relative to the scale's rms."""
+    mu_dtype: MuDtype | None = None
+    """Storage of the momentum."""
+    scale: float | None = None
+    """Factor on the matrices' direction."""
+    rank: int | None = None
+    """Rank of low-rank projections."""
+    update_gap: int | None = None
+    """Steps between two projections of GaLore."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of matrix products and activations; parameters and gradients are float32."""
+    scan_layers: bool | None = None
+    """Stack and scan the layers; by default yes, unless the optimizer cannot."""
+    remat: bool = False
+    """Recompute activations in the backward pass."""
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at once; by default what fits 256 MiB."""
+    seed: int = 0
+    """Seed of the initial parameters, the held-out split and the order of the data."""
+    data: str = "stdlib"
+    """stdlib, a text or JSONL file, a folder, hf:NAME[:CONFIG] or synthetic:SEED[:COUNT]."""
+    tokenizer: str | None = None
+    """A tokenizer.json; by default a BPE is trained on the data and cached."""
+    vocab_size: int | None = None
+    """Vocabulary of model and tokenizer; by default the preset's."""
+    heldout_fraction: float = 0.05
+    """Share of the tokens held out, in whole documents."""
+    max_documents: int | None = None
+    """Read at most so many documents."""
+    max_bytes: int | None = None
+    """Read at most so many bytes of text."""
+    text_field: str = "text"
+    """Field of a JSONL or hub record that holds its text."""
+    cache_dir: str | None = None
+    """Folder for tokenizers and encoded text; by default the user's cache folder."""
+    eval_every: int | None = None
+    """Steps between evaluations; by default a tenth of the run. There is always one at the end."""
+    eval_batches: int = 16
+    """Held-out batches of an evaluation, spread evenly over the held-out text."""
+    log_every: int = 10
+    """Steps between log lines; the device is waited for only then."""
+    statistics_every: int | None = None
+    """Steps between statistics of updates and damper, a multiple of log_every; by default log_every,
+    0 for none."""
+    tensorboard: bool = True
+    """Write TensorBoard files too."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run with everything decided; what `TrainConfig` and the tables come to.
+
+    Attributes:
+        model: The model's shape.
+        optimizer: Name of the optimizer.
+        options: Its settings.
+        learning_rate: Peak learning rate.
+        rate_source: Where that rate is from.
+        steps: Optimizer steps.
+        warmup_steps: Of which so many warm up.
+        final_rate_fraction: Rate at the end, as a share of the peak.
+        batch_size: Sequences of one step.
+        seq_len: Predicted tokens of a sequence.
+        accumulate: Parts of a batch.
+        clip_norm: Global gradient norm to clip to, or None.
+        compute_dtype: Dtype of the matrix products.
+        scan_layers: Whether layers are stacked.
+        remat: Whether activations are recomputed.
+        loss_chunk: Tokens whose logits exist at once, or None for automatic.
+        seed: Seed of parameters and data order.
+        eval_every: Steps between evaluations.
+        eval_batches: Batches of an evaluation.
+        log_every: Steps between log lines.
+        statistics_every: Steps between statistics, 0 for none.
+    """
+
+    model: LlamaConfig
+    optimizer: str
+    options: OptimizerOptions
+    learning_rate: float
+    rate_source: str
+    steps: int
+    warmup_steps: int
+    final_rate_fraction: float
+    batch_size: int
+    seq_len: int
+    accumulate: int
+    clip_norm: float | None
+    compute_dtype: str
+    scan_layers: bool
+    remat: bool
+    loss_chunk: int | None
+    seed: int
+    eval_every: int
+    eval_batches: int
+    log_every: int
+    statistics_every: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Predicted tokens of one optimizer step."""
+        return self.batch_size * self.seq_len
+
+    def optimizer_from(self, schedule: Any) -> Any:
+        """The optimizer at a learning-rate schedule."""
+        return make_optimizer(self.optimizer, schedule, self.options)
+
+
+def resolve(config: TrainConfig, model: LlamaConfig | None = None) -> Settings:
+    """Fills in what a configuration leaves open, and checks it before anything is loaded.
+
+    Args:
+        config: What was asked for.
+        model: A shape to use instead of the preset's.
+
+    Raises:
+        ValueError: A name is unknown, a number is out of range, or the batch does not divide.
+
+    >>> settings = resolve(TrainConfig(preset="demo", optimizer="adamw", steps=50))
+    >>> settings.batch_size, settings.warmup_steps, settings.clip_norm
+    (16, 5, 1.0)
+    """
+    shape = preset(config.preset) if model is None else model
+    if config.vocab_size is not None:
+        shape = dataclasses.replace(shape, vocab_size=config.vocab_size)
+    entry = optimizer_entry(config.optimizer)
+    name = config.protocol or default_protocol(config.preset)
+    if name not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {name!r}; the protocols are {', '.join(PROTOCOLS)}")
+    protocol = PROTOCOLS[name]
+
+    steps = _or(config.steps, protocol.steps)
+    warmup_fraction = _or(config.warmup_fraction, protocol.warmup_fraction)
+    if not 0 <= warmup_fraction < 1:
+        raise ValueError(f"warmup_fraction must be at least 0 and below 1, got {warmup_fraction}")
+    if config.learning_rate is None:
+        rate, source = tuned_rate(config.preset, config.optimizer)
+    else:
+        rate, source = config.learning_rate, "given"
+    clip_norm = _or(config.clip_norm, protocol.clip_norm)
+    scan_layers = _or(config.scan_layers, not entry.needs_unscanned)
+    if scan_layers and entry.needs_unscanned:
+        raise ValueError(f"{config.optimizer} refuses stacked layers; leave scan_layers out")
+    settings = Settings(
+        model=shape,
+        optimizer=config.optimizer,
+        options=_options(config, shape, rate, _or(config.weight_decay, protocol.weight_decay)),
+        learning_rate=rate,
+        rate_source=source,
+        steps=steps,
+        warmup_steps=round(warmup_fraction * steps),
+        final_rate_fraction=_or(config.final_rate_fraction, protocol.final_rate_fraction),
+        batch_size=_or(config.batch_size, protocol.batch_size),
+        seq_len=_or(config.seq_len, protocol.seq_len),
+        accumulate=config.accumulate,
+        clip_norm=clip_norm or None,
+        compute_dtype=config.compute_dtype,
+        scan_layers=scan_layers,
+        remat=config.remat,
+        loss_chunk=config.loss_chunk,
+        seed=config.seed,
+        eval_every=_or(config.eval_every, max(1, steps // 10)),
+        eval_batches=config.eval_batches,
+        log_every=config.log_every,
+        statistics_every=_or(config.statistics_every, config.log_every),
+    )
+    _check(settings)
+    return settings
+
+
+def data_config(config: TrainConfig, settings: Settings) -> DataConfig:
+    """The part of a configuration that is about the data."""
+    return DataConfig(
+        data=config.data,
+        tokenizer=config.tokenizer,
+        vocab_size=settings.model.vocab_size,
+        heldout_fraction=config.heldout_fraction,
+        seed=config.seed,
+        text_field=config.text_field,
+        max_documents=config.max_documents,
+        max_bytes=config.max_bytes,
+        cache_dir=config.cache_dir,
+    )
+
+
+def default_protocol(preset_name: str) -> str:
+    """The protocol of a preset's family; `demo` for those that have none.
+
+    >>> default_protocol("sage_1.3b"), default_protocol("llama2_7b")
+    ('sage', 'demo')
+    """
+    family = preset_name.partition("_")[0]
+    return family if family in PROTOCOLS else "demo"
+
+
+def parse_rates(
+    text: str | None, known: tuple[str, ...] | list[str], what: str
+) -> dict[str, float]:
+    """Reads `name=rate,name=rate`.
+
+    Raises:
+        ValueError: An item is no such pair, a name is not among `known`, or a rate is not positive.
+
+    >>> parse_rates("embedding=1e-3,vector=0.002", ROLES, "role")
+    {'embedding': 0.001, 'vector': 0.002}
+    """
+    rates = {}
+    for item in filter(None, (part.strip() for part in (text or "").split(","))):
+        name, _, value = (part.strip() for part in item.partition("="))
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r} in {item!r}; use one of {', '.join(known)}")
+        try:
+            rates[name] = float(value)
+        except ValueError:
+            raise ValueError(f"expected {what}=rate, got {item!r}") from None
+        if not 0 < rates[name] < float("inf"):
+            raise ValueError(f"the rate of {what} {name!r} must be positive, got {value}")
+    return rates
+
+
+def _options(
+    config: TrainConfig, model: LlamaConfig, rate: float, weight_decay: float
+) -> OptimizerOptions:
+    given = {name: getattr(config, name) for name in OPTION_NAMES if hasattr(config, name)}
+    if optimizer_entry(config.optimizer).has_rank and given["rank"] is None:
+        given["rank"] = RANKS.get(config.preset, max(1, model.hidden_size // 4))
+    rates = parse_rates(config.role_rates, ROLES, "role")
+    return OptimizerOptions(
+        weight_decay=weight_decay,
+        decay_vectors=config.decay_vectors,
+        role_multipliers={role: value / rate for role, value in rates.items()} or None,
+        **given,
+    )
+
+
+def _check(settings: Settings) -> None:
+    """Raises ValueError for what the parts would refuse later or less clearly."""
+    for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_batches", "log_every"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    if not settings.learning_rate > 0:
+        raise ValueError(f"learning_rate must be positive, got {settings.learning_rate}")
+    if settings.clip_norm is not None and settings.clip_norm < 0:
+        raise ValueError(f"clip_norm must not be negative, got {settings.clip_norm}")
+    if not 0 <= settings.final_rate_fraction <= 1:
+        raise ValueError(
+            f"final_rate_fraction must be between 0 and 1, got {settings.final_rate_fraction}"
+        )
+    if settings.statistics_every < 0 or settings.statistics_every % settings.log_every:
+        raise ValueError(
+            f"statistics_every ({settings.statistics_every}) must be 0 or a multiple of log_every "
+            f"({settings.log_every})"
+        )
+    if settings.seq_len > settings.model.max_seq_len:
+        raise ValueError(
+            f"seq_len {settings.seq_len} is more than the model's max_seq_len "
+            f"({settings.model.max_seq_len})"
+        )
+    check_batch(settings.batch_size, accumulate=settings.accumulate)
+    make_optimizer(settings.optimizer, settings.learning_rate, settings.options)
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
