@@ -1,0 +1,343 @@
+"""A matrix as the product of two thin factors: start, one Newton step, balance and reconstruction.
+
+Pure functions on arrays in the parameter's own axes. For a parameter with batch, row and column axes
+and rank r, and with the paper's m = B A per batch index:
+
+* the LEFT factor (B) has the parameter's batch and row axes, the RIGHT factor (A) its batch and column
+  axes, both in the parameter's order, so that their sharding is the parameter's with axes left out;
+* the rank axis stands second to last in both. Accelerators store the last two axes in tiles of 8 x 128;
+  a small rank in last place would be padded to 128, here it costs nothing. A stack of matrices keeps
+  its stack of factors: (layers, in, out) has factors (layers, r, out) and (layers, r, in).
+
+Reference: Wang et al., "Taming Momentum: Rethinking Optimizer States Through Low-Rank Approximation",
+ICLR 2026, https://arxiv.org/abs/2602.24283.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from layout_optax.axes import (
+    compute_dtype,
+    remaining,
+    shape_without,
+    sharding_without,
+    subscripts,
+)
+from layout_optax.keys import element_bits
+from layout_optax.roles import ParamLayout
+
+DampingKind: TypeAlias = Literal["relative", "absolute"]
+INIT_STD = 0.02
+
+
+class Letters(NamedTuple):
+    """Einsum letters of a parameter, its factors (rank ``z``) and its batch axes."""
+
+    param: str
+    left: str
+    right: str
+    batch: str
+
+
+class Prepared(NamedTuple):
+    """The factors a step starts from, in a scale that float32 holds, and their Gram matrices.
+
+    Attributes:
+      left: the left factor after balancing.
+      right: the right factor after balancing.
+      left_unit: the left factor times a power of two, so that its entries reach between 1/2 and 1.
+      left_scale: shape of the batch axes; ``left = left_unit * left_scale``.
+      left_gram: B^T B of ``left_unit``, batch axes and (r, r), replicated.
+      right_gram: A A^T of ``right``, batch axes and (r, r), replicated.
+    """
+
+    left: jax.Array
+    right: jax.Array
+    left_unit: jax.Array
+    left_scale: jax.Array
+    left_gram: jax.Array
+    right_gram: jax.Array
+
+
+class Step(NamedTuple):
+    """New factors, and the pseudo-inverse products they were made from (at the old factors).
+
+    Attributes:
+      left: (1-g) B + g G A^+.
+      right: (1-g) A + g B^+ G.
+      left_step: G A^+, shaped like the left factor.
+      right_step: B^+ G, shaped like the right factor.
+    """
+
+    left: jax.Array
+    right: jax.Array
+    left_step: jax.Array
+    right_step: jax.Array
+
+
+def letters(layout: ParamLayout, ndim: int) -> Letters:
+    """Einsum letters for a parameter of ``ndim`` axes.
+
+    Example:
+      >>> letters(ParamLayout("matrix", (2,), (1,)), 3)
+      Letters(param='abc', left='azc', right='azb', batch='a')
+    """
+    param, rows, columns = subscripts(layout, ndim)
+    batch = "".join(param[axis] for axis in layout.batch_axes(ndim))
+    return Letters(param, rows[:-1] + "z" + rows[-1], columns[:-1] + "z" + columns[-1], batch)
+
+
+def init_factors(
+    path: str, param: Any, layout: ParamLayout, rank: int, dtype: Any = None, seed: int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """The paper's start: a zero left factor and a right factor drawn from N(0, 0.02^2).
+
+    The draw hashes the leaf's path and each entry's coordinates (see `layout_optax.keys`): it depends
+    neither on the order of a dict nor on sharding, and layer 3 of a stack draws the numbers of
+    ``layers/3`` in a list. No key is kept.
+
+    Args:
+      path: the leaf's path in normal form.
+      param: an array, tracer or `jax.ShapeDtypeStruct`.
+      layout: its layout with non-negative axes.
+      rank: r >= 1.
+      dtype: of both factors; None for float32, float64 for a float64 parameter.
+      seed: tells the moments of one parameter apart.
+
+    Returns:
+      The left and the right factor, with the projection of the parameter's sharding where its type
+      carries one (Explicit mesh).
+    """
+    dtype = compute_dtype(param.dtype) if dtype is None else dtype
+    left_shape = _with_rank(shape_without(param.shape, layout.column_axes), rank)
+    left = _place(jnp.zeros(left_shape, dtype), param, layout.column_axes)
+    right = INIT_STD * normal_factor(path, param, layout, rank, "right", seed)
+    return left, right.astype(dtype)
+
+
+def normal_factor(
+    path: str,
+    param: Any,
+    layout: ParamLayout,
+    rank: int,
+    side: Literal["left", "right"],
+    seed: int = 0,
+) -> jax.Array:
+    """Standard normal numbers shaped like a factor, by hashing coordinates; float32."""
+    removed, kept = (
+        (layout.row_axes, layout.column_axes)
+        if side == "right"
+        else (layout.column_axes, layout.row_axes)
+    )
+    shape = _with_rank(shape_without(param.shape, removed), rank)
+    rank_axis = len(shape) - 2
+    # The one axis after the rank moves up by one; the factor is then a small "parameter" of its own.
+    core = tuple(a if a < rank_axis else a + 1 for a in remaining(kept, removed))
+    bits = element_bits(path, shape, ParamLayout("matrix", (rank_axis,), core), jnp.uint32(seed))
+    # 23 bits and the middle of each cell: never 0 or 1, where the quantile is infinite.
+    uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+    values = jnp.sqrt(jnp.float32(2)) * jax.lax.erf_inv(2 * uniform - 1)
+    return _place(values, param, removed)
+
+
+def reconstruct(
+    left: jax.Array, right: jax.Array, layout: ParamLayout, like: jax.Array
+) -> jax.Array:
+    """The product B A in the parameter's axes, shaped and sharded like ``like``."""
+    names = letters(layout, like.ndim)
+    return jnp.einsum(
+        f"{names.left},{names.right}->{names.param}",
+        left,
+        right,
+        out_sharding=sharding_without(like, ()),
+    )
+
+
+def prepare(
+    left: jax.Array, right: jax.Array, layout: ParamLayout, like: jax.Array, kind: DampingKind
+) -> Prepared:
+    """Balances the factors and computes their Gram matrices at the highest matmul precision.
+
+    Relative damping does not see the factors' scales, so they are free: the right factor is kept near
+    one and the left one is looked at in units of its own size, and a Gram matrix neither overflows nor
+    underflows. Absolute damping does see them and gets the factors as they are.
+    """
+    names = letters(layout, like.ndim)
+    if kind == "relative":
+        left, right = balance(left, right, layout, like.ndim)
+        left_scale = _power_of_two(left, names.left, names.batch)
+        left_unit = left / spread(left_scale, names.left, names.batch)
+    else:
+        left_scale, left_unit = _ones(left, names.left, names.batch), left
+    grams = (gram(left_unit, names.left, names), gram(right, names.right, names))
+    return Prepared(left, right, left_unit, left_scale, *grams)
+
+
+def newton_step(
+    target: jax.Array,
+    prepared: Prepared,
+    left_inverse: jax.Array,
+    right_inverse: jax.Array,
+    gamma: jax.Array | float,
+    layout: ParamLayout,
+    kind: DampingKind,
+) -> Step:
+    """One Newton step of both factors towards a target (Theorem 3.1), from the old factors.
+
+    ::
+
+        B' = (1-g) B + g G A^T (A A^T)^-1
+        A' = (1-g) A + g (B^T B)^-1 B^T G
+
+    A left factor so small beside its step that adding it would be lost in rounding counts as zero: the
+    right factor then only decays, as the rule does from its start B = 0. Without this, B^+ G of a momentum that
+    has died away is as large as the momentum was small.
+
+    Args:
+      target: G, of the parameter's shape, float32 or wider.
+      prepared: the old factors, see `prepare`.
+      left_inverse: damped (B^T B)^-1 of ``prepared.left_gram``.
+      right_inverse: damped (A A^T)^-1 of ``prepared.right_gram``.
+      gamma: rate of each factor.
+      layout: the parameter's layout with non-negative axes.
+      kind: of the damping.
+    """
+    names = letters(layout, target.ndim)
+    left_sharding = factor_sharding(target, layout.column_axes)
+    right_sharding = factor_sharding(target, layout.row_axes)
+
+    def solve(inverse, side, numerator, sharding):
+        equation = f"{names.batch}zZ,{side.replace('z', 'Z')}->{side}"
+        return jnp.einsum(equation, inverse, numerator, precision="highest", out_sharding=sharding)
+
+    left_step = jnp.einsum(
+        f"{names.param},{names.right}->{names.left}",
+        target,
+        prepared.right,
+        out_sharding=left_sharding,
+    )
+    left_step = solve(right_inverse, names.left, left_step, left_sharding)
+    right_step = jnp.einsum(
+        f"{names.param},{names.left}->{names.right}",
+        target,
+        prepared.left_unit,
+        out_sharding=right_sharding,
+    )
+    right_step = solve(left_inverse, names.right, right_step, right_sharding)
+    if kind == "relative":
+        axes = core_axes(names.left, names.batch)
+        size = lambda x: jnp.max(jnp.abs(x), axis=axes, initial=0)  # noqa: E731
+        alive = size(prepared.left) > jnp.finfo(target.dtype).eps * size(left_step)
+        scale = jnp.where(alive, 1 / prepared.left_scale, 0)
+        right_step = right_step * spread(scale, names.right, names.batch)
+    return Step(
+        (1 - gamma) * prepared.left + gamma * left_step,
+        (1 - gamma) * prepared.right + gamma * right_step,
+        left_step,
+        right_step,
+    )
+
+
+def residual(target: jax.Array, prepared: Prepared, step: Step, layout: ParamLayout) -> jax.Array:
+    """What the factors cannot hold of a target: G - (P_B G + G P_A) / 2.
+
+    P_B and P_A project on the spans of the old factors; their products with G reuse the step's.
+    """
+    inside = reconstruct(prepared.left, step.right_step, layout, target) + reconstruct(
+        step.left_step, prepared.right, layout, target
+    )
+    return target - inside / 2
+
+
+def balance(
+    left: jax.Array, right: jax.Array, layout: ParamLayout, ndim: int
+) -> tuple[jax.Array, jax.Array]:
+    """Moves scale from one factor to the other so that the right one's largest entry is in [1/2, 1).
+
+    (B s, A / s) is the same momentum, and nothing in the rule pins s: left alone, the norms drift apart, and
+    zero gradients let both factors decay until the subspace is lost. With the right factor's size
+    pinned all decay goes into the left one, which may reach zero and start again as it did at first.
+    s is a power of two, so that not a bit of the product changes. One s per batch index.
+    """
+    names = letters(layout, ndim)
+    scale = _power_of_two(right, names.right, names.batch)
+    return (
+        left * spread(scale, names.left, names.batch),
+        right / spread(scale, names.right, names.batch),
+    )
+
+
+def gram(factor: jax.Array, side: str, names: Letters) -> jax.Array:
+    """Gram matrix over everything but batch and rank; replicated, since it is tiny."""
+    sharding = sharding_without(factor, ())
+    replicated = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+    return jnp.einsum(
+        f"{side},{side.replace('z', 'Z')}->{names.batch}zZ",
+        factor,
+        factor,
+        precision="highest",
+        out_sharding=replicated,
+    )
+
+
+def _with_rank(shape: Sequence[int], rank: int) -> tuple[int, ...]:
+    """A shape with the rank axis second to last."""
+    return (*shape[:-1], rank, shape[-1])
+
+
+def factor_sharding(param: Any, removed: Sequence[int]) -> NamedSharding | None:
+    """The parameter's Explicit sharding without the removed axes, replicated along the rank axis."""
+    sharding = sharding_without(param, removed)
+    return None if sharding is None else _with_rank_axis(sharding, sharding.spec)
+
+
+def _place(factor: jax.Array, param: Any, removed: Sequence[int]) -> jax.Array:
+    """A new factor with the projection of its parameter's sharding.
+
+    A tracer knows its sharding on Explicit mesh axes only; an array or a shape knows it on any mesh.
+    """
+    if isinstance(param, Tracer):
+        sharding = factor_sharding(param, removed)
+        return factor if sharding is None else jax.sharding.reshard(factor, sharding)
+    sharding = getattr(param, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+        return factor
+    spec = tuple(sharding.spec) + (None,) * (len(param.shape) - len(sharding.spec))
+    kept = [part for axis, part in enumerate(spec) if axis not in removed]
+    return jax.device_put(factor, _with_rank_axis(sharding, kept))
+
+
+def _with_rank_axis(sharding: NamedSharding, spec: Iterable[Any]) -> NamedSharding:
+    """A sharding on the same mesh with a replicated axis second to last."""
+    spec = tuple(spec)
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec[:-1], None, spec[-1]))
+
+
+def core_axes(side: str, batch: str) -> tuple[int, ...]:
+    """The axes of a factor that are not batch axes."""
+    return tuple(axis for axis, letter in enumerate(side) if letter not in batch)
+
+
+def spread(values: jax.Array, side: str, batch: str) -> jax.Array:
+    """Batch-shaped values with axes of size one where the factor has core axes."""
+    return jnp.expand_dims(values, core_axes(side, batch))
+
+
+def _ones(factor: jax.Array, side: str, batch: str) -> jax.Array:
+    """Ones in the shape of a factor's batch axes."""
+    return jnp.ones(tuple(factor.shape[side.index(letter)] for letter in batch), factor.dtype)
+
+
+def _power_of_two(factor: jax.Array, side: str, batch: str) -> jax.Array:
+    """Per batch index the power of two just above a factor's largest entry; 1 for a zero factor."""
+    largest = jnp.max(jnp.abs(factor), axis=core_axes(side, batch))
+    exponent = jnp.clip(jnp.frexp(largest)[1], -120, 120)
+    power = jnp.ldexp(jnp.ones_like(largest), exponent)
+    return jnp.where((largest > 0) & jnp.isfinite(largest), power, 1)

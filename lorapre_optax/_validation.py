@@ -1,0 +1,47 @@
+"""Range checks of hyperparameters; traced values (``optax.inject_hyperparams``) are not looked at."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.core import Tracer
+
+
+def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
+    """Raises ValueError unless low <= value <= high.
+
+    Example:
+      >>> check_number("eps", -1.0, 0)
+      Traceback (most recent call last):
+        ...
+      ValueError: eps must be at least 0, got -1.0.
+    """
+    if isinstance(value, Tracer):
+        return
+    if not low <= float(value) <= high:
+        bounds = f"at least {low}" if high == float("inf") else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {bounds}, got {value}.")
+
+
+def check_decay(name: str, value: Any) -> None:
+    """Raises ValueError unless value is in [0, 1); warns where float32 cannot tell a factor's decay from 1."""
+    if isinstance(value, Tracer):
+        return
+    decay = float(value)
+    if not 0 <= decay < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}.")
+    if np.float32(decay**0.5) == np.float32(1):
+        warnings.warn(
+            f"{name}={value} is so near 1 that the rate of the factors, 1 - sqrt({name}), vanishes in "
+            "float32: the factors will not learn.",
+            stacklevel=3,
+        )
+
+
+def check_one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raises ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}.")
