@@ -1,6 +1,22 @@
 """SAGE, SinkGD and their hybrids as optax transformations."""
 
-from layout_optax import ParamLayout
+from layout_optax import ParamLayout, describe
+from layout_optax import __version__ as __version__
+from sage_optax._hybrid import lion_hybrid, sage_hybrid, sinkgd_hybrid
 from sage_optax._sage import STATIC_ARGS, SageState, sage, sage_damper, scale_by_sage
+from sage_optax._sinkgd import scale_by_sinkhorn, sinkgd
 
-__all__ = ["STATIC_ARGS", "ParamLayout", "SageState", "sage", "sage_damper", "scale_by_sage"]
+__all__ = [
+    "STATIC_ARGS",
+    "ParamLayout",
+    "SageState",
+    "describe",
+    "lion_hybrid",
+    "sage",
+    "sage_damper",
+    "sage_hybrid",
+    "scale_by_sage",
+    "scale_by_sinkhorn",
+    "sinkgd",
+    "sinkgd_hybrid",
+]
