@@ -27,3 +27,48 @@ def from_matrices(matrices, layout: ParamLayout, shape) -> np.ndarray:
     order = layout.batch_axes(len(shape)) + layout.row_axes + layout.column_axes
     back = np.argsort(order)
     return np.asarray(matrices).reshape([shape[a] for a in order]).transpose(back)
+
+
+def sage_step(
+    g, mu, magnitude, t, layout, *, b1=0.9, b2=0.99, eps=1e-8, damper="both", relative=False
+):
+    """One step of SAGE on one parameter; returns direction, momentum, magnitude S and H.
+
+    ``magnitude`` and H are (batch, columns) arrays, everything else has the parameter's shape.
+    """
+    shape = np.shape(g)
+    g, mu = to_matrices(g, layout), to_matrices(mu, layout)
+    direction, magnitude = np.empty_like(g), np.array(magnitude, np.float64)
+    damping = np.ones_like(magnitude)
+    for i in range(len(g)):
+        s = np.abs(g[i]).sum(axis=0) / g.shape[1]
+        magnitude[i] = b2 * magnitude[i] + (1 - b2) * s
+        for term in [magnitude[i] / (1 - b2**t)] + ([s] if damper == "both" else []):
+            root = np.sqrt(np.sum(term**2) / len(term))
+            offset = eps * root if relative else eps
+            quotient = root / (term + offset) if root > 0 else np.zeros_like(term)
+            if damper is not None:
+                damping[i] = np.minimum(damping[i], quotient)
+        direction[i] = np.sign(b1 * mu[i] + (1 - b1) * g[i]) * damping[i]
+    new_mu = b2 * mu + (1 - b2) * g
+    back = lambda x: from_matrices(x, layout, shape)  # noqa: E731
+    return back(direction), back(new_mu), magnitude, damping
+
+
+def lion_step(g, mu, b1=0.9, b2=0.99):
+    """One step of Lion; returns direction and momentum."""
+    g, mu = np.asarray(g, np.float64), np.asarray(mu, np.float64)
+    return np.sign(b1 * mu + (1 - b1) * g), b2 * mu + (1 - b2) * g
+
+
+def adam_step(g, mu, nu, t, b1=0.9, b2=0.999, eps=1e-8):
+    """One step of Adam; returns direction, first and second moment."""
+    g = np.asarray(g, np.float64)
+    mu, nu = b1 * np.asarray(mu) + (1 - b1) * g, b2 * np.asarray(nu) + (1 - b2) * g**2
+    return mu / (1 - b1**t) / (np.sqrt(nu / (1 - b2**t)) + eps), mu, nu
+
+
+def decayed_step(p, direction, learning_rate, weight_decay):
+    """A parameter after a step with decoupled weight decay."""
+    p = np.asarray(p, np.float64)
+    return p - learning_rate * (np.asarray(direction) + weight_decay * p)
