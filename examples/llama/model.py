@@ -111,7 +111,8 @@ class Llama(nnx.Module):
         if positions is None:
             positions = jnp.arange(length)
         rotary = rotary_tables(self.config, positions)
-        x = self.embed_tokens.embedding[...][tokens].astype(self.dtype)
+        # A NumPy table (parameters from a file) cannot be indexed by a traced array.
+        x = jnp.asarray(self.embed_tokens.embedding[...])[tokens].astype(self.dtype)
         return self.norm(self._run_blocks(x, rotary))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -182,9 +183,8 @@ def create(
     >>> apply(graphdef, params)(jnp.zeros((1, 3), jnp.int32)).shape
     (1, 3, 32)
     """
-    model = Llama(
-        config, scan_layers=scan_layers, remat=remat, dtype=dtype, rngs=nnx.Rngs(params=seed)
-    )
+    rngs = nnx.Rngs(_as_key(seed))
+    model = Llama(config, scan_layers=scan_layers, remat=remat, dtype=dtype, rngs=rngs)
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 
@@ -260,6 +260,13 @@ def unstack_layers(params: Params) -> Params:
     depth = jax.tree.leaves(params["layers"])[0].shape[0]
     layers = {i: jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(depth)}
     return {**params, "layers": layers}
+
+
+def _as_key(seed: int | jax.Array) -> jax.Array:
+    """A key as it is; an integer, traced or not, as a key."""
+    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        return seed
+    return jax.random.key(seed)
 
 
 def _make_block(config: LlamaConfig, dtype: DTypeLike, key: jax.Array) -> Block:
