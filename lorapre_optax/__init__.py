@@ -1,14 +1,21 @@
 """LoRA-Pre: optimizer momentum kept as two thin factors, as optax transformations."""
 
 from layout_optax import ParamLayout as ParamLayout
-from lorapre_optax._momentum import LowRankState as LowRankState
+from lorapre_optax._adam import LorapreAdamState as LorapreAdamState
+from lorapre_optax._adam import lorapre_adamw as lorapre_adamw
+from lorapre_optax._adam import scale_by_lorapre_adam as scale_by_lorapre_adam
 from lorapre_optax._momentum import low_rank_ema as low_rank_ema
 from lorapre_optax._momentum import low_rank_trace as low_rank_trace
+from lorapre_optax._tracking import LowRankState as LowRankState
 
 STATIC_ARGS = (
     "rank",
     "target",
     "nesterov",
+    "bias_correction",
+    "second_moment",
+    "others",
+    "weight_decay_mask",
     "debias",
     "damping_kind",
     "initial_subspace",
@@ -20,8 +27,11 @@ STATIC_ARGS = (
 
 __all__ = [
     "STATIC_ARGS",
+    "LorapreAdamState",
     "LowRankState",
     "ParamLayout",
+    "lorapre_adamw",
     "low_rank_ema",
     "low_rank_trace",
+    "scale_by_lorapre_adam",
 ]

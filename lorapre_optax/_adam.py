@@ -1,0 +1,292 @@
+"""LoRA-Pre Adam: Adam whose two moments are thin factors (Algorithm 1 of the paper)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from layout_optax.roles import LayoutLike, ParamLayout, flatten_with_layout
+from lorapre_optax._factors import DampingKind
+from lorapre_optax._numbers import Number, at, check_decay, check_number, check_one_of
+from lorapre_optax._rank import RankLike
+from lorapre_optax._routing import Others, route_matrices
+from lorapre_optax._tracking import (
+    InitialSubspace,
+    LowRankState,
+    Tracking,
+    advance_states,
+    as_updates,
+    bias_weight,
+    blend,
+    coupled_gamma,
+    in_compute_dtype,
+    initialiser,
+    next_state,
+)
+
+BiasCorrection: TypeAlias = Literal["paper", "exact"]
+SecondMoment: TypeAlias = Literal["low_rank", "full"]
+
+
+class LorapreAdamState(NamedTuple):
+    """The two moments of LoRA-Pre Adam.
+
+    Attributes:
+      mu: first moment; its factors follow G.
+      nu: second moment; its factors follow abs(G), its full moments are Adam's EMA of G^2.
+    """
+
+    mu: LowRankState
+    nu: LowRankState
+
+
+def scale_by_lorapre_adam(
+    rank: RankLike = 128,
+    b1: Number = 0.9,
+    b2: Number = 0.95,
+    eps: Number = 1e-8,
+    *,
+    scale: Number = 1.0,
+    bias_correction: BiasCorrection = "paper",
+    bound: Number | None = None,
+    residual: Number | None = None,
+    second_moment: SecondMoment = "low_rank",
+    gamma1: Number | None = None,
+    gamma2: Number | None = None,
+    damping: Number = 1e-4,
+    damping_kind: DampingKind = "relative",
+    initial_subspace: InitialSubspace = "normal",
+    factor_dtype: Any = None,
+    full_rank_fallback: bool = True,
+    layout: LayoutLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam's direction from low-rank moments: Algorithm 1, from the previous factors.
+
+    ::
+
+        m = b1 mB mA + (1-b1) G           v = b2 (vB vA)^2 + (1-b2) G^2
+        direction = m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps)
+
+    then one Newton step of (mB, mA) towards G at rate 1 - sqrt(b1), and of (vB, vA) towards the ABSOLUTE
+    gradient at rate 1 - b2^(1/4): the product is squared, and decays by sqrt(b2). Step 1 is Adam's.
+
+    The defaults are the paper's rule. Two things to know of it: the direction is not bounded (v's
+    low-rank part can be near zero where m's is not), and v is far too small in the first steps, since its
+    factors gather 1 - b2^(t/2) while (1-b2^t) is divided out. ``bound`` and ``bias_correction="exact"`` answer
+    them, ``residual`` the weight that gradient outside the tracked subspace lacks.
+
+    Args:
+      rank: an int, a fraction of the smaller side, a mapping from roles or path patterns, or a function;
+        see `lorapre_optax.RankLike`. Vectors and leaves where factors do not pay get Adam's moments.
+      b1: decay of the first moment, in [0, 1). Every number here may be a schedule.
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the denominator.
+      scale: multiplies the direction of leaves with factors (0.25 in the GaLore protocol).
+      bias_correction: of factored second moments: ``"paper"``, 1-b2^t, or ``"exact"``,
+        b2 (1 - b2^((t-1)/2))^2 + 1 - b2.
+      bound: largest absolute entry of the direction of leaves with factors, before ``scale``; 1 is
+        Adam's natural one. None: unbounded. (For a limit on the RMS chain `optax.clip_by_block_rms`.)
+      residual: kappa in [0, b1], see `low_rank_ema`; None in the paper.
+      second_moment: ``"full"`` compresses the first moment only.
+      gamma1: rate of the first moment's factors; None: 1 - sqrt(b1).
+      gamma2: rate of the second moment's factors; None: 1 - b2^(1/4).
+      damping: see `low_rank_ema`.
+      damping_kind: see `low_rank_ema`.
+      initial_subspace: see `low_rank_ema`.
+      factor_dtype: storage dtype of the state; None for float32 (float64 for float64 parameters).
+      full_rank_fallback: keep full moments where r (p + q) >= p q.
+      layout: see `layout_optax.ParamLayout`; None infers it. Leaves that are not ours pass through.
+
+    Returns:
+      A transformation with state `LorapreAdamState`. Updates keep their dtype.
+
+    Raises:
+      ValueError: for numbers out of range, at construction where they are concrete.
+
+    Example:
+      >>> params = {"mlp": {"kernel": jnp.ones((24, 40))}}
+      >>> tx = scale_by_lorapre_adam(rank=4)
+      >>> updates, state = jax.jit(tx.update)(params, tx.init(params))
+      >>> print(updates["mlp"]["kernel"][0, 0].round(3), state.nu.left["mlp"]["kernel"].shape)
+      1.0 (4, 40)
+    """
+    check_decay("b1", b1)
+    check_decay("b2", b2)
+    for name, value in (("eps", eps), ("bound", bound)):
+        check_number(name, value, 0)
+    for name, value in (("residual", residual), ("gamma1", gamma1), ("gamma2", gamma2)):
+        check_number(name, value, 0, 1)
+    check_one_of("bias_correction", bias_correction, ("paper", "exact"))
+    check_one_of("second_moment", second_moment, ("low_rank", "full"))
+    options = (damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback)
+    tracking = Tracking(rank, *options)
+    second = tracking if second_moment == "low_rank" else Tracking(None, *options)
+    first_init, second_init = initialiser(tracking, layout), initialiser(second, layout, seed=1)
+
+    def init_fn(params):
+        return LorapreAdamState(first_init(params), second_init(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        leaves = flatten_with_layout(layout, updates)
+        before = state.mu.count
+        count = jnp.asarray(optax.safe_increment(before))
+        d1, d2 = at(b1, before), at(b2, before)
+        rate1 = coupled_gamma(d1) if gamma1 is None else at(gamma1, before)
+        rate2 = coupled_gamma(d2**0.5) if gamma2 is None else at(gamma2, before)
+        grads = in_compute_dtype(leaves)
+        sizes = [None if g is None else jnp.abs(g) for g in grads]
+        first, second = advance_states(
+            leaves, [(state.mu, grads, rate1), (state.nu, sizes, rate2)], tracking
+        )
+        fresh = [None if g is None else (1 - d1) * g for g in grads]
+        mus = blend(leaves, state.mu, first, grads, fresh, d1, count, at(residual, before))
+        nus, directions = [], []
+        for g, m, old, one, two in zip(
+            grads, mus, leaves.align(state.nu.full), first, second, strict=True
+        ):
+            if g is None or m is None:
+                nus.append(None)
+                directions.append(None)
+                continue
+            past = old.astype(g.dtype) if two is None else jnp.square(two.product)
+            v = d2 * past + (1 - d2) * jnp.square(g)
+            exact = two is not None and bias_correction == "exact"
+            weight = (_squared_weight if exact else bias_weight)(d2, count, g.dtype)
+            direction = m / bias_weight(d1, count, g.dtype)
+            direction = direction / (jnp.sqrt(v / weight) + at(eps, before))
+            if one is not None:
+                if bound is not None:
+                    limit = at(bound, before)
+                    direction = jnp.clip(direction, -limit, limit)
+                direction = direction * at(scale, before)
+            nus.append(v)
+            directions.append(direction)
+        mu = next_state(leaves, state.mu, count, first, mus)
+        nu = next_state(leaves, state.nu, count, second, nus)
+        return as_updates(leaves, directions), LorapreAdamState(mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def lorapre_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: RankLike = 128,
+    b1: Number = 0.9,
+    b2: Number = 0.95,
+    eps: Number = 1e-8,
+    *,
+    scale: Number = 1.0,
+    bias_correction: BiasCorrection = "paper",
+    bound: Number | None = None,
+    residual: Number | None = None,
+    second_moment: SecondMoment = "low_rank",
+    gamma1: Number | None = None,
+    gamma2: Number | None = None,
+    damping: Number = 1e-4,
+    damping_kind: DampingKind = "relative",
+    initial_subspace: InitialSubspace = "normal",
+    factor_dtype: Any = None,
+    full_rank_fallback: bool = True,
+    weight_decay: Number = 0.0,
+    weight_decay_mask: Any = None,
+    others: Others = "adamw",
+    embedding_learning_rate: optax.ScalarOrSchedule | None = None,
+    head_learning_rate: optax.ScalarOrSchedule | None = None,
+    vector_learning_rate: optax.ScalarOrSchedule | None = None,
+    layout: LayoutLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    """LoRA-Pre AdamW for a whole model: low-rank moments on matrices, full AdamW on everything else.
+
+    The paper's scope: attention and MLP matrices; embeddings, head, norms and biases keep plain AdamW,
+    or SAGE by option.
+
+    Args:
+      learning_rate: of the matrices, and of the rest where its own is None.
+      rank: see `scale_by_lorapre_adam`, applied to the matrices.
+      b1: of the matrices and of AdamW on the rest.
+      b2: of the matrices and of AdamW on the rest.
+      eps: of the matrices and of AdamW on the rest.
+      scale: see `scale_by_lorapre_adam`.
+      bias_correction: see `scale_by_lorapre_adam`.
+      bound: see `scale_by_lorapre_adam`.
+      residual: see `scale_by_lorapre_adam`.
+      second_moment: see `scale_by_lorapre_adam`.
+      gamma1: see `scale_by_lorapre_adam`.
+      gamma2: see `scale_by_lorapre_adam`.
+      damping: see `low_rank_ema`.
+      damping_kind: see `low_rank_ema`.
+      initial_subspace: see `low_rank_ema`.
+      factor_dtype: see `low_rank_ema`.
+      full_rank_fallback: see `low_rank_ema`.
+      weight_decay: decoupled, times the learning rate of the role.
+      weight_decay_mask: tree of booleans, or a callable from parameters to one; None decays everything.
+      others: ``"adamw"`` or ``"sage"`` for embedding, head and vectors. Leaves that a rule gave to nobody
+        get AdamW.
+      embedding_learning_rate: None: ``learning_rate``.
+      head_learning_rate: None: ``learning_rate``.
+      vector_learning_rate: None: ``learning_rate``.
+      layout: see `layout_optax.ParamLayout`; None infers it.
+
+    Returns:
+      The transformation; with `optax.inject_hyperparams` pass ``static_args=STATIC_ARGS``.
+
+    Raises:
+      ValueError: see `scale_by_lorapre_adam`.
+
+    Example:
+      >>> params = {"mlp": {"kernel": jnp.ones((24, 40))}, "norm": {"scale": jnp.ones(40)}}
+      >>> tx = lorapre_adamw(1e-3, rank=4)
+      >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+      >>> print(updates["mlp"]["kernel"][0, 0].round(6), updates["norm"]["scale"][0].round(6))
+      -0.001 -0.001
+    """
+    check_number("weight_decay", weight_decay, 0)
+    direction = scale_by_lorapre_adam(
+        rank,
+        b1,
+        b2,
+        eps,
+        scale=scale,
+        bias_correction=bias_correction,
+        bound=bound,
+        residual=residual,
+        second_moment=second_moment,
+        gamma1=gamma1,
+        gamma2=gamma2,
+        damping=damping,
+        damping_kind=damping_kind,
+        initial_subspace=initial_subspace,
+        factor_dtype=factor_dtype,
+        full_rank_fallback=full_rank_fallback,
+        layout=layout,
+    )
+    return route_matrices(
+        direction,
+        learning_rate,
+        others=others,
+        adam=full_adam(b1, b2, eps),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        learning_rates={
+            "embedding": embedding_learning_rate,
+            "head": head_learning_rate,
+            "vector": vector_learning_rate,
+        },
+        layout=layout,
+    )
+
+
+def full_adam(b1: Number, b2: Number, eps: Number) -> optax.GradientTransformationExtraArgs:
+    """Adam's direction with full moments on every leaf, whatever its role; float32 arithmetic."""
+    anything = ParamLayout("vector", (), ())
+    return scale_by_lorapre_adam(None, b1, b2, eps, layout=anything)
+
+
+def _squared_weight(decay: Any, count: jax.Array, dtype: Any) -> jax.Array:
+    """What v of a constant gradient is to its square at step t: b2 (1 - b2^((t-1)/2))^2 + 1 - b2."""
+    past = bias_weight(jnp.asarray(decay, dtype) ** 0.5, count - 1, dtype)
+    return decay * jnp.square(past) + 1 - decay
