@@ -1,26 +1,19 @@
-"""The hybrids: one rule per role through `optax.partition`; SAGE-Hybrid and its two controls.
+"""The hybrids: SAGE-Hybrid, the paper's method, and its two controls."""
 
-Only directions are partitioned. Weight decay and learning rates follow in the same chain over the
-whole tree, so that a mask given as a tree has the structure of the parameters as the user knows them.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
+import jax.numpy as jnp
 import optax
 
-from layout_optax.roles import ROLES, LayoutLike, flatten_with_layout
+from layout_optax.roles import LayoutLike
 from sage_optax._damper import Damper, EpsMode
-from sage_optax._sage import scale_by_sage
-from sage_optax._sinkgd import scale_by_sinkhorn
+from sage_optax._routing import OTHER, adam_direction, choose, route, sinkgd_direction
+from sage_optax._sage import momentum_dtype, scale_by_sage
 from sage_optax._sinkhorn import Variant
 
 HeadRule: TypeAlias = Literal["table", "matrix", "adamw"]
 Rate: TypeAlias = optax.ScalarOrSchedule
-OTHER = "other"
-"""Label of the leaves that a rule declares not ours; they get AdamW's direction."""
 
 
 def sage_hybrid(
@@ -72,13 +65,13 @@ def sage_hybrid(
       eps_mode: see `scale_by_sage`.
       mu_dtype: momentum of tables and vectors: None (the parameter's dtype), a float dtype or int8. AdamW
         parts store their first moment in it unless it is int8.
-      scale: multiplies the matrices' direction before weight decay is added.
+      scale: multiplies the matrices' direction before weight decay is added; a number or schedule.
       iterations: see `scale_by_sinkhorn`.
       sinkhorn_eps: eps of `scale_by_sinkhorn`.
       variant: see `scale_by_sinkhorn`.
       vector_rule: ``"sage"`` as in the released code, or ``"adamw"`` (the paper allows both readings).
       head_rule: ``"table"`` (SAGE), ``"matrix"`` (SinkGD) or ``"adamw"``.
-      adam_b1: decay of the first moment where AdamW's direction is used.
+      adam_b1: decay of the first moment where AdamW's direction is used. The three may be schedules.
       adam_b2: decay of its second moment.
       adam_eps: its eps.
       embedding_learning_rate: rate of the embedding's direction and decay; None for ``learning_rate``.
@@ -109,11 +102,12 @@ def sage_hybrid(
     sage = scale_by_sage(
         b1, b2, eps, damper=damper, eps_mode=eps_mode, mu_dtype=mu_dtype, layout=layout
     )
-    adam = optax.scale_by_adam(adam_b1, adam_b2, adam_eps, mu_dtype=_float_dtype(mu_dtype))
-    return _hybrid(
+    dtype = momentum_dtype(mu_dtype)
+    adam = adam_direction(adam_b1, adam_b2, adam_eps, None if dtype == jnp.int8 else dtype)
+    return route(
         table=sage,
-        vector=_choose("vector_rule", vector_rule, {"sage": sage, "adamw": adam}),
-        matrix=_sinkgd_direction(scale, iterations, sinkhorn_eps, variant, layout),
+        vector=choose("vector_rule", vector_rule, {"sage": sage, "adamw": adam}),
+        matrix=sinkgd_direction(scale, iterations, sinkhorn_eps, variant, layout),
         other=adam,
         head_rule=head_rule,
         learning_rate=learning_rate,
@@ -272,11 +266,17 @@ def sinkgd_hybrid(
       >>> sinkgd_hybrid(1e-3).init(params)[0].inner_states["matrix"].inner_state  # SinkGD has no state
       (EmptyState(), EmptyState())
     """
-    adam = optax.scale_by_adam(adam_b1, adam_b2, adam_eps, mu_dtype=mu_dtype)
-    return _hybrid(
+    dtype = momentum_dtype(mu_dtype)
+    if dtype == jnp.int8:
+        raise ValueError(
+            "sinkgd_hybrid: Adam's first moment has no int8 form; give a float mu_dtype, or use "
+            "sage_hybrid or lion_hybrid."
+        )
+    adam = adam_direction(adam_b1, adam_b2, adam_eps, dtype)
+    return route(
         table=adam,
         vector=adam,
-        matrix=_sinkgd_direction(scale, iterations, sinkhorn_eps, variant, layout),
+        matrix=sinkgd_direction(scale, iterations, sinkhorn_eps, variant, layout),
         other=adam,
         head_rule=head_rule,
         learning_rate=learning_rate,
@@ -292,96 +292,3 @@ def sinkgd_hybrid(
         weight_decay_mask=weight_decay_mask,
         layout=layout,
     )
-
-
-def labels_by_role(layout: LayoutLike = None) -> Callable[[Any], Any]:
-    """A callable for `optax.partition`: every leaf's role, ``"other"`` where it is not ours.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> labels_by_role()({"norm": {"scale": jnp.ones(4)}, "none": None})
-      {'none': None, 'norm': {'scale': 'vector'}}
-    """
-
-    def labels(tree: Any) -> Any:
-        ours = flatten_with_layout(layout, tree)
-        return ours.map(lambda _, found, leaf: found.role, other=lambda: OTHER)
-
-    return labels
-
-
-def _hybrid(
-    *,
-    table: optax.GradientTransformation,
-    vector: optax.GradientTransformation,
-    matrix: optax.GradientTransformation,
-    other: optax.GradientTransformation,
-    head_rule: str,
-    learning_rate: Rate,
-    rates: Mapping[str, Rate | None],
-    multipliers: Mapping[str, float] | None,
-    weight_decay: Any,
-    weight_decay_mask: Any,
-    layout: LayoutLike,
-) -> optax.GradientTransformationExtraArgs:
-    """Directions by role, then decay, then rates by role."""
-    labels = labels_by_role(layout)
-    directions = {
-        "embedding": table,
-        "head": _choose("head_rule", head_rule, {"table": table, "matrix": matrix, "adamw": other}),
-        "vector": vector,
-        "matrix": matrix,
-        OTHER: other,
-    }
-    return optax.chain(
-        optax.partition(directions, labels),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        _scale_by_rates(learning_rate, rates, multipliers, labels),
-    )
-
-
-def _sinkgd_direction(
-    scale: Any, iterations: Any, eps: Any, variant: Variant, layout: LayoutLike
-) -> optax.GradientTransformation:
-    sinkhorn = scale_by_sinkhorn(iterations, eps, variant=variant, layout=layout)
-    return optax.chain(sinkhorn, optax.scale(scale))
-
-
-def _scale_by_rates(
-    learning_rate: Rate,
-    rates: Mapping[str, Rate | None],
-    multipliers: Mapping[str, float] | None,
-    labels: Callable[[Any], Any],
-) -> optax.GradientTransformation:
-    """One learning rate for all, or one per role where any role has its own."""
-    multipliers = dict(multipliers or {})
-    own = {role: rate for role, rate in rates.items() if rate is not None}
-    for role in multipliers:
-        if role not in rates:
-            known = (*ROLES, OTHER)
-            raise ValueError(f"learning_rate_multipliers: unknown role {role!r}; use {known}.")
-        if role in own:
-            raise ValueError(
-                f"learning_rate_multipliers: {role} has both {role}_learning_rate and a multiplier; "
-                "give one."
-            )
-        own[role] = _times(learning_rate, multipliers[role])
-    if not own:
-        return optax.scale_by_learning_rate(learning_rate)
-    by_role = {role: optax.scale_by_learning_rate(own.get(role, learning_rate)) for role in rates}
-    return optax.partition(by_role, labels)
-
-
-def _times(rate: Any, factor: float) -> Any:
-    return (lambda count: factor * rate(count)) if callable(rate) else factor * rate
-
-
-def _choose(option: str, value: Any, choices: Mapping[str, Any]) -> Any:
-    if value not in choices:
-        raise ValueError(f"{option} must be one of {tuple(choices)}, got {value!r}.")
-    return choices[value]
-
-
-def _float_dtype(mu_dtype: Any) -> Any:
-    """AdamW parts follow a float momentum dtype, and keep the parameter's beside int8 momenta."""
-    return None if mu_dtype is None or "int8" in str(mu_dtype) else mu_dtype

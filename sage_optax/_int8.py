@@ -9,7 +9,6 @@ far below a step. Bits come from `layout_optax.keys`: a hash of path, step and c
 import jax
 import jax.numpy as jnp
 
-from layout_optax.axes import sharding_without
 from layout_optax.keys import element_bits
 from layout_optax.roles import ParamLayout
 
@@ -48,9 +47,6 @@ def encode(
     u = size / jnp.where(row_max == 0, 1, row_max) * LEVELS**2
     floor = jnp.floor(jnp.sqrt(u))
     bits = element_bits(path, x.shape, layout, count)
-    sharding = sharding_without(x, ())
-    if sharding is not None:
-        bits = jax.sharding.reshard(bits, sharding)
     uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24  # 24 bits: exact, and below 1
     up = uniform * (2 * floor + 1) < u - jnp.square(floor)
     codes = jnp.sign(x) * jnp.minimum(floor + up, LEVELS)

@@ -115,8 +115,8 @@ def scale_by_sage(
     """
     _check_options(damper, eps_mode)
     _check_numbers(b1=b1, b2=b2, eps=eps)
-    momentum_dtype = _momentum_dtype(mu_dtype)
-    int8 = momentum_dtype == jnp.int8
+    dtype = momentum_dtype(mu_dtype)
+    int8 = dtype == jnp.int8
 
     def init_fn(params: optax.Params) -> SageState:
         ours = flatten_with_layout(layout, params)
@@ -126,7 +126,7 @@ def scale_by_sage(
 
         return SageState(
             count=jnp.zeros([], jnp.int32),
-            mu=ours.map(lambda _, layout, p: zeros_without(p, (), momentum_dtype or p.dtype)),
+            mu=ours.map(lambda _, layout, p: zeros_without(p, (), dtype or p.dtype)),
             magnitude=None if damper is None else ours.map(zero_magnitude),
             mu_row_max=(
                 ours.map(lambda _, layout, p: zeros_without(p, layout.column_axes, jnp.float32))
@@ -144,11 +144,11 @@ def scale_by_sage(
         rate1, rate2, offset = (_at(number, state.count) for number in (b1, b2, eps))
 
         def step(path, layout, g, mu, magnitude, row_max):
-            dtype = g.dtype
+            narrow = g.dtype
             if damper is not None or int8:  # otherwise optax.lion's own arithmetic
                 if int8:
                     mu = decode(mu, row_max, layout)
-                wide = compute_dtype(jnp.promote_types(dtype, mu.dtype))
+                wide = compute_dtype(jnp.promote_types(narrow, mu.dtype))
                 g, mu = g.astype(wide), mu.astype(wide)
             direction, mu = lion_step(g, mu, rate1, rate2)
             if damper is not None:
@@ -158,7 +158,7 @@ def scale_by_sage(
                 direction = direction * damping
             if int8:
                 mu, row_max = encode(mu, path, layout, count)
-            return _Leaf(direction.astype(dtype), mu, magnitude, row_max)
+            return _Leaf(direction.astype(narrow), mu, magnitude, row_max)
 
         steps = ours.map(step, *(_or_nones(ours, tree) for tree in state[1:]))
 
@@ -317,7 +317,7 @@ def _check_numbers(**numbers: Any) -> None:
             raise ValueError(f"sage: {name} must be in [0, 1), got {value}.")
 
 
-def _momentum_dtype(mu_dtype: Any) -> np.dtype | None:
+def momentum_dtype(mu_dtype: Any) -> np.dtype | None:
     """The momentum's dtype, None for the parameter's."""
     if mu_dtype is None:
         return None
