@@ -6,6 +6,8 @@ from lorapre_optax._adam import lorapre_adamw as lorapre_adamw
 from lorapre_optax._adam import scale_by_lorapre_adam as scale_by_lorapre_adam
 from lorapre_optax._momentum import low_rank_ema as low_rank_ema
 from lorapre_optax._momentum import low_rank_trace as low_rank_trace
+from lorapre_optax._muon import lorapre_muon as lorapre_muon
+from lorapre_optax._muon import scale_by_lorapre_muon as scale_by_lorapre_muon
 from lorapre_optax._tracking import LowRankState as LowRankState
 
 STATIC_ARGS = (
@@ -31,7 +33,9 @@ __all__ = [
     "LowRankState",
     "ParamLayout",
     "lorapre_adamw",
+    "lorapre_muon",
     "low_rank_ema",
     "low_rank_trace",
     "scale_by_lorapre_adam",
+    "scale_by_lorapre_muon",
 ]

@@ -1,0 +1,222 @@
+"""LoRA-Pre Muon: an orthogonalised accumulator whose history is two thin factors (Algorithm 2)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import optax
+
+from layout_optax.roles import LayoutLike, flatten_with_layout
+from lorapre_optax._adam import full_adam
+from lorapre_optax._factors import DampingKind
+from lorapre_optax._momentum import accumulate
+from lorapre_optax._newton_schulz import orthogonalize
+from lorapre_optax._numbers import Number, at, check_decay, check_number
+from lorapre_optax._rank import RankLike
+from lorapre_optax._routing import Others, route_matrices
+from lorapre_optax._tracking import InitialSubspace, Tracking, as_updates, initialiser
+
+
+def scale_by_lorapre_muon(
+    rank: RankLike = 128,
+    mu: Number = 0.95,
+    *,
+    ns_steps: Number = 5,
+    eps: Number = 1e-8,
+    nesterov: bool = False,
+    scale: Number = 1.0,
+    consistent_rms: Number | None = None,
+    residual: Number | None = None,
+    gamma: Number | None = None,
+    damping: Number = 1e-4,
+    damping_kind: DampingKind = "relative",
+    initial_subspace: InitialSubspace = "normal",
+    factor_dtype: Any = None,
+    full_rank_fallback: bool = True,
+    layout: LayoutLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon's direction from a low-rank accumulator: Algorithm 2, from the previous factors.
+
+    ::
+
+        m = mu B A + G                                            (see `low_rank_trace`)
+        direction = NewtonSchulz(m) * sqrt(max(1, fan_out / fan_in))
+
+    Vectors have nothing to orthogonalise: their accumulator is returned as it is.
+
+    Args:
+      rank: see `low_rank_ema`. Matrices where factors do not pay keep a full accumulator.
+      mu: decay of the accumulator, in [0, 1). Every number here may be a schedule.
+      ns_steps: Newton-Schulz iterations.
+      eps: added to the norm that the iteration starts from.
+      nesterov: orthogonalise G + mu m instead of m.
+      scale: multiplies the direction of matrices.
+      consistent_rms: if given, the shape factor is sqrt(max(fan_in, fan_out)) times this number instead
+        (0.2 gives about the RMS of AdamW), as in `optax.contrib.muon`.
+      residual: kappa in [0, mu], see `low_rank_ema`; None in the paper.
+      gamma: see `low_rank_trace`.
+      damping: see `low_rank_ema`.
+      damping_kind: see `low_rank_ema`.
+      initial_subspace: see `low_rank_ema`.
+      factor_dtype: see `low_rank_ema`.
+      full_rank_fallback: see `low_rank_ema`.
+      layout: see `layout_optax.ParamLayout`; None infers it. Leaves that are not ours pass through.
+
+    Returns:
+      A transformation with state `LowRankState`. Updates keep their dtype.
+
+    Raises:
+      ValueError: for numbers out of range, at construction where they are concrete.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> params = {"mlp": {"kernel": jnp.ones((24, 40))}}
+      >>> tx = scale_by_lorapre_muon(rank=4)
+      >>> state = tx.init(params)
+      >>> state.left["mlp"]["kernel"].shape
+      (4, 40)
+    """
+    check_decay("mu", mu)
+    for name, value in (("ns_steps", ns_steps), ("eps", eps), ("consistent_rms", consistent_rms)):
+        check_number(name, value, 0)
+    check_number("gamma", gamma, 0, 1)
+    check_number("residual", residual, 0, 1)
+    tracking = Tracking(
+        rank, damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback
+    )
+    init = initialiser(tracking, layout)
+
+    def init_fn(params):
+        return init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        leaves = flatten_with_layout(layout, updates)
+        before = state.count
+        moments, state = accumulate(
+            leaves, state, tracking, mu, nesterov=nesterov, gamma=gamma, residual=residual
+        )
+        directions = []
+        for leaf_layout, m in zip(leaves.layouts, moments, strict=True):
+            if leaf_layout is None or m is None or leaf_layout.role == "vector":
+                directions.append(m)
+                continue
+            fan_out, fan_in = (
+                math.prod(m.shape[axis] for axis in axes)
+                for axes in (leaf_layout.row_axes, leaf_layout.column_axes)
+            )
+            factor = math.sqrt(max(1.0, fan_out / max(fan_in, 1)))
+            if consistent_rms is not None:
+                factor = math.sqrt(max(fan_in, fan_out)) * at(consistent_rms, before)
+            direction = orthogonalize(m, leaf_layout, at(ns_steps, before), at(eps, before))
+            directions.append(direction * (factor * at(scale, before)))
+        return as_updates(leaves, directions), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def lorapre_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: RankLike = 128,
+    mu: Number = 0.95,
+    *,
+    ns_steps: Number = 5,
+    eps: Number = 1e-8,
+    nesterov: bool = False,
+    scale: Number = 1.0,
+    consistent_rms: Number | None = None,
+    residual: Number | None = None,
+    gamma: Number | None = None,
+    damping: Number = 1e-4,
+    damping_kind: DampingKind = "relative",
+    initial_subspace: InitialSubspace = "normal",
+    factor_dtype: Any = None,
+    full_rank_fallback: bool = True,
+    weight_decay: Number = 0.0,
+    weight_decay_mask: Any = None,
+    adam_b1: Number = 0.9,
+    adam_b2: Number = 0.999,
+    others: Others = "adamw",
+    embedding_learning_rate: optax.ScalarOrSchedule | None = None,
+    head_learning_rate: optax.ScalarOrSchedule | None = None,
+    vector_learning_rate: optax.ScalarOrSchedule | None = None,
+    layout: LayoutLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    """LoRA-Pre Muon for a whole model: matrices orthogonalised, everything else full AdamW or SAGE.
+
+    An orthogonalised direction has entries of about 1 / sqrt(larger side): its learning rate is some
+    twenty times AdamW's, so give the other roles their own, or set ``consistent_rms=0.2``.
+
+    Args:
+      learning_rate: of the matrices, and of the rest where its own is None.
+      rank: see `scale_by_lorapre_muon`, applied to the matrices.
+      mu: see `scale_by_lorapre_muon`.
+      ns_steps: see `scale_by_lorapre_muon`.
+      eps: of the iteration and of AdamW on the rest.
+      nesterov: see `scale_by_lorapre_muon`.
+      scale: see `scale_by_lorapre_muon`.
+      consistent_rms: see `scale_by_lorapre_muon`.
+      residual: see `scale_by_lorapre_muon`.
+      gamma: see `low_rank_trace`.
+      damping: see `low_rank_ema`.
+      damping_kind: see `low_rank_ema`.
+      initial_subspace: see `low_rank_ema`.
+      factor_dtype: see `low_rank_ema`.
+      full_rank_fallback: see `low_rank_ema`.
+      weight_decay: decoupled, times the learning rate of the role.
+      weight_decay_mask: tree of booleans, or a callable from parameters to one; None decays everything.
+      adam_b1: b1 of AdamW on the rest.
+      adam_b2: b2 of AdamW on the rest.
+      others: ``"adamw"`` or ``"sage"``, see `lorapre_adamw`.
+      embedding_learning_rate: None: ``learning_rate``.
+      head_learning_rate: None: ``learning_rate``.
+      vector_learning_rate: None: ``learning_rate``.
+      layout: see `layout_optax.ParamLayout`; None infers it.
+
+    Returns:
+      The transformation; with `optax.inject_hyperparams` pass ``static_args=STATIC_ARGS``.
+
+    Raises:
+      ValueError: see `scale_by_lorapre_muon`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> params = {"mlp": {"kernel": jnp.ones((24, 40))}, "norm": {"scale": jnp.ones(40)}}
+      >>> tx = lorapre_muon(2e-2, rank=4, vector_learning_rate=1e-3)
+      >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+      >>> print(updates["norm"]["scale"][0].round(6))
+      -0.001
+    """
+    check_number("weight_decay", weight_decay, 0)
+    direction = scale_by_lorapre_muon(
+        rank,
+        mu,
+        ns_steps=ns_steps,
+        eps=eps,
+        nesterov=nesterov,
+        scale=scale,
+        consistent_rms=consistent_rms,
+        residual=residual,
+        gamma=gamma,
+        damping=damping,
+        damping_kind=damping_kind,
+        initial_subspace=initial_subspace,
+        factor_dtype=factor_dtype,
+        full_rank_fallback=full_rank_fallback,
+        layout=layout,
+    )
+    return route_matrices(
+        direction,
+        learning_rate,
+        others=others,
+        adam=full_adam(adam_b1, adam_b2, eps),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        learning_rates={
+            "embedding": embedding_learning_rate,
+            "head": head_learning_rate,
+            "vector": vector_learning_rate,
+        },
+        layout=layout,
+    )
