@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -75,6 +76,12 @@ class RunSummary:
     def state_ratio(self) -> float:
         """Optimizer-state bytes as a share of AdamW's."""
         return self.optimizer_state_bytes / self.adamw_state_bytes
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> RunSummary:
+        """A summary from what `to_dict` gave."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in stored.items() if name in names})
 
     def to_dict(self) -> dict[str, object]:
         """All fields and the derived numbers, for JSON."""

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from examples.llama.batches import check_batch
 from examples.llama.data import DataConfig
-from examples.llama.optimizers import (
+from examples.llama.optimizer_options import (
     OPTION_NAMES,
     Damper,
     EpsMode,
+    HeadRule,
     MuDtype,
     OptimizerOptions,
-    make_optimizer,
-    optimizer_entry,
+    VectorRule,
 )
-from examples.llama.presets import PROTOCOLS, LlamaConfig, preset
+from examples.llama.optimizers import OPTIMIZERS, make_optimizer, optimizer_entry
+from examples.llama.presets import PRESETS, PROTOCOLS, LlamaConfig, preset
 from examples.llama.tuned_rates import tuned_rate
 from layout_optax.roles import ROLES
 
@@ -27,20 +30,17 @@ RANKS = {"galore_60m": 128, "galore_130m": 256, "galore_350m": 256, "galore_1b":
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Trains a Llama with one optimizer. What is not given comes from the protocol and the preset."""
+class JobConfig:
+    """What to train on and how long, whichever the optimizer. None: from the protocol or the preset."""
 
-    preset: str = "demo"
-    """Model shape: a key of presets.PRESETS."""
-    optimizer: str = "sage_hybrid"
-    """Optimizer: a key of optimizers.OPTIMIZERS."""
-    out: Path = Path("runs/train")
-    """Folder for config.json, metrics.jsonl, summary.json and the TensorBoard files."""
-    overwrite: bool = False
-    """Replace a finished run in that folder."""
-    protocol: str | None = None
-    """demo, galore or sage: sequence length, batch, clipping, decay and schedule; by default the
-    one of the preset's family."""
+    preset: Annotated[str, tyro.conf.arg(help=f"Model shape: {', '.join(PRESETS)}.")] = "demo"
+    protocol: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="Sequence length, batch, clipping, decay and schedule: "
+            f"{', '.join(PROTOCOLS)}; by default the one of the preset's family."
+        ),
+    ] = None
     steps: int | None = None
     """Optimizer steps."""
     batch_size: int | None = None
@@ -49,10 +49,6 @@ class TrainConfig:
     """Predicted tokens of a sequence."""
     accumulate: int = 1
     """Parts that a batch is computed in, one after the other."""
-    learning_rate: float | None = None
-    """Peak learning rate; by default the tuned one of preset and optimizer."""
-    role_rates: str | None = None
-    """Peak rates of single roles in a hybrid: embedding=1e-3,vector=2e-3."""
     warmup_fraction: float | None = None
     """Share of the steps that warms up."""
     final_rate_fraction: float | None = None
@@ -62,25 +58,7 @@ class TrainConfig:
     weight_decay: float | None = None
     """Decoupled weight decay, multiplied by the learning rate."""
     decay_vectors: bool = True
-    """Let weight decay act on norm scales too, as the papers' scripts do."""
-    b1: float | None = None
-    """Weight of the old momentum in the update."""
-    b2: float | None = None
-    """Decay of the momentum (sign rules) or of the second moment (Adam rules)."""
-    eps: float | None = None
-    """Added to denominators (SAGE's damper, Adam)."""
-    damper: Damper | None = None
-    """SAGE's damper: both terms, the averaged one only, or none (which is Lion)."""
-    eps_mode: EpsMode | None = None
-    """Whether SAGE's eps is absolute or relative to the scale's rms."""
-    mu_dtype: MuDtype | None = None
-    """Storage of the momentum."""
-    scale: float | None = None
-    """Factor on the matrices' direction."""
-    rank: int | None = None
-    """Rank of low-rank projections."""
-    update_gap: int | None = None
-    """Steps between two projections of GaLore."""
+    """Let weight decay act on norm scales too."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix products and activations; parameters and gradients are float32."""
     scan_layers: bool | None = None
@@ -113,6 +91,45 @@ class TrainConfig:
     """Held-out batches of an evaluation, spread evenly over the held-out text."""
     log_every: int = 10
     """Steps between log lines; the device is waited for only then."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(JobConfig):
+    """Trains a Llama with one optimizer. What is not given comes from the protocol and the preset."""
+
+    optimizer: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(OPTIMIZERS)}.")] = (
+        "sage_hybrid"
+    )
+    learning_rate: float | None = None
+    """Peak learning rate; by default the tuned one of preset and optimizer."""
+    role_rates: str | None = None
+    """Peak rates of single roles in a hybrid: embedding=1e-3,vector=2e-3."""
+    b1: float | None = None
+    """Weight of the old momentum in the update."""
+    b2: float | None = None
+    """Decay of the momentum (sign rules) or of the second moment (Adam rules)."""
+    eps: float | None = None
+    """Added to denominators (SAGE's damper, Adam)."""
+    damper: Damper | None = None
+    """SAGE's damper: both terms, the averaged one only, or none (which is Lion)."""
+    eps_mode: EpsMode | None = None
+    """Whether SAGE's eps is absolute or relative to the scale's rms."""
+    mu_dtype: MuDtype | None = None
+    """Storage of the momentum."""
+    head_rule: HeadRule | None = None
+    """What a hybrid does with an untied head: the tables' rule, the matrices' or AdamW."""
+    vector_rule: VectorRule | None = None
+    """What SAGE-Hybrid does with vectors."""
+    scale: float | None = None
+    """Factor on the matrices' direction."""
+    rank: int | None = None
+    """Rank of low-rank projections."""
+    update_gap: int | None = None
+    """Steps between two projections of GaLore."""
+    out: Path = Path("runs/train")
+    """Folder for config.json, metrics.jsonl, summary.json and the TensorBoard files."""
+    overwrite: bool = False
+    """Replace a finished run in that folder."""
     statistics_every: int | None = None
     """Steps between statistics of updates and damper, a multiple of log_every; by default log_every,
     0 for none."""

@@ -114,7 +114,7 @@ def make_train_step(
 
     def train_step(state: TrainState, tokens: jax.Array, peak: jax.Array):
         loss, gradients = accumulated_gradients(loss_fn, state.params, tokens, accumulate)
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         if clip_norm is not None:
             clip = optax.clip_by_global_norm(clip_norm)
             gradients, _ = clip.update(gradients, optax.EmptyState())

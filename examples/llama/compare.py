@@ -1,0 +1,401 @@
+"""Trains one model with several optimizers, each at its own tuned rate, and puts the results side by side.
+
+    python -m examples.llama.compare --optimizers adamw,lion_hybrid,sage_hybrid --preset demo --out runs/compare
+
+All start from the same parameters and see the same batches in the same order. The folder then holds
+comparison.json, table.md, comparison.png, a folder a run, and with `--tune` the trials and tuned_rates.json.
+Started again with the same settings it continues: what is finished is not repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from examples.llama.comparison import Row, make_row, markdown_table, rich_table, with_times
+from examples.llama.data import Dataset, prepare_data, train_iterator
+from examples.llama.metrics import (
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    command_line,
+    jsonable,
+    read_json,
+    read_metrics,
+    versions,
+    write_json,
+)
+from examples.llama.optimizers import OPTIMIZERS, optimizer_entry
+from examples.llama.plots import plot_comparison
+from examples.llama.presets import LlamaConfig
+from examples.llama.program import Program
+from examples.llama.progress import duration
+from examples.llama.report import RunSummary
+from examples.llama.settings import (
+    JobConfig,
+    Settings,
+    TrainConfig,
+    data_config,
+    parse_rates,
+    resolve,
+)
+from examples.llama.timing import paired_step_times
+from examples.llama.train import INTERRUPTED_EXIT, USAGE_EXIT, Run
+from examples.llama.tuned_rates import TUNED_RATES, tuned_rate
+from examples.llama.tuning import SearchResult, TrialStore, search_rate
+
+REFERENCE = "adamw"
+"""The optimizer that state and step time are measured against."""
+
+UNTUNED_START = 1e-3
+"""Where a search begins that finds no rate in the table."""
+
+
+@dataclass(frozen=True)
+class CompareConfig(JobConfig):
+    """Trains one model with several optimizers, each at its own tuned rate, and compares them."""
+
+    optimizers: Annotated[
+        str, tyro.conf.arg(help=f"Names, separated by commas: {', '.join(OPTIMIZERS)}.")
+    ] = "adamw,lion_hybrid,sage_hybrid,sage_hybrid_int8"
+    out: Path = Path("runs/compare")
+    """Folder for the table, the picture and the runs."""
+    rates: str | None = None
+    """Peak rates to use instead of the tuned ones: adamw=1e-3,lion=3e-4."""
+    tune: bool = False
+    """Search each optimizer's rate first, except those given by --rates."""
+    tune_fraction: float = 0.25
+    """Length of a search's runs, as a share of the steps."""
+    tune_factor: float = 2.0
+    """Ratio of neighbouring rates of the search."""
+    tune_trials: int = 8
+    """Most runs of one search."""
+    timing_rounds: int = 10
+    """Steps of each optimizer that are timed in turns with AdamW's at the end; 0 for none."""
+    time_budget: float | None = None
+    """Minutes that runs and timing may take on this machine; fewer steps are taken if need be."""
+    resume: bool = True
+    """Keep what an earlier call with the same settings has finished."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    config = tyro.cli(CompareConfig, args=arguments, prog="python -m examples.llama.compare")
+    console = Console()
+    try:
+        comparison = Comparison(config, console=console)
+    except ValueError as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
+        return USAGE_EXIT
+    try:
+        comparison.run()
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted. The same command continues from here.")
+        return INTERRUPTED_EXIT
+    return 0
+
+
+class Comparison:
+    """A comparison, checked and ready to start.
+
+    Args:
+        config: What was asked for.
+        model: A shape to use instead of the preset's.
+        dataset: Prepared data to use instead of reading it.
+        console: Where to show progress; by default standard output.
+
+    Raises:
+        ValueError: The configuration, the data or the batch cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: CompareConfig,
+        *,
+        model: LlamaConfig | None = None,
+        dataset: Dataset | None = None,
+        console: Console | None = None,
+    ):
+        self.config, self.model = config, model
+        self.console = console or Console()
+        self.names = parse_names(config.optimizers)
+        self.rates = self._start_rates()
+        self._programs: dict[str, Program] = {}
+        settings = [resolve(self._train_config(name), model) for name in self.names]
+        if dataset is None:
+            dataset = prepare_data(data_config(self._train_config(self.names[0]), settings[0]))
+        self.dataset = dataset
+        # Everything that could be refused is refused now, not after the first run.
+        Run(self._train_config(self.names[0]), model=model, dataset=dataset, console=self.console)
+
+    def run(self) -> list[Row]:
+        """Searches rates if asked, trains, times, writes and shows; returns the rows.
+
+        Raises:
+            KeyboardInterrupt: From the keyboard, after the running part has been put on disk.
+        """
+        self._fit_time_budget()
+        if self.config.tune:
+            self._tune()
+        rates = ", ".join(f"{name} {rate:g} ({why})" for name, (rate, why) in self.rates.items())
+        self._say(f"Peak rates: {rates}")
+        rows = [self._trained_row(name) for name in self.names]
+        rows = self._timed(rows)
+        return self._publish(rows)
+
+    def _publish(self, rows: list[Row]) -> list[Row]:
+        config, out = self.config, self.config.out
+        command = command_line("examples.llama.compare")
+        picture = out / "comparison.png"
+        result = {
+            "rows": rows,
+            "config": config,
+            "steps": rows[0].steps,
+            "data": self.dataset.describe(),
+            "versions": versions(),
+            "command": command,
+        }
+        write_json(out / "comparison.json", result)
+        (out / "table.md").write_text(markdown_table(rows), encoding="utf-8")
+        title = f"{config.preset}, {max(row.tokens for row in rows):,} tokens"
+        plot_comparison(rows, picture, title, f"{command}   corpus {self._corpus()}")
+        self.console.print(rich_table(rows, title))
+        self._say(f"Corpus {self._corpus()}, seed {config.seed}. Table: {out / 'table.md'}")
+        self._say(f"Picture: {picture}")
+        return rows
+
+    def _trained_row(self, name: str) -> Row:
+        """The row of a run that is finished already, or else of one that is made now."""
+        config = self._train_config(name)
+        settings = resolve(config, self.model)
+        summary = self._stored(config.out, settings) if self.config.resume else None
+        if summary is None:
+            summary = self._train(config)
+        else:
+            self._say(f"{name}: kept the run in {config.out}")
+        return make_row(summary, self.rates[name][1], read_metrics(config.out))
+
+    def _train(self, config: TrainConfig) -> RunSummary:
+        run = Run(
+            config,
+            model=self.model,
+            dataset=self.dataset,
+            program=self._programs.get(config.optimizer),
+            console=self.console,
+        )
+        self._programs[config.optimizer] = run.program
+        summary = run.train()
+        if summary.status == "interrupted":
+            raise KeyboardInterrupt
+        if summary.message:
+            self._say(f"{config.optimizer}: {summary.message}")
+        return summary
+
+    def _stored(self, folder: Path, settings: Settings) -> RunSummary | None:
+        """The summary of a run in a folder, if it came to its end under the same settings."""
+        summary, found = read_json(folder / SUMMARY), read_json(folder / CONFIG)
+        if summary is None or found is None or not (folder / METRICS).exists():
+            return None
+        if summary["status"] == "interrupted" or found != {**found, **self._identity(settings)}:
+            return None
+        return RunSummary.from_dict(summary)
+
+    def _identity(self, settings: Settings) -> dict[str, Any]:
+        """What two runs must have in common to be the same experiment, as JSON."""
+        return jsonable(
+            {"settings": settings, "data": self.dataset.describe(), "versions": versions()}
+        )
+
+    def _tune(self) -> None:
+        """Searches the rates that were not given, and writes what was found."""
+        config, found = self.config, {}
+        for name, (start, source) in self.rates.items():
+            if source == "given":
+                continue
+            result = self._search(name, start)
+            trials = ", ".join(f"{trial.rate:g}: {trial.loss:.4f}" for trial in result.trials)
+            edge = "; the best is at the edge, --tune-trials was reached" if result.at_edge else ""
+            self._say(f"{name}: best rate {result.best.rate:g} of {trials}{edge}")
+            found[name] = result.best.rate
+            self.rates[name] = (result.best.rate, "searched")
+        write_json(config.out / "tuned_rates.json", {config.preset: found})
+        self._say(f"Rates found, as JSON: {config.out / 'tuned_rates.json'}")
+
+    def _search(self, name: str, start: float) -> SearchResult:
+        config = self.config
+        full = resolve(self._train_config(name), self.model)
+        steps = max(1, round(config.tune_fraction * full.steps))
+        trial_config = dataclasses.replace(
+            self._train_config(name),
+            steps=steps,
+            eval_every=steps,
+            out=config.out / "tuning" / name,
+            overwrite=True,
+        )
+        settings = dataclasses.replace(resolve(trial_config, self.model), learning_rate=1.0)
+        settings = dataclasses.replace(settings, rate_source="")
+
+        def run(rate: float) -> float:
+            summary = self._train(dataclasses.replace(trial_config, learning_rate=rate))
+            finished = summary.status == "finished" and summary.heldout_loss is not None
+            return summary.heldout_loss if finished and summary.heldout_loss else float("inf")
+
+        store = TrialStore(
+            config.out / "tuning" / f"{name}.json",
+            self._identity(settings),
+            keep=config.resume,
+        )
+        return search_rate(
+            store.remember(run), start, factor=config.tune_factor, max_trials=config.tune_trials
+        )
+
+    def _timed(self, rows: list[Row]) -> list[Row]:
+        """The rows with step times; the runs' own times are from different minutes of the machine."""
+        rounds = self.config.timing_rounds
+        if not rounds:
+            return rows
+        store = self.config.out / "timing.json"
+        identities = {row.optimizer: self._program_identity(row.optimizer) for row in rows}
+        stored = read_json(store) if self.config.resume else None
+        times: dict[str, Any] = stored or {}
+        for row in rows:
+            name = row.optimizer
+            known = times.get(name)
+            if known is not None and known["program"] == identities[name]:
+                continue
+            self._say(f"{name}: timing {rounds} steps in turns with {REFERENCE}")
+            reference, program = self._program(REFERENCE), self._program(name)
+            settings = program.settings
+            batches = train_iterator(self.dataset, settings.batch_size, settings.seq_len)
+            tokens = [next(batches) for _ in range(4)]
+            found = paired_step_times(program, reference, tokens, rounds)
+            times[name] = {
+                "program": identities[name],
+                "ratio": 1.0 if name == REFERENCE else found.ratio,
+                "seconds": found.median,
+            }
+            write_json(store, times)
+        return [
+            with_times(row, times[row.optimizer]["ratio"], times[row.optimizer]["seconds"])
+            for row in rows
+        ]
+
+    def _program(self, name: str) -> Program:
+        """The program of an optimizer's run, compiled."""
+        settings = resolve(self._train_config(name), self.model)
+        program = self._programs.get(name)
+        if program is None or not program.serves(settings):
+            program = self._programs[name] = Program(settings)
+        program.compile()
+        return program
+
+    def _program_identity(self, name: str) -> Any:
+        settings = resolve(self._train_config(name), self.model)
+        return self._identity(dataclasses.replace(settings, learning_rate=1.0, rate_source=""))
+
+    def _fit_time_budget(self) -> None:
+        """Takes fewer steps where the planned ones would not fit into the budget on this machine."""
+        config = self.config
+        if config.time_budget is None:
+            return
+        plan = config.out / "plan.json"
+        wanted = jsonable(dataclasses.replace(config, resume=True))
+        stored = read_json(plan)
+        if config.resume and stored is not None and stored["config"] == wanted:
+            steps = stored["steps"]
+        else:
+            steps = self._steps_in_budget(60.0 * config.time_budget)
+            write_json(plan, {"config": wanted, "steps": steps})
+        self.config = dataclasses.replace(config, steps=steps)
+
+    def _steps_in_budget(self, budget: float) -> int:
+        started = time.perf_counter()
+        program = self._program(REFERENCE)
+        settings = program.settings
+        batches = train_iterator(self.dataset, settings.batch_size, settings.seq_len)
+        tokens = [next(batches) for _ in range(4)]
+        step = paired_step_times(program, program, tokens, 2).median
+        spent = time.perf_counter() - started
+        # What does not grow with the steps: a compile for each, ten evaluations at about a third
+        # of a step for each batch, and the timing at the end.
+        count = len(self.names)
+        fixed = spent + count * (
+            2 * program.compile_seconds
+            + 10 * settings.eval_batches * step / 3
+            + 2 * self.config.timing_rounds * step
+        )
+        affordable = int((budget - fixed) / (count * 1.1 * step))
+        steps = max(min(settings.steps, affordable), min(settings.steps, 20))
+        if steps < settings.steps:
+            need = fixed + count * 1.1 * step * settings.steps
+            self._say(
+                f"A step of AdamW takes {step:.2f} s here, so {settings.steps} steps of {count} "
+                f"optimizers would take about {duration(need)}: {steps} steps instead "
+                f"(--time-budget {self.config.time_budget:g})."
+            )
+        return steps
+
+    def _train_config(self, name: str) -> TrainConfig:
+        shared = {
+            field.name: getattr(self.config, field.name) for field in dataclasses.fields(JobConfig)
+        }
+        return TrainConfig(
+            **shared,
+            optimizer=name,
+            learning_rate=self.rates[name][0] if name in self.rates else UNTUNED_START,
+            out=self.config.out / "runs" / name,
+            overwrite=True,
+            statistics_every=0,
+            tensorboard=False,
+        )
+
+    def _start_rates(self) -> dict[str, tuple[float, str]]:
+        """Each optimizer's peak rate and where it is from: given, the table, or a start to search from."""
+        config = self.config
+        given = parse_rates(config.rates, list(OPTIMIZERS), "optimizer")
+        rates = {}
+        for name in self.names:
+            if name in given:
+                rates[name] = (given[name], "given")
+            elif config.tune and name not in TUNED_RATES.get(config.preset, {}):
+                rates[name] = (UNTUNED_START, "start of the search")
+            else:
+                rates[name] = tuned_rate(config.preset, name)
+        return rates
+
+    def _corpus(self) -> str:
+        return self.dataset.corpus_sha256[:12]
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def parse_names(text: str) -> list[str]:
+    """Reads optimizers' names separated by commas.
+
+    Raises:
+        ValueError: There is none, one is unknown, or one occurs twice.
+
+    >>> parse_names("adamw, lion")
+    ['adamw', 'lion']
+    """
+    names = [part for part in (part.strip() for part in text.split(",")) if part]
+    for name in names:
+        optimizer_entry(name)
+    if not names:
+        raise ValueError("name at least one optimizer")
+    if len(set(names)) < len(names):
+        raise ValueError(f"an optimizer is named twice in {text!r}")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Settings of the example's optimizers, and what they come to as keyword arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+
+from layout_optax import resolve_layout
+
+Damper = Literal["both", "ema", "none"]
+EpsMode = Literal["absolute", "relative"]
+MuDtype = Literal["float32", "bfloat16", "int8"]
+HeadRule = Literal["table", "matrix", "adamw"]
+VectorRule = Literal["sage", "adamw"]
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Settings of an optimizer; None means the optimizer's own default.
+
+    Attributes:
+        weight_decay: Decoupled weight decay, multiplied by the learning rate.
+        decay_vectors: Whether weight decay also applies to vectors (norm scales).
+        b1: Weight of the old momentum in the update's direction.
+        b2: Decay of the momentum (sign rules) or of the second moment (Adam rules).
+        eps: Added to the denominators of the tables' and vectors' rule.
+        damper: SAGE's damper: both terms, the averaged one alone, or none (Lion).
+        eps_mode: Whether SAGE's eps is absolute or relative to the rms of the scale.
+        mu_dtype: Storage of SAGE's momentum.
+        head_rule: What a hybrid does with an untied head: the tables' rule, the matrices', or AdamW.
+        vector_rule: What SAGE-Hybrid does with vectors.
+        scale: Factor on the matrices' direction, before weight decay.
+        rank: Rank of low-rank projections.
+        update_gap: Steps between two projections of GaLore.
+        role_multipliers: Learning rate of a role as a multiple of the common one.
+    """
+
+    weight_decay: float = 0.0
+    decay_vectors: bool = True
+    b1: float | None = None
+    b2: float | None = None
+    eps: float | None = None
+    damper: Damper | None = None
+    eps_mode: EpsMode | None = None
+    mu_dtype: MuDtype | None = None
+    head_rule: HeadRule | None = None
+    vector_rule: VectorRule | None = None
+    scale: float | None = None
+    rank: int | None = None
+    update_gap: int | None = None
+    role_multipliers: Mapping[str, float] | None = None
+
+    def only(self, *names: str, prefix: str = "") -> dict[str, Any]:
+        """Those of the named settings that were given, under the names with a prefix.
+
+        >>> OptimizerOptions(b1=0.95, eps=1e-6).only("b1", "b2", prefix="adam_")
+        {'adam_b1': 0.95}
+        """
+        return {prefix + name: value for name, value in self.given().items() if name in names}
+
+    def decay_mask(self) -> Callable[[Any], Any] | None:
+        """None for decay on everything, else a function from parameters to True at all but vectors."""
+        if self.decay_vectors:
+            return None
+        return lambda params: jax.tree.map(
+            lambda layout: layout.role != "vector", resolve_layout(None, params)
+        )
+
+    def given(self) -> dict[str, Any]:
+        """The optional settings that are not None.
+
+        >>> OptimizerOptions(b1=0.95).given()
+        {'b1': 0.95}
+        """
+        return {
+            name: getattr(self, name) for name in OPTION_NAMES if getattr(self, name) is not None
+        }
+
+
+OPTION_NAMES = tuple(
+    field.name for field in dataclasses.fields(OptimizerOptions) if field.default is None
+)
+"""The settings that only some optimizers take."""

@@ -1,0 +1,201 @@
+"""The pure training step: accumulation, clipping, the schedule, one compile, and its statistics."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from examples.llama.clock import StepClock
+from examples.llama.step import (
+    accumulated_gradients,
+    init_state,
+    make_evaluation,
+    make_train_step,
+    warmup_cosine,
+)
+from examples.llama.update_stats import damper_statistics, sage_states, update_statistics
+from sage_optax import sage_damper, scale_by_sage
+
+
+def quadratic(params, tokens):
+    """A loss that depends on every sequence, with a weight that differs between sequences."""
+    x = tokens.astype(jnp.float32)
+    weights = (x > 0).astype(jnp.float32)
+    count = jnp.sum(weights)
+    return jnp.sum(weights * (params["w"] * x - params["b"]) ** 2) / jnp.maximum(count, 1), count
+
+
+PARAMS = {"w": jnp.asarray([0.3, -0.2, 0.5]), "b": jnp.asarray([1.0, 2.0, 3.0])}
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 5, (8, 3)))
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 8])
+def test_accumulation_equals_the_big_batch_where_parts_have_unequal_counts(accumulate):
+    assert len(set(np.sum(np.asarray(TOKENS) > 0, axis=1))) > 1
+    loss, gradients = accumulated_gradients(quadratic, PARAMS, TOKENS)
+    parts_loss, parts = accumulated_gradients(quadratic, PARAMS, TOKENS, accumulate)
+    np.testing.assert_allclose(parts_loss, loss, rtol=1e-6)
+    for name in PARAMS:
+        np.testing.assert_allclose(parts[name], gradients[name], rtol=1e-5)
+
+
+def test_accumulators_are_float32_for_bfloat16_parameters():
+    def linear(w, tokens):
+        return w * jnp.mean(tokens.astype(w.dtype)), jnp.ones((), jnp.float32)
+
+    # In bfloat16 a running sum of ones stops at 256.
+    ones, w = jnp.ones((512, 1), jnp.int32), jnp.ones((), jnp.bfloat16)
+    _, gradient = accumulated_gradients(linear, w, ones, 512)
+    assert gradient.dtype == jnp.bfloat16
+    assert float(gradient) == 1.0
+
+
+def test_a_batch_that_does_not_divide_is_an_error():
+    with pytest.raises(ValueError, match="8 sequences does not divide into 3 parts"):
+        accumulated_gradients(quadratic, PARAMS, TOKENS, 3)
+
+
+def test_clipping_happens_before_the_optimizer_and_the_norm_reported_is_unclipped():
+    step = make_train_step(quadratic, optax.sgd, optax.constant_schedule(1.0), clip_norm=0.01)
+    state = init_state(PARAMS, optax.sgd)
+    _, gradients = accumulated_gradients(quadratic, PARAMS, TOKENS)
+    new, metrics, _ = jax.jit(step)(state, TOKENS, 2.0)
+    np.testing.assert_allclose(metrics.grad_norm, optax.tree.norm(gradients), rtol=1e-6)
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, new.params, PARAMS))
+    np.testing.assert_allclose(moved, 2.0 * 0.01, rtol=1e-4)
+    assert int(new.step) == 1
+
+
+def test_the_learning_rate_reported_is_the_one_applied():
+    schedule = warmup_cosine(steps=10, warmup_steps=2, final_fraction=0.0)
+    step = jax.jit(make_train_step(quadratic, optax.sgd, schedule))
+    state = init_state(PARAMS, optax.sgd)
+    for count in range(3):
+        _, gradients = accumulated_gradients(quadratic, state.params, TOKENS)
+        old = state.params
+        state, metrics, _ = step(state, TOKENS, 0.01)
+        np.testing.assert_allclose(metrics.learning_rate, 0.01 * schedule(count), rtol=1e-6)
+        np.testing.assert_allclose(
+            state.params["w"], old["w"] - metrics.learning_rate * gradients["w"], rtol=1e-5
+        )
+
+
+def test_schedule_warms_up_to_the_peak_and_ends_at_its_fraction():
+    rates = [float(warmup_cosine(100, 10, 0.1)(count)) for count in range(101)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert rates[10] == max(rates) == pytest.approx(1.0)
+    assert np.all(np.diff(rates[:11]) > 0)
+    assert np.all(np.diff(rates[10:]) < 0)
+    assert rates[100] == pytest.approx(0.1)
+    assert float(warmup_cosine(4, 0, 0.0)(0)) == 1.0
+
+
+def test_evaluation_is_the_mean_over_tokens_not_over_batches():
+    evaluate = make_evaluation(quadratic)
+    zero = jnp.zeros(())
+    sums = evaluate(PARAMS, TOKENS[5:], evaluate(PARAMS, TOKENS[:5], (zero, zero)))
+    expected, count = quadratic(PARAMS, TOKENS)
+    np.testing.assert_allclose(sums[0] / sums[1], expected, rtol=1e-6)
+    assert float(sums[1]) == float(count)
+
+
+def test_update_statistics_pool_all_parameters_of_a_role():
+    params = {
+        "norm": {"scale": jnp.full(4, 2.0)},
+        "layers": {"input_layernorm": {"scale": jnp.full((3, 4), 2.0)}},
+        "up": {"kernel": jnp.zeros((4, 8))},
+    }
+    updates = {
+        "norm": {"scale": jnp.full(4, -1.0)},
+        "layers": {"input_layernorm": {"scale": jnp.zeros((3, 4))}},
+        "up": {"kernel": jnp.full((4, 8), 0.25).at[0, 0].set(-3.0)},
+    }
+    numbers = jax.jit(update_statistics)(params, updates)
+    assert float(numbers["update/vector/rms"]) == pytest.approx(math.sqrt(4 / 16))
+    assert float(numbers["update/vector/max"]) == 1.0
+    assert float(numbers["update/vector/relative"]) == pytest.approx(0.25)
+    assert float(numbers["update/matrix/max"]) == 3.0
+    # Parameters that are all zero do not make the ratio infinite.
+    assert float(numbers["update/matrix/relative"]) == float(numbers["update/matrix/rms"])
+
+
+def hybrid_like():
+    """SAGE on tables and vectors inside the wrappers that the hybrids use."""
+    labels = {"embed": "sage", "norm": {"scale": "sage"}, "up": {"kernel": "plain"}}
+    sage = optax.chain(scale_by_sage(), optax.scale_by_learning_rate(1e-2))
+    return optax.partition({"sage": sage, "plain": optax.sgd(1e-2)}, labels)
+
+
+def test_damper_statistics_find_sage_inside_a_partition():
+    params = {
+        "embed": jnp.ones((6, 4)),
+        "norm": {"scale": jnp.ones(4)},
+        "up": {"kernel": jnp.ones((4, 8))},
+    }
+    gradients = jax.tree.map(jnp.ones_like, params)
+    # One loud column is damped; the vector's gradient is so small that eps damps it.
+    gradients["embed"] = gradients["embed"].at[:, 0].set(10.0)
+    gradients["norm"]["scale"] = jnp.full(4, 1e-8)
+    tx = hybrid_like()
+    old = tx.init(params)
+    _, new = tx.update(gradients, old, params)
+    assert len(list(sage_states(old))) == 1
+    numbers = jax.jit(damper_statistics)(gradients, old, new)
+
+    state = next(sage_states(old))
+    masked = {**gradients, "up": {"kernel": optax.MaskedNode()}}
+    damper = sage_damper(masked, state)
+    assert float(numbers["damper/embedding/min"]) == pytest.approx(float(damper["embed"].min()))
+    assert float(numbers["damper/embedding/mean"]) == pytest.approx(float(damper["embed"].mean()))
+    assert float(numbers["damper/embedding/damped_share"]) == 0.25
+    assert float(numbers["damper/embedding/small_scale_share"]) == 0.0
+    assert float(numbers["damper/vector/mean"]) == pytest.approx(0.5, rel=1e-3)
+    assert float(numbers["damper/vector/small_scale_share"]) == 1.0
+    assert not any("matrix" in name for name in numbers)
+
+
+def test_damper_statistics_are_empty_without_a_damper():
+    params = {"embed": jnp.ones((6, 4))}
+    for tx in (optax.adamw(1e-3), scale_by_sage(damper=None)):
+        state = tx.init(params)
+        assert damper_statistics(params, state, state) == {}
+
+
+def test_clock_leaves_pauses_out_and_prefers_ordinary_steps(monkeypatch):
+    now = iter([0.0, 2.0, 10.0, 16.0, 16.0, 17.0])
+    monkeypatch.setattr("examples.llama.clock.time.perf_counter", lambda: next(now))
+    clock = StepClock()
+    assert clock.median() is None
+    for steps, ordinary in ((2, True), (1, False), (1, True)):
+        clock.start()
+        for _ in range(steps):
+            clock.count()
+        clock.stop(ordinary=ordinary)
+    assert (clock.seconds, clock.steps) == (9.0, 4)
+    assert clock.median() == 1.0
+    assert clock.interval() == (9.0, 4)
+    assert clock.interval() == (0.0, 0)
+
+
+def test_record_fields_are_what_the_optimizer_saw():
+    seen = {}
+
+    def statistics(record):
+        seen.update(record._asdict())
+        return {"gradient_norm": optax.tree.norm(record.gradients)}
+
+    step = make_train_step(
+        quadratic,
+        optax.sgd,
+        optax.constant_schedule(1.0),
+        clip_norm=0.5,
+        statistics=statistics,
+    )
+    _, _, numbers = step(init_state(PARAMS, optax.sgd), TOKENS, 0.1)
+    assert float(numbers["gradient_norm"]) == pytest.approx(0.5, rel=1e-5)
+    np.testing.assert_allclose(seen["updates"]["w"], -0.1 * seen["gradients"]["w"], rtol=1e-6)
