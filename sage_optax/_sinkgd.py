@@ -137,13 +137,11 @@ def sinkgd(
       >>> jnp.round(updates["kernel"][0], 6)
       Array([-0.001, -0.001, -0.001], dtype=float32)
     """
-    return optax.with_extra_args_support(
-        optax.chain(
-            scale_by_sinkhorn(iterations, eps, variant=variant, layout=layout),
-            optax.scale(scale),  # pyright: ignore[reportArgumentType]
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
-            optax.scale_by_learning_rate(learning_rate),
-        )
+    return optax.chain(
+        scale_by_sinkhorn(iterations, eps, variant=variant, layout=layout),
+        optax.scale(scale),  # pyright: ignore[reportArgumentType]
+        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
     )
 
 
@@ -151,10 +149,10 @@ def _check(iterations: Any, eps: Any, variant: Any) -> None:
     """Refuses settings that cannot work; traced values pass."""
     if variant not in get_args(Variant):
         raise ValueError(f"scale_by_sinkhorn: variant must be 'unit' or 'sqrt', got {variant!r}.")
-    if not isinstance(iterations, jax.core.Tracer):
-        if np.ndim(iterations) or not float(iterations).is_integer() or iterations < 1:
-            raise ValueError(
-                f"scale_by_sinkhorn: iterations must be an integer of at least 1, got {iterations!r}."
-            )
-    if not isinstance(eps, jax.core.Tracer) and not (0 <= float(eps) < math.inf):
+    known = lambda value: not isinstance(value, jax.core.Tracer)  # noqa: E731
+    if known(iterations) and (np.ndim(iterations) or not np.rint(iterations) >= 1):
+        raise ValueError(
+            f"scale_by_sinkhorn: iterations must be a number of at least 1, got {iterations!r}."
+        )
+    if known(eps) and not 0 <= float(eps) < math.inf:
         raise ValueError(f"scale_by_sinkhorn: eps must be finite and not negative, got {eps!r}.")
