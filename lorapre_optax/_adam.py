@@ -1,7 +1,5 @@
 """LoRA-Pre Adam: Adam whose two moments are thin factors (Algorithm 1 of the paper)."""
 
-from __future__ import annotations
-
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax

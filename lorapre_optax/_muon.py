@@ -1,7 +1,5 @@
 """LoRA-Pre Muon: an orthogonalised accumulator whose history is two thin factors (Algorithm 2)."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
