@@ -10,22 +10,10 @@ from lorapre_optax._muon import lorapre_muon as lorapre_muon
 from lorapre_optax._muon import scale_by_lorapre_muon as scale_by_lorapre_muon
 from lorapre_optax._tracking import LowRankState as LowRankState
 
-STATIC_ARGS = (
-    "rank",
-    "target",
-    "nesterov",
-    "bias_correction",
-    "second_moment",
-    "others",
-    "weight_decay_mask",
-    "debias",
-    "damping_kind",
-    "initial_subspace",
-    "factor_dtype",
-    "full_rank_fallback",
-    "layout",
-)
-"""Arguments of every optimizer here that are not numbers, for ``optax.inject_hyperparams``."""
+STATIC_ARGS: tuple[str, ...] = ("rank", "layout", "factor_dtype", "weight_decay_mask")
+"""Arguments that `optax.inject_hyperparams` must not turn into numbers or schedules. optax wants only names
+that the factory has: leave ``"weight_decay_mask"`` out for the ``scale_by_`` and ``low_rank_`` functions, and
+add ``"target"`` for a `low_rank_ema` that has one."""
 
 __all__ = [
     "STATIC_ARGS",

@@ -1,5 +1,6 @@
 """LoRA-Pre Adam: Adam whose two moments are thin factors (Algorithm 1 of the paper)."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -195,6 +196,9 @@ def lorapre_adamw(
     embedding_learning_rate: optax.ScalarOrSchedule | None = None,
     head_learning_rate: optax.ScalarOrSchedule | None = None,
     vector_learning_rate: optax.ScalarOrSchedule | None = None,
+    matrix_learning_rate: optax.ScalarOrSchedule | None = None,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
+    learning_rate_multipliers: Mapping[str, float] | None = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LoRA-Pre AdamW for a whole model: low-rank moments on matrices, full AdamW on everything else.
@@ -203,7 +207,7 @@ def lorapre_adamw(
     or SAGE by option.
 
     Args:
-      learning_rate: of the matrices, and of the rest where its own is None.
+      learning_rate: a number or schedule for every role that has no rate of its own.
       rank: see `scale_by_lorapre_adam`, applied to the matrices.
       b1: of the matrices and of AdamW on the rest.
       b2: of the matrices and of AdamW on the rest.
@@ -224,9 +228,12 @@ def lorapre_adamw(
       weight_decay_mask: tree of booleans, or a callable from parameters to one; None decays everything.
       others: ``"adamw"`` or ``"sage"`` for embedding, head and vectors. Leaves that a rule gave to nobody
         get AdamW.
-      embedding_learning_rate: None: ``learning_rate``.
-      head_learning_rate: None: ``learning_rate``.
-      vector_learning_rate: None: ``learning_rate``.
+      embedding_learning_rate: rate of the embedding's direction and decay; None for ``learning_rate``.
+      head_learning_rate: the same for the head.
+      vector_learning_rate: the same for vectors.
+      matrix_learning_rate: the same for matrices.
+      other_learning_rate: the same for leaves that are not ours.
+      learning_rate_multipliers: factors on ``learning_rate`` by role, instead of rates of their own.
       layout: see `layout_optax.ParamLayout`; None infers it.
 
     Returns:
@@ -242,7 +249,6 @@ def lorapre_adamw(
       >>> print(updates["mlp"]["kernel"][0, 0].round(6), updates["norm"]["scale"][0].round(6))
       -0.001 -0.001
     """
-    check_number("weight_decay", weight_decay, 0)
     direction = scale_by_lorapre_adam(
         rank,
         b1,
@@ -264,16 +270,19 @@ def lorapre_adamw(
     )
     return route_matrices(
         direction,
-        learning_rate,
+        full_adam(b1, b2, eps),
         others=others,
-        adam=full_adam(b1, b2, eps),
+        learning_rate=learning_rate,
+        rates=(
+            embedding_learning_rate,
+            head_learning_rate,
+            vector_learning_rate,
+            matrix_learning_rate,
+            other_learning_rate,
+        ),
+        multipliers=learning_rate_multipliers,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
-        learning_rates={
-            "embedding": embedding_learning_rate,
-            "head": head_learning_rate,
-            "vector": vector_learning_rate,
-        },
         layout=layout,
     )
 

@@ -1,6 +1,7 @@
 """LoRA-Pre Muon: an orthogonalised accumulator whose history is two thin factors (Algorithm 2)."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import optax
@@ -139,6 +140,9 @@ def lorapre_muon(
     embedding_learning_rate: optax.ScalarOrSchedule | None = None,
     head_learning_rate: optax.ScalarOrSchedule | None = None,
     vector_learning_rate: optax.ScalarOrSchedule | None = None,
+    matrix_learning_rate: optax.ScalarOrSchedule | None = None,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
+    learning_rate_multipliers: Mapping[str, float] | None = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LoRA-Pre Muon for a whole model: matrices orthogonalised, everything else full AdamW or SAGE.
@@ -147,7 +151,7 @@ def lorapre_muon(
     twenty times AdamW's, so give the other roles their own, or set ``consistent_rms=0.2``.
 
     Args:
-      learning_rate: of the matrices, and of the rest where its own is None.
+      learning_rate: a number or schedule for every role that has no rate of its own.
       rank: see `scale_by_lorapre_muon`, applied to the matrices.
       mu: see `scale_by_lorapre_muon`.
       ns_steps: see `scale_by_lorapre_muon`.
@@ -167,9 +171,12 @@ def lorapre_muon(
       adam_b1: b1 of AdamW on the rest.
       adam_b2: b2 of AdamW on the rest.
       others: ``"adamw"`` or ``"sage"``, see `lorapre_adamw`.
-      embedding_learning_rate: None: ``learning_rate``.
-      head_learning_rate: None: ``learning_rate``.
-      vector_learning_rate: None: ``learning_rate``.
+      embedding_learning_rate: rate of the embedding's direction and decay; None for ``learning_rate``.
+      head_learning_rate: the same for the head.
+      vector_learning_rate: the same for vectors.
+      matrix_learning_rate: the same for matrices.
+      other_learning_rate: the same for leaves that are not ours.
+      learning_rate_multipliers: factors on ``learning_rate`` by role, instead of rates of their own.
       layout: see `layout_optax.ParamLayout`; None infers it.
 
     Returns:
@@ -186,7 +193,6 @@ def lorapre_muon(
       >>> print(updates["norm"]["scale"][0].round(6))
       -0.001
     """
-    check_number("weight_decay", weight_decay, 0)
     direction = scale_by_lorapre_muon(
         rank,
         mu,
@@ -206,15 +212,18 @@ def lorapre_muon(
     )
     return route_matrices(
         direction,
-        learning_rate,
+        full_adam(adam_b1, adam_b2, eps),
         others=others,
-        adam=full_adam(adam_b1, adam_b2, eps),
+        learning_rate=learning_rate,
+        rates=(
+            embedding_learning_rate,
+            head_learning_rate,
+            vector_learning_rate,
+            matrix_learning_rate,
+            other_learning_rate,
+        ),
+        multipliers=learning_rate_multipliers,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
-        learning_rates={
-            "embedding": embedding_learning_rate,
-            "head": head_learning_rate,
-            "vector": vector_learning_rate,
-        },
         layout=layout,
     )

@@ -1,67 +1,55 @@
-"""Which parameters a low-rank optimizer gets: matrices; the rest goes to AdamW, or to SAGE by option."""
-
-from __future__ import annotations
+"""Which parameters a low-rank optimizer gets: matrices; the rest goes to full AdamW, or to SAGE by option."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import optax
 
-from layout_optax.roles import LayoutLike, flatten_with_layout
-from lorapre_optax._numbers import Number, check_one_of
+from layout_optax.roles import LayoutLike
+from lorapre_optax._numbers import Number, check_number
+from sage_optax._routing import OTHER, choose, route
+from sage_optax._sage import scale_by_sage
 
 Others: TypeAlias = Literal["adamw", "sage"]
-_NOT_OURS = "not ours"
 
 
 def route_matrices(
     matrix: optax.GradientTransformation,
-    learning_rate: optax.ScalarOrSchedule,
+    adam: optax.GradientTransformation,
     *,
     others: Others,
-    adam: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    rates: tuple[optax.ScalarOrSchedule | None, ...],
+    multipliers: Mapping[str, float] | None,
     weight_decay: Number,
     weight_decay_mask: Any,
-    learning_rates: Mapping[str, optax.ScalarOrSchedule | None],
     layout: LayoutLike,
 ) -> optax.GradientTransformationExtraArgs:
-    """One optimizer for a model: ``matrix`` on matrices, AdamW or SAGE on the other roles.
+    """One optimizer for a model: directions by role, then decay, then rates by role.
 
     Args:
-      matrix: the direction of the matrices, without learning rate.
-      learning_rate: of the matrices, and of every role without its own.
-      others: what the other roles get. Leaves without a layout (``None`` in a rule) always get AdamW.
-      adam: Adam's direction with full moments.
+      matrix: direction of the matrices.
+      adam: Adam's direction with full moments, for leaves without a layout and ``others="adamw"``.
+      others: direction of embedding, head and vectors.
+      learning_rate: of every role without its own.
+      rates: of embedding, head, vector, matrix and leaves that are not ours, or None.
+      multipliers: factors on ``learning_rate`` by role.
       weight_decay: decoupled, in every role.
       weight_decay_mask: as in `optax.adamw`.
-      learning_rates: by role; None: ``learning_rate``.
-      layout: decides the roles.
+      layout: decides the roles; the directions must have been made with the same.
     """
-    check_one_of("others", others, ("adamw", "sage"))
-
-    def finished(direction: optax.GradientTransformation, rate: Any):
-        return optax.chain(
-            direction,
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),  # pyright: ignore[reportArgumentType]
-            optax.scale_by_learning_rate(rate),
-        )
-
-    def full(role: str):
-        rate = learning_rates.get(role)
-        rate = learning_rate if rate is None else rate
-        if others == "sage" and role != _NOT_OURS:
-            from sage_optax import scale_by_sage
-
-            return finished(scale_by_sage(layout=layout), rate)
-        return finished(adam, rate)
-
-    def roles(params: Any) -> Any:
-        return flatten_with_layout(layout, params).map(
-            lambda path, leaf_layout, leaf: leaf_layout.role, other=lambda: _NOT_OURS
-        )
-
-    transforms: dict[Any, Any] = {
-        role: full(role) for role in ("embedding", "head", "vector", _NOT_OURS)
-    }
-    transforms["matrix"] = finished(matrix, learning_rate)
-    return optax.partition(transforms, roles)
+    check_number("weight_decay", weight_decay, 0)
+    rest = choose("others", others, {"adamw": adam, "sage": scale_by_sage(layout=layout)})
+    return route(
+        table=rest,
+        vector=rest,
+        matrix=matrix,
+        other=adam,
+        head_rule="table",
+        learning_rate=learning_rate,
+        rates=dict(zip(("embedding", "head", "vector", "matrix", OTHER), rates, strict=True)),
+        multipliers=multipliers,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        layout=layout,
+    )
