@@ -9,18 +9,22 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from examples.llama.loss import next_token_loss
 from examples.llama.model import abstract, apply, create, structure
 from examples.llama.optimizers import damper_arguments, make_optimizer
+from examples.llama.presets import LlamaConfig
 from examples.llama.settings import Settings
 from examples.llama.step import (
+    LossFn,
+    Params,
     StepMetrics,
     TrainState,
     init_state,
@@ -30,6 +34,7 @@ from examples.llama.step import (
 )
 from examples.llama.update_stats import make_statistics
 from layout_optax import state_bytes
+from layout_optax.memory import tree_bytes
 
 StepOutput = tuple[TrainState, StepMetrics, dict[str, jax.Array]]
 
@@ -76,11 +81,12 @@ class Program:
 
     def state_bytes(self) -> int:
         """Bytes of the optimizer's state."""
-        return state_bytes(self.settings.optimizer_from(0.0), self.abstract_params)
+        return tree_bytes(self.abstract_state.opt_state)
 
     def adamw_state_bytes(self) -> int:
         """Bytes that AdamW's state would take for this model."""
-        return state_bytes(make_optimizer("adamw", 0.0), self.abstract_params)
+        tx = make_optimizer("adamw", optax.constant_schedule(0.0))
+        return state_bytes(tx, self.abstract_params)
 
     def init(self, seed: int) -> TrainState:
         """The state before the first step.
@@ -88,14 +94,9 @@ class Program:
         The parameters come from a function of their own, whatever the optimizer, so that all
         optimizers start from the same bits.
         """
-        settings = self.settings
-
-        def params() -> Any:
-            return create(settings.model, seed, scan_layers=settings.scan_layers)[1]
-
-        return jax.jit(lambda p: init_state(p, settings.optimizer_from), donate_argnums=0)(
-            jax.jit(params)()
-        )
+        params = _init_params(self.settings.model, self.settings.scan_layers, np.uint32(seed))
+        make = self.settings.optimizer_from
+        return jax.jit(lambda params: init_state(params, make), donate_argnums=0)(params)
 
     def compile(self, *, detailed: bool = False) -> None:
         """Compiles the train step now, and the one with statistics if asked."""
@@ -121,7 +122,7 @@ class Program:
         """The mean loss over all tokens of some batches, and their number."""
         sums = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
         for tokens in batches:
-            sums = self._evaluate(params, tokens, sums)
+            sums = _evaluate(self._graphdef, self.settings.loss_chunk, params, tokens, sums)
         total, count = jax.device_get(sums)
         return float(total) / float(count), int(count)
 
@@ -133,14 +134,10 @@ class Program:
     def _detailed_step(self) -> Callable[..., StepOutput]:
         return self._compiled_step(make_statistics(damper_arguments(self.settings.options)))
 
-    @cached_property
-    def _evaluate(self) -> Callable[..., Any]:
-        return jax.jit(make_evaluation(self._loss))
-
     def _compiled_step(self, statistics: Any) -> Callable[..., StepOutput]:
         settings = self.settings
         step = make_train_step(
-            self._loss,
+            _loss_fn(self._graphdef, settings.loss_chunk),
             settings.optimizer_from,
             warmup_cosine(settings.steps, settings.warmup_steps, settings.final_rate_fraction),
             clip_norm=settings.clip_norm,
@@ -156,9 +153,21 @@ class Program:
         self.compile_seconds += time.perf_counter() - started
         return compiled
 
-    def _loss(self, params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = apply(self._graphdef, params)
-        return next_token_loss(model, tokens, chunk=self.settings.loss_chunk)
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _init_params(model: LlamaConfig, scan_layers: bool, seed: jax.Array) -> Params:
+    return create(model, seed, scan_layers=scan_layers)[1]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _evaluate(
+    graphdef: Any, chunk: int | None, params: Params, tokens: jax.Array, sums: Any
+) -> Any:
+    return make_evaluation(_loss_fn(graphdef, chunk))(params, tokens, sums)
+
+
+def _loss_fn(graphdef: Any, chunk: int | None) -> LossFn:
+    return lambda params, tokens: next_token_loss(apply(graphdef, params), tokens, chunk=chunk)
 
 
 def _without_rate(settings: Settings) -> Settings:

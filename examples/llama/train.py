@@ -251,8 +251,8 @@ class NonFiniteLossError(FloatingPointError):
 
     def __init__(self, step: int, metrics: StepMetrics, settings: Settings):
         super().__init__(
-            f"Step {step}: the loss is {float(metrics.loss)} and the gradient's norm "
-            f"{float(metrics.grad_norm)} at learning rate {float(metrics.learning_rate):.3g} "
+            f"Step {step}: the loss is {float(metrics.loss):.4g} and the gradient's norm "
+            f"{float(metrics.grad_norm):.4g} at learning rate {float(metrics.learning_rate):.3g} "
             f"(peak {settings.learning_rate:g}). Stopped; a lower --learning-rate or a longer "
             "--warmup-fraction may help."
         )
