@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from layout_optax.roles import LayoutLike, flatten_with_layout
 from sage_optax._sinkhorn import Variant, sinkhorn
@@ -42,12 +43,14 @@ def scale_by_sinkhorn(
 
     A vector is a single row: its columns are its entries, so both variants give ``sign(g)`` where
     ``|g|`` stays clear of ``eps`` times its norm. Rows, columns or whole gradients of zeros stay zero. A
-    gradient with a NaN or an infinity gives NaN where the plain loop does (everywhere, from the second
-    iteration on); wrap the optimizer in `optax.apply_if_finite` to skip such steps.
+    NaN or an infinity in a gradient makes its whole matrix NaN from the second iteration on (after a
+    single one, at least where the plain loop gives NaN); wrap the optimizer in `optax.apply_if_finite`
+    to skip such steps.
 
-    Norms are taken in float32 (float64 for float64 gradients) and the result does not overflow or
-    underflow where the float64 loop does not, whatever the spread of row and column norms. One matrix
-    is written, the direction itself.
+    Norms are taken in float32 (float64 for float64 gradients) and agree with the loop in float64 however
+    far apart the norms of rows and columns are, where a float32 loop is wrong above 1e+19 and below
+    1e-19. Subnormal numbers count as zero. Only the direction is written, and no temporary of the
+    gradient's size in between (one in float32 if the gradient is narrower).
 
     Args:
       iterations: number of times rows and columns are normalised, at least 1. May be an array (it is
@@ -149,7 +152,7 @@ def _check(iterations: Any, eps: Any, variant: Any) -> None:
     """Refuses settings that cannot work; traced values pass."""
     if variant not in get_args(Variant):
         raise ValueError(f"scale_by_sinkhorn: variant must be 'unit' or 'sqrt', got {variant!r}.")
-    known = lambda value: not isinstance(value, jax.core.Tracer)  # noqa: E731
+    known = lambda value: not isinstance(value, Tracer)  # noqa: E731
     if known(iterations) and (np.ndim(iterations) or not np.rint(iterations) >= 1):
         raise ValueError(
             f"scale_by_sinkhorn: iterations must be a number of at least 1, got {iterations!r}."

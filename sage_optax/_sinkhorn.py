@@ -82,7 +82,7 @@ def sinkhorn(
         iterations = jnp.rint(iterations)
     iterations = jnp.maximum(iterations.astype(jnp.int32), 1)
 
-    # 2^row_peak 2^column_peak bounds an entry, and comes within a factor of 4 in each row and column.
+    # No entry exceeds 2^row_peak 2^column_peak, and in each row and column one comes within a factor of 2.
     row_peak, column_peak, row_used, column_used = _peaks(g, layout, dtype)
     ones = jnp.expand_dims(zeros_without(g, layout.row_axes, dtype) + 1, layout.row_axes)
     flat = _scaled(

@@ -72,3 +72,17 @@ def decayed_step(p, direction, learning_rate, weight_decay):
     """A parameter after a step with decoupled weight decay."""
     p = np.asarray(p, np.float64)
     return p - learning_rate * (np.asarray(direction) + weight_decay * p)
+
+
+def sinkhorn(g, layout, *, iterations=5, eps=1e-8, variant="unit"):
+    """The plain loop: every half-step rewrites the matrix."""
+    matrices = to_matrices(g, layout)
+    n_rows, n_columns = matrices.shape[1:]
+    row_gain, column_gain = (n_columns**0.5, n_rows**0.5) if variant == "sqrt" else (1, 1)
+    for x in matrices:
+        for _ in range(iterations):
+            for i in range(n_rows):
+                x[i] *= row_gain / (np.sqrt(np.sum(x[i] ** 2)) + eps)
+            for j in range(n_columns):
+                x[:, j] *= column_gain / (np.sqrt(np.sum(x[:, j] ** 2)) + eps)
+    return from_matrices(matrices, layout, np.shape(g))
