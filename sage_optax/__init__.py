@@ -3,7 +3,8 @@
 from layout_optax import ParamLayout, describe
 from layout_optax import __version__ as __version__
 from sage_optax._hybrid import lion_hybrid, sage_hybrid, sinkgd_hybrid
-from sage_optax._sage import STATIC_ARGS, SageState, sage, sage_damper, scale_by_sage
+from sage_optax._options import STATIC_ARGS
+from sage_optax._sage import SageState, sage, sage_damper, scale_by_sage
 from sage_optax._sinkgd import scale_by_sinkhorn, sinkgd
 
 __all__ = [

@@ -8,8 +8,9 @@ import optax
 
 from layout_optax.roles import LayoutLike
 from sage_optax._damper import Damper, EpsMode
+from sage_optax._options import momentum_dtype
 from sage_optax._routing import OTHER, adam_direction, choose, route, sinkgd_direction
-from sage_optax._sage import momentum_dtype, scale_by_sage
+from sage_optax._sage import scale_by_sage
 from sage_optax._sinkhorn import Variant
 
 HeadRule: TypeAlias = Literal["table", "matrix", "adamw"]

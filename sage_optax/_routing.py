@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from layout_optax.roles import ROLES, LayoutLike, flatten_with_layout
+from sage_optax._options import check_layout, check_mask
 from sage_optax._sinkgd import scale_by_sinkhorn
 from sage_optax._sinkhorn import Variant
 
@@ -29,6 +30,7 @@ def labels_by_role(layout: LayoutLike = None) -> Callable[[Any], Any]:
     """
 
     def labels(tree: Any) -> Any:
+        check_layout(layout, tree)
         ours = flatten_with_layout(layout, tree)
         return ours.map(lambda _, found, leaf: found.role, other=lambda: OTHER)
 
@@ -67,6 +69,7 @@ def route(
     Returns:
       The whole optimizer. Updates have the gradients' dtypes, whatever numbers were injected as arrays.
     """
+    check_mask(weight_decay_mask)
     labels = labels_by_role(layout)
     directions: dict[Hashable, optax.GradientTransformation] = {
         "embedding": table,

@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from layout_optax.axes import compute_dtype, zeros_without
@@ -21,10 +20,14 @@ from layout_optax.roles import (
 )
 from sage_optax._damper import Damper, EpsMode, lion_step, sage_damping
 from sage_optax._int8 import decode, encode
-
-STATIC_ARGS: tuple[str, ...] = ("layout", "mu_dtype", "weight_decay_mask")
-"""Arguments that `optax.inject_hyperparams` must not turn into numbers or schedules. optax wants only names
-that the factory has, so for `sinkgd`, which has no momentum, leave ``"mu_dtype"`` out."""
+from sage_optax._options import (
+    check_layout,
+    check_mask,
+    check_numbers,
+    check_options,
+    momentum_dtype,
+    value_at,
+)
 
 
 class SageState(NamedTuple):
@@ -113,12 +116,13 @@ def scale_by_sage(
       >>> state.magnitude["embedding"].shape
       (2,)
     """
-    _check_options(damper, eps_mode)
-    _check_numbers(b1=b1, b2=b2, eps=eps)
+    check_options(damper, eps_mode)
+    check_numbers(b1=b1, b2=b2, eps=eps)
     dtype = momentum_dtype(mu_dtype)
     int8 = dtype == jnp.int8
 
     def init_fn(params: optax.Params) -> SageState:
+        check_layout(layout, params)
         ours = flatten_with_layout(layout, params)
 
         def zero_magnitude(path, layout, param):
@@ -141,7 +145,7 @@ def scale_by_sage(
         del params, extra_args
         ours = flatten_with_layout(layout, updates)
         count = jnp.asarray(optax.safe_increment(state.count))
-        rate1, rate2, offset = (_at(number, state.count) for number in (b1, b2, eps))
+        rate1, rate2, offset = (value_at(number, state.count) for number in (b1, b2, eps))
 
         def step(path, layout, g, mu, magnitude, row_max):
             narrow = g.dtype
@@ -221,6 +225,7 @@ def sage(
       >>> print(updates["norm"]["scale"])
       [-0.001 -0.001 -0.001 -0.001]
     """
+    check_mask(weight_decay_mask)
     return optax.chain(
         scale_by_sage(
             b1, b2, eps, damper=damper, eps_mode=eps_mode, mu_dtype=mu_dtype, layout=layout
@@ -265,10 +270,10 @@ def sage_damper(
     """
     if state.magnitude is None or damper is None:
         raise ValueError("sage_damper: damper=None keeps no magnitude; its H is 1 everywhere.")
-    _check_options(damper, eps_mode)
+    check_options(damper, eps_mode)
     ours = flatten_with_layout(layout, updates)
     count = jnp.asarray(optax.safe_increment(state.count))
-    decay, offset = _at(b2, state.count), _at(eps, state.count)
+    decay, offset = value_at(b2, state.count), value_at(eps, state.count)
 
     def damping(path, layout, g, magnitude):
         if is_empty(magnitude):
@@ -292,41 +297,3 @@ class _Leaf(NamedTuple):
 def _or_nones(ours: LayoutLeaves, tree: Any) -> Any:
     """A state field, or None at every leaf if the state does not keep it."""
     return ours.map(lambda *_: None) if tree is None else tree
-
-
-def _at(number: Any, count: jax.Array) -> Any:
-    """The value of a number or schedule at a step."""
-    return number(count) if callable(number) else number
-
-
-def _check_options(damper: Any, eps_mode: Any) -> None:
-    if damper not in ("both", "ema", None):
-        raise ValueError(f"sage: damper must be 'both', 'ema' or None, got {damper!r}.")
-    if eps_mode not in ("absolute", "relative"):
-        raise ValueError(f"sage: eps_mode must be 'absolute' or 'relative', got {eps_mode!r}.")
-
-
-def _check_numbers(**numbers: Any) -> None:
-    """Range checks of plain numbers; schedules and injected arrays are not looked at."""
-    for name, value in numbers.items():
-        if not isinstance(value, (int, float)):
-            continue
-        if name == "eps" and not value > 0:
-            raise ValueError(f"sage: eps must be positive, got {value}.")
-        if name != "eps" and not 0 <= value < 1:
-            raise ValueError(f"sage: {name} must be in [0, 1), got {value}.")
-
-
-def momentum_dtype(mu_dtype: Any) -> np.dtype | None:
-    """The momentum's dtype, None for the parameter's."""
-    if mu_dtype is None:
-        return None
-    if isinstance(mu_dtype, jax.Array):
-        raise ValueError(
-            "sage: mu_dtype arrived as an array. Under optax.inject_hyperparams a class such as "
-            "jnp.bfloat16 is taken for a schedule: pass static_args=STATIC_ARGS, or its name."
-        )
-    dtype = jax.dtypes.canonicalize_dtype(mu_dtype)
-    if not (jnp.issubdtype(dtype, jnp.floating) or dtype == jnp.int8):
-        raise ValueError(f"sage: mu_dtype must be None, a float dtype or int8, got {mu_dtype!r}.")
-    return dtype

@@ -379,8 +379,13 @@ def test_inject_hyperparams(hybrid):
     updates, _ = jax.jit(injected.update)(params, state, params)
     assert not updates["embed"].any()
     assert updates["up"]["kernel"].any()
-    with pytest.raises(ValueError, match="STATIC_ARGS"):
-        optax.inject_hyperparams(hybrid)(1e-3, mu_dtype=jnp.bfloat16).init(params)
+    for name, value in (("mu_dtype", jnp.bfloat16), ("layout", infer_layout)):
+        with pytest.raises(ValueError, match=f"{name} arrived as .* static_args=STATIC_ARGS"):
+            optax.inject_hyperparams(hybrid)(1e-3, **{name: value}).init(params)
+    with pytest.raises(
+        ValueError, match=r"weight_decay_mask arrived as .* static_args=STATIC_ARGS"
+    ):
+        optax.inject_hyperparams(hybrid)(1e-3, weight_decay_mask=mask).init(params)
 
 
 @pytest.mark.parametrize("hybrid", HYBRIDS)

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import math
+import re
 from typing import Any
 
 import chex
@@ -489,8 +491,13 @@ def test_inject_hyperparams():
     chex.assert_trees_all_close(a, b, rtol=1e-6)
     chex.assert_trees_all_close(state.inner_state, expected, rtol=1e-5, atol=1e-8)
     assert {"b1", "b2", "eps", "learning_rate", "weight_decay"} == set(state.hyperparams)
-    with pytest.raises(ValueError, match="STATIC_ARGS"):
-        optax.inject_hyperparams(sage)(1e-3, mu_dtype=jnp.bfloat16).init(params)
+    for option in (
+        {"mu_dtype": jnp.bfloat16},
+        {"layout": functools.partial(infer_layout, rules=[("x", "matrix")])},
+        {"weight_decay_mask": lambda p: jax.tree.map(lambda x: x.ndim > 1, p)},
+    ):
+        with pytest.raises(ValueError, match=r"arrived as .*pass static_args=STATIC_ARGS"):
+            optax.inject_hyperparams(sage)(1e-3, **option).init(params)
 
 
 @pytest.mark.parametrize(
@@ -537,3 +544,26 @@ def test_lowers_without_hardware(platform, mu_dtype):
     tx = sage(1e-3, mu_dtype=mu_dtype)
     traced = jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params), params)
     assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("mu_dtype", [None, "int8"])
+@pytest.mark.parametrize("axis_type", ["Explicit", "Auto"])
+def test_only_statistics_are_communicated(axis_type, mu_dtype):
+    types = (getattr(jax.sharding.AxisType, axis_type),) * 2
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=types)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
+    rows, columns = 128, 64
+    g = {"embed": jax.device_put(jnp.ones((rows, columns)), sharding)}
+    tx = scale_by_sage(mu_dtype=mu_dtype)
+    text = jax.jit(tx.update).lower(g, tx.init(g)).compile().as_text()
+    lines = re.findall(
+        r"= (.*) (?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
+        text,
+    )
+    moved = sum(
+        math.prod(int(n) for n in shape.split(",") if n)
+        for line in lines
+        for shape in re.findall(r"\w+\[([\d,]*)\]", line)
+    )
+    # Sums of |g| for the columns of a shard, row maxima in int8, and a few scalars.
+    assert 0 < moved <= columns // 4 + (rows // 2 if mu_dtype else 0) + 16
