@@ -30,8 +30,10 @@ $(READY): pyproject.toml constraints.txt
 	@echo "== $(VENV) is ready"
 
 demo: $(READY) ## Train a small Llama with AdamW, Lion-Hybrid and SAGE-Hybrid on real text (<= 10 minutes)
-	@echo "== Training the demo Llama on this interpreter's standard library, one optimizer after the other"
-	@$(BIN)/python -m examples.llama.compare --preset demo --out out/demo --resume $(ARGS)
+	@echo "== Training the demo Llama on this interpreter's standard library, one optimizer after the other;"
+	@echo "== finished runs in out/demo are kept (make demo ARGS=--no-resume starts over)"
+	@$(BIN)/python -m examples.llama.compare --preset demo --steps 150 --time-budget 8 --out out/demo \
+		--optimizers adamw,lion_hybrid,sage_hybrid,sage_hybrid_int8 $(ARGS)
 
 test: $(READY) ## Run all tests: formulas, golden vectors, properties, the example (<= 10 minutes)
 	@echo "== Running all tests on Python $(VERSION)"
