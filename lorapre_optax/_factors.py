@@ -35,6 +35,8 @@ from layout_optax.roles import ParamLayout
 
 DampingKind: TypeAlias = Literal["relative", "absolute"]
 INIT_STD = 0.02
+MAX_JUMP = 30.0
+"""How many times its own size the left factor may grow in a step before the right factor's step shrinks."""
 
 
 class Letters(NamedTuple):
@@ -196,9 +198,12 @@ def newton_step(
         B' = (1-g) B + g G A^T (A A^T)^-1
         A' = (1-g) A + g (B^T B)^-1 B^T G
 
-    A left factor so small beside its step that adding it would be lost in rounding counts as zero: the
-    right factor then only decays, as the rule does from its start B = 0. Without this, B^+ G of a momentum that
-    has died away is as large as the momentum was small.
+    Both factors step at once, so their product gets a cross term g^2 G A^+ B^+ G: the square of a gradient
+    over the momentum that it meets. A momentum that has died away, or one gradient of 10^6 times the usual
+    size, makes it explode. With relative damping the right factor's step is therefore shrunk where
+    the left one would jump by more than `MAX_JUMP` times its size (a gradient some thousand times
+    larger than those before it), and left out where B is lost in rounding beside G A^+, as the rule does
+    from its start B = 0. Nothing short of that is touched.
 
     Args:
       target: G, of the parameter's shape, float32 or wider.
@@ -234,12 +239,18 @@ def newton_step(
     if kind == "relative":
         axes = core_axes(names.left, names.batch)
         size = lambda x: jnp.max(jnp.abs(x), axis=axes, initial=0)  # noqa: E731
-        alive = size(prepared.left) > jnp.finfo(target.dtype).eps * size(left_step)
+        old, fresh = size(prepared.left), size(left_step)
+        alive = old > jnp.finfo(target.dtype).eps * fresh
         scale = jnp.where(alive, 1 / prepared.left_scale, 0)
         right_step = right_step * spread(scale, names.right, names.batch)
+        limit, fresh = MAX_JUMP * old, gamma * fresh
+        trust = jnp.where(fresh > limit, limit / jnp.where(fresh > limit, fresh, 1), 1)
+        trusted = right_step * spread(trust, names.right, names.batch)
+    else:
+        trusted = right_step
     return Step(
         (1 - gamma) * prepared.left + gamma * left_step,
-        (1 - gamma) * prepared.right + gamma * right_step,
+        (1 - gamma) * prepared.right + gamma * trusted,
         left_step,
         right_step,
     )
