@@ -10,6 +10,7 @@ Started again with the same settings it continues: what is finished is not repea
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -165,7 +166,7 @@ class Comparison:
         }
         write_json(out / "comparison.json", result)
         (out / "table.md").write_text(markdown_table(rows), encoding="utf-8")
-        title = f"{config.preset}, {max(row.tokens for row in rows):,} tokens"
+        title = f"{config.preset}: held-out text after {max(row.tokens for row in rows):,} tokens"
         plot_comparison(rows, picture, title, f"{command}   corpus {self._corpus()}")
         self.console.print(rich_table(rows, title))
         self._say(f"Corpus {self._corpus()}, seed {config.seed}. Table: {out / 'table.md'}")
@@ -263,28 +264,33 @@ class Comparison:
         if not rounds:
             return rows
         store = self.config.out / "timing.json"
-        identities = {row.optimizer: self._program_identity(row.optimizer) for row in rows}
         stored = read_json(store) if self.config.resume else None
         times: dict[str, Any] = stored or {}
-        for row in rows:
-            name = row.optimizer
-            known = times.get(name)
-            if known is not None and known["program"] == identities[name]:
+        others = [row.optimizer for row in rows if row.optimizer != REFERENCE]
+        for name in others:
+            identity = [self._program_identity(REFERENCE), self._program_identity(name)]
+            if name in times and times[name]["programs"] == identity:
                 continue
             self._say(f"{name}: timing {rounds} steps in turns with {REFERENCE}")
-            reference, program = self._program(REFERENCE), self._program(name)
+            program = self._program(name)
             settings = program.settings
             batches = train_iterator(self.dataset, settings.batch_size, settings.seq_len)
             tokens = [next(batches) for _ in range(4)]
-            found = paired_step_times(program, reference, tokens, rounds)
+            found = paired_step_times(program, self._program(REFERENCE), tokens, rounds)
             times[name] = {
-                "program": identities[name],
-                "ratio": 1.0 if name == REFERENCE else found.ratio,
+                "programs": identity,
+                "ratio": found.ratio,
                 "seconds": found.median,
+                "reference_seconds": found.reference_median,
             }
             write_json(store, times)
+        if others:
+            reference = statistics.median(times[name]["reference_seconds"] for name in others)
+            times[REFERENCE] = {"ratio": 1.0, "seconds": reference}
         return [
             with_times(row, times[row.optimizer]["ratio"], times[row.optimizer]["seconds"])
+            if row.optimizer in times
+            else row
             for row in rows
         ]
 

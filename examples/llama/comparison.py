@@ -91,15 +91,9 @@ def with_times(row: Row, ratio: float, seconds: float) -> Row:
     return dataclasses.replace(row, step_time_ratio=ratio, paired_step_seconds=seconds)
 
 
-HEADER = (
-    "optimizer",
-    "held-out perplexity",
-    "held-out loss",
-    "peak rate",
-    "optimizer state",
-    "state / AdamW",
-    "step time / AdamW",
-)
+HEADER = ("optimizer", "perplexity", "loss", "rate", "state", "state/AdamW", "step/AdamW")
+"""Held-out perplexity and loss, peak rate, optimizer state, and its bytes and the step's time over
+AdamW's; short enough for a terminal of 80 columns."""
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -108,7 +102,7 @@ def cells(row: Row) -> tuple[str, ...]:
     ratio = "-" if row.step_time_ratio is None else f"{row.step_time_ratio:.2f}"
     return (
         row.label,
-        f"diverged at step {row.steps}" if diverged else f"{row.heldout_perplexity:.2f}",
+        f"diverged ({row.steps})" if diverged else f"{row.heldout_perplexity:.2f}",
         "-" if diverged else f"{row.heldout_loss:.4f}",
         f"{row.learning_rate:g}",
         size(row.optimizer_state_bytes),
@@ -119,9 +113,9 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def rich_table(rows: Sequence[Row], title: str) -> Table:
     """The rows for the terminal; the best perplexity is bold."""
-    table = Table(title=title)
+    table = Table(title=title, padding=(0, 0), collapse_padding=True)
     for name in HEADER:
-        table.add_column(name, justify="left" if name == "optimizer" else "right")
+        table.add_column(name, justify="left" if name == "optimizer" else "right", no_wrap=True)
     best = min((row.heldout_loss for row in rows), default=math.inf)
     for row in rows:
         is_best = row.heldout_loss == best < math.inf

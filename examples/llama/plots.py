@@ -36,15 +36,10 @@ def plot_comparison(rows: Sequence[Row], path: Path, title: str, footer: str) ->
     figure.suptitle(title)
     _loss_curves(left, rows)
     _perplexity_against_state(right, rows)
-    figure.legend(
-        *left.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(len(rows), 6),
-        frameon=False,
-    )
-    # A figure text is no part of the constrained layout: an empty axis label keeps the room.
+    # A figure text is no part of the constrained layout: room for it is kept below.
     lines = textwrap.wrap(footer, 190)
-    figure.get_layout_engine().set(rect=(0, 0.03 * len(lines), 1, 1 - 0.03 * len(lines)))  # type: ignore[union-attr]
+    room = 0.02 + 0.02 * len(lines)
+    figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))  # type: ignore[union-attr]
     figure.text(0.01, 0.01, "\n".join(lines), fontsize=6.5, color="0.4", va="bottom")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -70,32 +65,59 @@ def _loss_curves(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     axes.grid(alpha=0.3)
+    axes.legend(loc="upper right", fontsize=9)
 
 
 def _perplexity_against_state(axes: Axes, rows: Sequence[Row]) -> None:
-    finished = [(i, row) for i, row in enumerate(rows) if row.status == "finished"]
-    # An optimizer without state has no place on a logarithmic axis; a byte stands for none.
-    for index, row in finished:
-        x = max(row.optimizer_state_bytes, 1)
-        axes.plot(x, row.heldout_perplexity, linestyle="none", markersize=9, **_style(index))
-        axes.annotate(
-            f"{row.label}\n{row.heldout_perplexity:.1f}, {size(row.optimizer_state_bytes)}",
-            (x, row.heldout_perplexity),
-            textcoords="offset points",
-            xytext=(8, 6),
-            fontsize=8,
-        )
     axes.set_title("Held-out perplexity against optimizer state")
     axes.set_xlabel("optimizer state (log scale)")
     axes.set_ylabel("perplexity (log scale)")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.margins(x=0.25, y=0.2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
+    axes.margins(x=0.3, y=0.2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
+    # An optimizer without state has no place on a logarithmic axis; a byte stands for none.
+    points = [
+        (max(row.optimizer_state_bytes, 1), row.heldout_perplexity, row.label, _style(index))
+        for index, row in enumerate(rows)
+        if row.status == "finished"
+    ]
+    for x, y, _, style in points:
+        axes.plot(x, y, linestyle="none", markersize=9, **style)
+    _label_points(axes, [(x, y, f"{label}  {y:.1f}") for x, y, label, _ in points])
+
+
+def _label_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Writes each label beside its point, moved up where it would cover another."""
+    # Offsets hold only for the final size of the axes, which the layout decides when drawing.
+    axes.figure.canvas.draw()
+    gap, taken = 12.0, []
+    per_point = axes.figure.dpi / 72  # offsets are in points, positions in pixels
+    middle = axes.transAxes.transform((0.7, 0))[0] / per_point
+    for x, y, text in sorted(points, key=lambda point: point[1]):
+        at_x, at_y = axes.transData.transform((x, y)) / per_point
+        place = at_y
+        while any(abs(at_x - x2) < 120 and abs(place - y2) < gap for x2, y2 in taken):
+            place += 1.0
+        taken.append((at_x, place))
+        right = at_x < middle
+        axes.annotate(
+            text,
+            (x, y),
+            textcoords="offset points",
+            xytext=(9 if right else -9, place - at_y),
+            ha="left" if right else "right",
+            va="center",
+            fontsize=8,
+        )
+
+
+def _bytes(value: float) -> str:
+    return size(value).replace(".00", "")
 
 
 def _thousands(value: float, _: object) -> str:

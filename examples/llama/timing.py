@@ -31,9 +31,14 @@ class StepTimes:
         return statistics.median(self.seconds)
 
     @property
+    def reference_median(self) -> float:
+        """Median step of the reference."""
+        return statistics.median(self.reference_seconds)
+
+    @property
     def ratio(self) -> float:
         """Median step of the program over that of the reference."""
-        return self.median / statistics.median(self.reference_seconds)
+        return self.median / self.reference_median
 
 
 def paired_step_times(

@@ -7,29 +7,27 @@ import functools
 import json
 import math
 import re
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from examples.llama import settings as settings_module
 from examples.llama import train as train_module
+from examples.llama.batches import train_iterator
 from examples.llama.metrics import CONFIG, SUMMARY, read_json, read_metrics
+from examples.llama.model import stack_layers, unstack_layers
 from examples.llama.optimizers import OPTIMIZERS
 from examples.llama.program import Program
 from examples.llama.settings import TrainConfig, default_protocol, resolve
+from examples.llama.step import init_state, make_train_step, warmup_cosine
 from examples.llama.train import Run, check_vocabulary, main, train
 from tests.llama import tiny
 
-RATES = {
-    "adafactor": 0.1,
-    "galore": 3e-2,
-    "muon": 3e-2,
-    "sage_hybrid": 1e-2,
-    "sinkgd": 2e-2,
-    "lion": 3e-3,
-    "sage": 5e-3,
-}
+RATES = {"adafactor": 0.3, "sinkgd": 0.2}
 
 
 def run(config, **arguments):
@@ -53,16 +51,55 @@ def adamw_program():
     return program("adamw")
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw"])
-def test_loss_falls_with_every_optimizer(tmp_path, name):
-    rate = RATES.get(name, 1e-2)
-    config = tiny.config(tmp_path, optimizer=name, learning_rate=rate, eval_every=8)
-    summary = run(config, program=program(name))
+def bigram_loss(params, tokens):
+    """Stands for the model, with a parameter of each kind: far quicker to compile."""
+    x = params["embed_tokens"]["embedding"][tokens[:, :-1]] * params["norm"]["scale"]
+    layers = params["layers"]
+    stack = layers if "mlp" in layers else stack_layers(params)["layers"]
+    for kernel in stack["mlp"]["up_proj"]["kernel"]:
+        x = x + jnp.tanh(x @ kernel)
+    logits = x @ params["lm_head"]["kernel"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return jnp.mean(losses), jnp.asarray(losses.size, jnp.float32)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_loss_falls_with_every_optimizer(name):
+    settings = resolve(tiny.config(None, optimizer=name, steps=20), tiny.MODEL)
+    random, vocab, width = np.random.default_rng(0), tiny.MODEL.vocab_size, 24
+
+    def normal(*shape):
+        return jnp.asarray(0.1 * random.normal(size=shape), jnp.float32)
+
+    params: dict[str, Any] = {
+        "embed_tokens": {"embedding": normal(vocab, width)},
+        "norm": {"scale": jnp.ones(width)},
+        "layers": {"mlp": {"up_proj": {"kernel": normal(2, width, width)}}},
+        "lm_head": {"kernel": normal(width, vocab)},
+    }
+    if not settings.scan_layers:
+        params = unstack_layers(params)
+    step = jax.jit(
+        make_train_step(
+            bigram_loss, settings.optimizer_from, warmup_cosine(20, 2, 0.0), clip_norm=1.0
+        )
+    )
+    batches = train_iterator(tiny.dataset(), 16, 16)
+    state, found = init_state(params, settings.optimizer_from), []
+    for _ in range(20):
+        state, metrics, _ = step(state, next(batches), RATES.get(name, 1e-2))
+        found.append(float(metrics.loss))
+    assert found[0] == pytest.approx(math.log(vocab), rel=0.05)
+    assert found[-1] < found[0] - 0.3
+    assert int(state.step) == 20
+
+
+@pytest.mark.parametrize("name", ["sage_hybrid", "galore"])
+def test_the_model_learns_from_stacked_and_unstacked_layers(tmp_path, name):
+    summary = run(tiny.config(tmp_path, optimizer=name, eval_every=8), program=program(name))
     assert summary.status == "finished"
     assert summary.heldout_loss is not None
     assert summary.heldout_loss < math.log(tiny.MODEL.vocab_size) - 0.05
-    first, *_, last = losses(tmp_path)
-    assert last < first - 0.05
 
 
 def test_a_run_writes_what_it_was_what_it_did_and_what_came_of_it(tmp_path, adamw_program):
