@@ -48,9 +48,9 @@ def scale_by_sinkhorn(
     to skip such steps.
 
     Norms are taken in float32 (float64 for float64 gradients) and agree with the loop in float64 however
-    far apart the norms of rows and columns are, where a float32 loop is wrong above 1e+19 and below
-    1e-19. Subnormal numbers count as zero. Only the direction is written, and no temporary of the
-    gradient's size in between (one in float32 if the gradient is narrower).
+    far apart the norms of rows and columns are; a plain float32 loop is wrong above 1e+19, whose
+    square is infinite. Subnormal numbers count as zero. Only the direction is written, and no temporary
+    of the gradient's size in between (one in float32 if the gradient is narrower).
 
     Args:
       iterations: number of times rows and columns are normalised, at least 1. May be an array (it is

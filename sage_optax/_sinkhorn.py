@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from layout_optax.axes import compute_dtype, contract, zeros_without
 from layout_optax.roles import ParamLayout
@@ -77,10 +78,10 @@ def sinkhorn(
     """
     dtype = compute_dtype(g.dtype)
     eps = jnp.asarray(eps, dtype)
-    iterations = jnp.asarray(iterations)
-    if jnp.issubdtype(iterations.dtype, jnp.floating):
-        iterations = jnp.rint(iterations)
-    iterations = jnp.maximum(iterations.astype(jnp.int32), 1)
+    if isinstance(iterations, Tracer):
+        iterations = jnp.maximum(jnp.rint(iterations).astype(jnp.int32), 1)
+    else:
+        iterations = round(float(iterations))
 
     # No entry exceeds 2^row_peak 2^column_peak, and in each row and column one comes within a factor of 2.
     row_peak, column_peak, row_used, column_used = _peaks(g, layout, dtype)
@@ -124,14 +125,16 @@ def sinkhorn(
 
 def _peaks(g: jax.Array, layout: ParamLayout, dtype: Any):
     """Exponents of the largest entry of each row, of each column of the rows so scaled; where not 0."""
-    magnitude = jnp.abs(g).astype(dtype)
-    row_peak = jnp.max(magnitude, axis=layout.column_axes, keepdims=True, initial=0.0)
+    row_peak = jnp.max(
+        jnp.abs(g).astype(dtype), axis=layout.column_axes, keepdims=True, initial=0.0
+    )
     row_used, (_, row_exponent) = row_peak != 0, jnp.frexp(row_peak)
     half = (_PEAK_LIFT - row_exponent) >> 1
     first, second = jax.lax.optimization_barrier(
         (_power_of_two(half, dtype), _power_of_two(_PEAK_LIFT - row_exponent - half, dtype))
     )
-    lifted = magnitude * first * second
+    # Not of |g|: XLA would write that, to share it.
+    lifted = jnp.abs(g.astype(dtype) * first * second)
     column_peak = jnp.max(lifted, axis=layout.row_axes, keepdims=True, initial=0.0)
     column_used, (_, column_exponent) = column_peak != 0, jnp.frexp(column_peak)
     return row_exponent, column_exponent - _PEAK_LIFT, row_used, column_used
@@ -156,9 +159,12 @@ def _weighted(
         # A plain matrix, or a stack with the batch in front: a matrix-vector product as it stands.
         out = contract(squares, jnp.squeeze(weights, others), layout, over)
         return jnp.expand_dims(out, axes)
-    # Elsewhere a product would transpose the squares in every half-step. All terms are positive; without
-    # abs XLA:CPU takes this for a product too, and needs 20 times as long for a query kernel.
-    return jnp.sum(jnp.abs(squares * weights), axis=axes, keepdims=True)
+    # Elsewhere a product would transpose the squares in every half-step.
+    terms = squares * weights
+    if len(others) > 1:
+        # All are positive. Without abs XLA:CPU sees a product after all, 20 times as slow for a query.
+        terms = jnp.abs(terms)
+    return jnp.sum(terms, axis=axes, keepdims=True)
 
 
 def _times_root(scaling: Scaling, squared: jax.Array, lift: int) -> jax.Array:

@@ -1,0 +1,1 @@
+"""One script a question; each writes its numbers and a page about them under ``docs/results``."""
