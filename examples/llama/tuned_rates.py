@@ -6,7 +6,7 @@ searched is marked as such, so that no table passes it off as tuned.
 
 from __future__ import annotations
 
-SKETCH = "best of a coarse sketch, 400 steps of a like model with 4096 tokens"
+SKETCH = "coarse sketch of a like model"
 GUESS = "starting guess, not searched"
 SCRIPTS = "SAGE authors' scripts, not searched"
 
