@@ -84,4 +84,6 @@ def test_versions_agree():
 
 def test_constraints_carry_no_addresses():
     for line in (ROOT / "constraints.txt").read_text().splitlines():
-        assert line.startswith("#") or re.fullmatch(r'[\w.-]+==[\w.]+(; python_version [<>=]+ "3\.12")?', line)
+        assert line.startswith("#") or re.fullmatch(
+            r'[\w.-]+==[\w.]+(; python_version [<>=]+ "3\.12")?', line
+        )
