@@ -6,6 +6,6 @@ from layout_optax.roles import ParamLayout as ParamLayout
 from layout_optax.roles import resolve_layout as resolve_layout
 from layout_optax.rules import infer_layout as infer_layout
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # pyproject.toml and CITATION.cff carry it too; a test compares them
 
 __all__ = ["ParamLayout", "describe", "infer_layout", "resolve_layout", "state_bytes"]

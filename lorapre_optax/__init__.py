@@ -1,6 +1,7 @@
 """LoRA-Pre: optimizer momentum kept as two thin factors, as optax transformations."""
 
 from layout_optax import ParamLayout as ParamLayout
+from layout_optax import __version__ as __version__
 from lorapre_optax._adam import LorapreAdamState as LorapreAdamState
 from lorapre_optax._adam import lorapre_adamw as lorapre_adamw
 from lorapre_optax._adam import scale_by_lorapre_adam as scale_by_lorapre_adam
