@@ -324,7 +324,7 @@ def test_empty_leaves_and_frozen_dicts(hybrid):
     assert run(tx, {}, [{}])[0] == {}
 
 
-@pytest.mark.parametrize("hybrid", HYBRIDS)
+@pytest.mark.parametrize("hybrid", [sage_hybrid, sinkgd_hybrid])
 def test_nnx_optimizer(hybrid):
     class Model(nnx.Module):
         def __init__(self, rngs):
@@ -357,9 +357,9 @@ def test_nnx_optimizer(hybrid):
     )
 
 
-@pytest.mark.parametrize("hybrid", HYBRIDS)
+@pytest.mark.parametrize("hybrid", [sage_hybrid, sinkgd_hybrid])
 def test_inject_hyperparams(hybrid):
-    params = random_tree(SMALL)
+    params = random_tree({"embed": (6, 4), "up": {"kernel": (4, 5)}})
     mask = lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)  # noqa: E731
     options = {
         "mu_dtype": jnp.float32,
@@ -388,9 +388,9 @@ def test_inject_hyperparams(hybrid):
         optax.inject_hyperparams(hybrid)(1e-3, weight_decay_mask=mask).init(params)
 
 
-@pytest.mark.parametrize("hybrid", HYBRIDS)
+@pytest.mark.parametrize("hybrid", [sage_hybrid, sinkgd_hybrid])
 def test_mixed_dtypes_are_kept_under_injection(hybrid):
-    params = random_tree(SMALL)
+    params = random_tree({"embed": (6, 4), "up": {"kernel": (4, 5)}})
     params["up"]["kernel"] = params["up"]["kernel"].astype(jnp.bfloat16)
     params["embed"] = params["embed"].astype(jnp.bfloat16)
     tx = optax.inject_hyperparams(hybrid, static_args=STATIC_ARGS)(1e-3, mu_dtype="float32")

@@ -19,6 +19,7 @@ from tests.sage.common import LAYOUTS, SOME_TREE, random_tree, run
 TABLE = ParamLayout("embedding", 0, 1)
 
 encode_table = jax.jit(lambda x, count: encode(x, "table", TABLE, count))
+decode_table = jax.jit(lambda codes, row_max: decode(codes, row_max, TABLE))
 tables = hnp.arrays(
     np.float32, (3, 4), elements=st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=False)
 )
@@ -56,7 +57,7 @@ def test_error_is_below_one_step(x, count):
     assert codes.dtype == jnp.int8
     assert row_max.dtype == jnp.float32
     np.testing.assert_array_equal(row_max, np.abs(x).max(axis=1))
-    decoded = np.asarray(decode(codes, row_max, TABLE), np.float64)
+    decoded = np.asarray(decode_table(codes, row_max), np.float64)
     assert np.all(np.abs(decoded - x) <= steps_of(x) * (1 + 1e-3))
     assert np.all(decoded * x >= 0)
     np.testing.assert_array_equal(codes[x == 0], 0)
@@ -68,7 +69,7 @@ def test_error_is_below_one_step(x, count):
 def test_levels_are_kept(codes):
     codes[:, 0] = 127
     row_max = jnp.array([1.0, 2.0**-40, 3e30])
-    again, same = encode_table(decode(jnp.asarray(codes), row_max, TABLE), 7)
+    again, same = encode_table(decode_table(codes, row_max), 7)
     np.testing.assert_array_equal(same, row_max)
     # A level may be off by rounding, which turns it into a neighbour with a probability of that size.
     assert np.abs(np.asarray(again, int) - codes).max() <= 1
@@ -79,10 +80,10 @@ def test_zero_stays_zero():
     codes, row_max = encode_table(jnp.zeros((3, 4)), 1)
     assert not codes.any()
     assert not row_max.any()
-    assert not decode(codes, row_max, TABLE).any()
+    assert not decode_table(codes, row_max).any()
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["head kernel", "layers on axis 1", "stacked norm", "scalar"])
 def test_rows_follow_the_layout(name):
     layout, shape = LAYOUTS[name]
     x = random_tree(shape)
@@ -97,7 +98,8 @@ def test_rows_follow_the_layout(name):
 
 def test_rounding_depends_on_step_and_path_only():
     x = random_tree((6, 8))
-    code = lambda path, count: np.asarray(encode(x, path, TABLE, jnp.int32(count))[0])  # noqa: E731
+    compiled = jax.jit(lambda x, path, count: encode(x, path, TABLE, count)[0], static_argnums=1)
+    code = lambda path, count: np.asarray(compiled(x, path, count))  # noqa: E731
     np.testing.assert_array_equal(code("a", 1), code("a", 1))
     assert (code("a", 1) != code("a", 2)).any()
     assert (code("a", 1) != code("b", 1)).any()
@@ -105,7 +107,8 @@ def test_rounding_depends_on_step_and_path_only():
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_scanned_layers_equal_unscanned_layers_bit_for_bit(axis):
-    stack = {"norm": {"scale": random_tree((3, 8))}, "up": {"kernel": random_tree((3, 4, 8))}}
+    stack = random_tree({"norm": {"scale": (3, 8)}, "up": {"kernel": (3, 4, 8)}})
+    stack = jax.tree.map(np.asarray, stack)
     split = [jax.tree.map(lambda x: x[i], stack) for i in range(3)]  # noqa: B023
     if axis == 1:
         stack["up"]["kernel"] = stack["up"]["kernel"].swapaxes(0, 1)
@@ -121,10 +124,11 @@ def test_scanned_layers_equal_unscanned_layers_bit_for_bit(axis):
         (state.magnitude, expected_state.magnitude),
         (state.mu_row_max, expected_state.mu_row_max),
     ):
+        found, wanted = jax.tree.map(np.asarray, (found, wanted))
         for i in range(3):
             one, layer = found["layers"], wanted["layers"][i]
             np.testing.assert_array_equal(one["norm"]["scale"][i], layer["norm"]["scale"])
-            stacked = np.asarray(one["up"]["kernel"])
+            stacked = one["up"]["kernel"]
             along = stacked.shape.index(3)  # the only axis of three
             np.testing.assert_array_equal(np.take(stacked, i, along), layer["up"]["kernel"])
 
@@ -194,14 +198,22 @@ def test_non_finite_gradients_spoil_their_row_alone():
     for bad in (jnp.nan, jnp.inf):
         g = jnp.ones((3, 4)).at[1, 2].set(bad)
         codes, row_max = encode_table(g, 1)
-        decoded = decode(codes, row_max, TABLE)
+        decoded = decode_table(codes, row_max)
         assert not np.isfinite(row_max[1])
         assert not np.isfinite(decoded[1, 2])
-        assert np.all(np.isfinite(decoded[np.array([0, 2])]))
+        assert np.all(np.isfinite(np.asarray(decoded)[[0, 2]]))
 
 
-@pytest.mark.parametrize("axis_type", ["Explicit", "Auto"])
-@pytest.mark.parametrize("spec", [("x", "y"), (None, "y"), (("x", "y"), None)], ids=str)
+@pytest.mark.parametrize(
+    ("axis_type", "spec"),
+    [
+        ("Explicit", ("x", "y")),
+        ("Explicit", (None, "y")),
+        ("Explicit", (("x", "y"), None)),
+        ("Auto", ("x", "y")),
+    ],
+    ids=str,
+)
 def test_sharded_equals_one_device(axis_type, spec):
     types = (getattr(jax.sharding.AxisType, axis_type),) * 2
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=types)

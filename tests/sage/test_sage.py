@@ -104,7 +104,7 @@ def check_reference(name, dtype, tolerance, relative=False, **options):
         assert {updates.dtype, state.mu.dtype, state.magnitude.dtype} == {np.dtype(dtype)}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["embedding", "head kernel", "layers on axis 1", "vector"])
 def test_reference_float32(name):
     check_reference(name, np.float32, 1e-5)
 
@@ -127,7 +127,6 @@ def test_reference_float64(name):
 )
 def test_reference_options(options):
     for name in ("layers on axis 1", "vector"):
-        check_reference(name, np.float32, 1e-5, **options)
         with jax.enable_x64(True):
             check_reference(name, np.float64, 1e-12, **options)
 
@@ -285,15 +284,16 @@ def test_nothing_moves_without_a_gradient(eps_mode):
 # Lion, bit for bit
 
 
-@pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "mu_dtype"),
+    ("dtype", "mu_dtype", "jit"),
     [
-        ("float32", None),
-        ("float32", "bfloat16"),
-        ("bfloat16", None),
-        ("bfloat16", "float32"),
-        ("float16", None),
+        ("float32", None, True),
+        ("float32", "bfloat16", True),
+        ("bfloat16", None, True),
+        ("bfloat16", "float32", True),
+        ("float16", None, True),
+        ("float32", None, False),
+        ("bfloat16", None, False),
     ],
 )
 def test_without_damper_it_is_lion(dtype, mu_dtype, jit):
@@ -328,7 +328,7 @@ def test_without_damper_it_is_lion(dtype, mu_dtype, jit):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize(
     ("mu_dtype", "damper"),
-    [(None, "both"), ("float32", "ema"), ("bfloat16", "both"), ("int8", "both"), ("int8", None)],
+    [(None, "both"), ("bfloat16", "ema"), ("int8", None)],
 )
 def test_dtypes_are_kept(dtype, mu_dtype, damper):
     with jax.enable_x64(dtype == "float64"):
@@ -345,7 +345,7 @@ def test_dtypes_are_kept(dtype, mu_dtype, damper):
 
 
 def test_zero_float16_gradients_are_finite():
-    params = random_tree(SOME_TREE, dtype="float16")
+    params = random_tree({"kernel": (2, 3), "scale": (4,)}, dtype="float16")
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, state = run(scale_by_sage(), params, [zeros] * 3)
     chex.assert_trees_all_equal(updates, zeros)
@@ -458,7 +458,7 @@ def test_nan_is_not_hidden():
 
 
 def test_schedules_equal_numbers():
-    params = random_tree(SOME_TREE)
+    params = random_tree({"kernel": (2, 3)})
     fixed = sage(1e-3, 0.8, 0.9, 1e-3, weight_decay=0.1)
     constant = optax.constant_schedule
     scheduled = sage(
@@ -475,7 +475,7 @@ def test_schedules_equal_numbers():
 
 
 def test_inject_hyperparams():
-    params = random_tree(SOME_TREE)
+    params = random_tree({"kernel": (2, 3), "scale": (4,)})
     injected = optax.inject_hyperparams(sage, static_args=STATIC_ARGS)(
         1e-3,
         weight_decay_mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p),
@@ -546,8 +546,7 @@ def test_lowers_without_hardware(platform, mu_dtype):
     assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize("mu_dtype", [None, "int8"])
-@pytest.mark.parametrize("axis_type", ["Explicit", "Auto"])
+@pytest.mark.parametrize(("axis_type", "mu_dtype"), [("Explicit", "int8"), ("Auto", None)])
 def test_only_statistics_are_communicated(axis_type, mu_dtype):
     types = (getattr(jax.sharding.AxisType, axis_type),) * 2
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=types)
