@@ -6,7 +6,7 @@ searched is marked as such, so that no table passes it off as tuned.
 
 from __future__ import annotations
 
-SKETCH = "coarse sketch of a like model"
+SEARCHED = "searched over 150 steps"
 GUESS = "starting guess, not searched"
 SCRIPTS = "SAGE authors' scripts, not searched"
 
@@ -19,15 +19,15 @@ _SAGE_SCRIPTS = {
 
 TUNED_RATES: dict[str, dict[str, tuple[float, str]]] = {
     "demo": {
-        "adamw": (1.5e-3, SKETCH),
+        "adamw": (3e-3, SEARCHED),
         "lion": (1e-3, GUESS),
         "adafactor": (3e-2, GUESS),
         "muon": (3e-3, GUESS),
         "galore": (1e-2, GUESS),
-        "sage_hybrid": (1e-3, SKETCH),
-        "sage_hybrid_int8": (1e-3, SKETCH),
+        "sage_hybrid": (1e-3, SEARCHED),
+        "sage_hybrid_int8": (1e-3, SEARCHED),
         "sinkgd_hybrid": (2e-3, GUESS),
-        "lion_hybrid": (1e-3, SKETCH),
+        "lion_hybrid": (1e-3, SEARCHED),
         "sage": (1e-3, GUESS),
         "sinkgd": (2e-2, GUESS),
     },
