@@ -32,7 +32,7 @@ DISTURBANCES = {
         lambda j, g, k: 1e-3 * jnp.outer(jnp.sin(jnp.arange(1.0, P + 1)), jnp.cos(jnp.arange(Q))),
     ),
     "one entry": (3000, lambda j, g, k: jnp.zeros((P, Q)).at[3, 5].set(1e-3)),
-    "none": (1, lambda j, g, k: g),
+    "bfloat16 gradients": (500, lambda j, g, k: g.astype(jnp.bfloat16).astype(g.dtype)),
 }
 
 
@@ -42,7 +42,7 @@ def cosine(x, y):
 
 
 @functools.cache
-def experiment(rank, dtype):
+def experiment(rank):
     """A compiled run: 300 steps, a disturbance of some kind and length, 500 steps; fewer at high rank."""
     warm, rest = (300, 500) if rank < 32 else (80, 150)
     maps = (lambda x: x, jnp.abs)
@@ -57,12 +57,12 @@ def experiment(rank, dtype):
         key = jax.random.fold_in(jax.random.key(0), i)
         drift, noise = jax.random.split(key)
         v = v + 0.05 * jax.random.normal(drift, v.shape)
-        g = disturb(1e-3 * (u @ v + jax.random.normal(noise, (P, Q))), key).astype(dtype)
+        g = disturb(1e-3 * (u @ v + jax.random.normal(noise, (P, Q))), key)
         cosines, new_states, new_exact = [], [], []
         for tx, f, b, state, m in zip(emas, maps, DECAYS, states, exact, strict=True):
             found, state = tx.update(g, state)
-            m = b * m + (1 - b) * f(g.astype(jnp.float32))
-            cosines.append(cosine(found.astype(jnp.float32), m))
+            m = b * m + (1 - b) * f(g)
+            cosines.append(cosine(found, m))
             for leaf in (found, state.left, state.right):
                 finite &= jnp.all(jnp.isfinite(leaf))
             new_states.append(state)
@@ -76,7 +76,7 @@ def experiment(rank, dtype):
             carry, warm + j, lambda g, key: jax.lax.switch(kind, functions, j, g, key)
         )[0]
         v = jnp.asarray(rng.normal(size=(4, Q)), jnp.float32)
-        states = [tx.init(jnp.zeros((P, Q), dtype)) for tx in emas]
+        states = [tx.init(jnp.zeros((P, Q))) for tx in emas]
         carry = (v, states, [jnp.zeros((P, Q))] * 2, jnp.array(True))
         carry, before = jax.lax.scan(normal, carry, jnp.arange(warm))
         carry = jax.lax.fori_loop(0, length, disturbed, carry)
@@ -87,18 +87,12 @@ def experiment(rank, dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "rank", "dtype"),
-    [
-        *((name, 8, "float32") for name in DISTURBANCES if name != "rank one"),
-        ("rank one", 32, "float32"),
-        ("none", 8, "bfloat16"),
-        ("random scales from 1e-12 to 1e6", 8, "bfloat16"),
-    ],
+    ("name", "rank"), [(name, 32 if name == "rank one" else 8) for name in DISTURBANCES]
 )
-def test_finite_and_found_again_within_500_steps(name, rank, dtype):
+def test_finite_and_found_again_within_500_steps(name, rank):
     length, _ = DISTURBANCES[name]
     kind = list(DISTURBANCES).index(name)
-    finite, before, after = experiment(rank, jnp.dtype(dtype))(kind, length)
+    finite, before, after = experiment(rank)(kind, length)
     assert finite
     assert np.all(before > 0.95)
     assert np.all(after > 0.9 * before), (before, after)
