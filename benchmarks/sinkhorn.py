@@ -171,7 +171,7 @@ parameter's size. Ours are 2 for the peaks of rows and columns, 2 for the square
 the direction. XLA:CPU hands steps of the plain loop to a library and counts only what goes in and comes out;
 the second pair of columns is compiled without that library. Temporary memory (memory analysis) in the same
 unit. Errors are relative to the loop in float64, for a gradient of ordinary size and for one at 1e+22,
-whose squares leave float32.
+whose squares leave float32; from bfloat16 the error is the rounding of the result.
 
 {
         table(

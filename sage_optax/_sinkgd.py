@@ -12,6 +12,7 @@ import optax
 from jax.core import Tracer
 
 from layout_optax.roles import LayoutLike, flatten_with_layout
+from sage_optax._options import check_layout, check_mask
 from sage_optax._sinkhorn import Variant, sinkhorn
 
 
@@ -78,6 +79,7 @@ def scale_by_sinkhorn(
     _check(iterations, eps, variant)
 
     def init_fn(params: Any) -> optax.EmptyState:
+        check_layout(layout, params)
         flatten_with_layout(layout, params)  # an unexplained leaf is an error now, not in a step
         return optax.EmptyState()
 
@@ -140,6 +142,7 @@ def sinkgd(
       >>> jnp.round(updates["kernel"][0], 6)
       Array([-0.001, -0.001, -0.001], dtype=float32)
     """
+    check_mask(weight_decay_mask)
     return optax.chain(
         scale_by_sinkhorn(iterations, eps, variant=variant, layout=layout),
         optax.scale(scale),  # pyright: ignore[reportArgumentType]
