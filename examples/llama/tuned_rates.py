@@ -25,7 +25,7 @@ TUNED_RATES: dict[str, dict[str, tuple[float, str]]] = {
         "muon": (3e-3, GUESS),
         "galore": (1e-2, GUESS),
         "sage_hybrid": (1e-3, SEARCHED),
-        "sage_hybrid_int8": (1e-3, SEARCHED),
+        "sage_hybrid_int8": (1e-3, "that of SAGE-Hybrid"),
         "sinkgd_hybrid": (2e-3, GUESS),
         "lion_hybrid": (1e-3, SEARCHED),
         "sage": (1e-3, GUESS),
