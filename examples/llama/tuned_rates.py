@@ -7,6 +7,7 @@ searched is marked as such, so that no table passes it off as tuned.
 from __future__ import annotations
 
 SEARCHED = "searched over 150 steps"
+HALF = "searched over 75 steps"
 GUESS = "starting guess, not searched"
 SCRIPTS = "SAGE authors' scripts, not searched"
 
@@ -20,13 +21,13 @@ _SAGE_SCRIPTS = {
 TUNED_RATES: dict[str, dict[str, tuple[float, str]]] = {
     "demo": {
         "adamw": (3e-3, SEARCHED),
-        "lion": (1e-3, GUESS),
-        "adafactor": (3e-2, GUESS),
-        "muon": (3e-3, GUESS),
-        "galore": (1e-2, GUESS),
+        "lion": (2e-3, HALF),
+        "adafactor": (3e-2, HALF),
+        "muon": (1.2e-2, HALF),
+        "galore": (1e-2, HALF),
         "sage_hybrid": (1e-3, SEARCHED),
         "sage_hybrid_int8": (1e-3, "that of SAGE-Hybrid"),
-        "sinkgd_hybrid": (2e-3, GUESS),
+        "sinkgd_hybrid": (4e-3, HALF),
         "lion_hybrid": (1e-3, SEARCHED),
         "sage": (1e-3, GUESS),
         "sinkgd": (2e-2, GUESS),
