@@ -18,8 +18,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from examples.llama.comparison import Row
 from examples.llama.report import size
 
-# Okabe and Ito's palette without its yellow, which is too pale for lines.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+# Okabe and Ito's palette without its yellow, which is too pale for lines; then as many colours as
+# there are optimizers, told apart by their markers too.
+COLOURS = (
+    *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"),
+    *("#7F7F7F", "#5B3A8C", "#8C5A2B", "#7A8B1F"),
+)
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*", "h")
 
 
