@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+import optax
 
 from layout_optax.roles import (
     LayoutLike,
@@ -248,7 +249,6 @@ def infer_layout(params: PyTree, rules: Sequence[Rule] = ()) -> PyTree:
       >>> tree["lm_head"]["kernel"]
       ParamLayout(role='head', row_axes=(1,), column_axes=(0,))
     """
-    import optax
 
     def infer(keys, leaf):
         if is_empty(leaf):
