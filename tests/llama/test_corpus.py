@@ -32,7 +32,7 @@ from tests.llama.one_sentence import one_sentence
 def write_jsonl(path: Path, records: list[object]) -> Path:
     text = "\n".join(json.dumps(record) for record in records) + "\n"
     if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(text.encode()))
+        path.write_bytes(gzip.compress(text.encode(), mtime=0))
     else:
         path.write_text(text)
     return path
@@ -162,8 +162,8 @@ def test_corpus_sha256_sees_names_texts_order_and_borders():
         ("a.jsonl", b'{"text": 1}\n', "has type int in field 'text', not text"),
         ("a.jsonl", b'{"text": "\xe9"}\n', "The file 'a.jsonl' is not UTF-8 text"),
         ("a.jsonl.gz", b"plain", "The file 'a.jsonl.gz' cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9], "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 20, "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n', mtime=0)[:-9], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 20, "cannot be read"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
