@@ -1,0 +1,125 @@
+"""LoRA-Pre SGD: heavy-ball momentum whose history is two thin factors."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import optax
+
+from layout_optax.roles import LayoutLike, ParamLayout
+from lorapre_optax._factors import DampingKind
+from lorapre_optax._momentum import low_rank_trace
+from lorapre_optax._numbers import Number
+from lorapre_optax._rank import RankLike
+from lorapre_optax._routing import route_matrices
+from lorapre_optax._tracking import InitialSubspace
+
+
+def lorapre_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: RankLike = 128,
+    momentum: Number = 0.9,
+    *,
+    nesterov: bool = False,
+    scale: Number = 1.0,
+    residual: Number | None = None,
+    gamma: Number | None = None,
+    damping: Number = 1e-4,
+    damping_kind: DampingKind = "relative",
+    initial_subspace: InitialSubspace = "normal",
+    factor_dtype: Any = None,
+    full_rank_fallback: bool = True,
+    weight_decay: Number = 0.0,
+    weight_decay_mask: Any = None,
+    others: Literal["sgd", "sage"] = "sgd",
+    embedding_learning_rate: optax.ScalarOrSchedule | None = None,
+    head_learning_rate: optax.ScalarOrSchedule | None = None,
+    vector_learning_rate: optax.ScalarOrSchedule | None = None,
+    matrix_learning_rate: optax.ScalarOrSchedule | None = None,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
+    learning_rate_multipliers: Mapping[str, float] | None = None,
+    layout: LayoutLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    """SGD with momentum for a whole model: low-rank traces of matrices, full ones of everything else.
+
+    ::
+
+        m = mu B A + G          the factors follow G / (1-mu), see `low_rank_trace`
+        theta <- theta - rate (scale m + weight_decay theta)
+
+    The paper covers momentum as such and tries Adam and Muon; this is its Algorithm 2 without the
+    orthogonalisation. Where moments are full it is `optax.sgd` with an accumulator in float32.
+
+    Args:
+      learning_rate: a number or schedule for every role that has no rate of its own.
+      rank: see `low_rank_ema`, applied to the matrices.
+      momentum: mu in [0, 1), of every leaf. Every number here may be a schedule.
+      nesterov: take G + mu m for m, as `optax.sgd` does.
+      scale: multiplies the direction of matrices.
+      residual: kappa in [0, mu], see `low_rank_ema`; None in the paper.
+      gamma: see `low_rank_trace`.
+      damping: see `low_rank_ema`.
+      damping_kind: see `low_rank_ema`.
+      initial_subspace: see `low_rank_ema`.
+      factor_dtype: see `low_rank_ema`; of the matrices.
+      full_rank_fallback: see `low_rank_ema`.
+      weight_decay: decoupled, times the learning rate of the role.
+      weight_decay_mask: tree of booleans, or a callable from parameters to one; None decays everything.
+      others: ``"sgd"`` or ``"sage"`` for embedding, head and vectors. Leaves that a rule gave to nobody
+        get SGD. SAGE's updates have entries of about 1: with ``"sage"`` give those roles a rate of
+        their own.
+      embedding_learning_rate: rate of the embedding's direction and decay; None for ``learning_rate``.
+      head_learning_rate: the same for the head.
+      vector_learning_rate: the same for vectors.
+      matrix_learning_rate: the same for matrices.
+      other_learning_rate: the same for leaves that are not ours.
+      learning_rate_multipliers: factors on ``learning_rate`` by role, instead of rates of their own.
+      layout: see `layout_optax.ParamLayout`; None infers it.
+
+    Returns:
+      The transformation; with `optax.inject_hyperparams` pass ``static_args=STATIC_ARGS``. Updates keep
+      their dtype.
+
+    Raises:
+      ValueError: for numbers out of range, at construction where they are concrete; unknown options or roles.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> params = {"mlp": {"kernel": jnp.ones((24, 40))}, "norm": {"scale": jnp.ones(40)}}
+      >>> tx = lorapre_sgd(0.1, rank=4)
+      >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+      >>> print(updates["mlp"]["kernel"][0, 0].round(6), updates["norm"]["scale"][0].round(6))
+      -0.1 -0.1
+    """
+    trace = low_rank_trace(
+        momentum,
+        rank,
+        nesterov=nesterov,
+        gamma=gamma,
+        residual=residual,
+        damping=damping,
+        damping_kind=damping_kind,
+        initial_subspace=initial_subspace,
+        factor_dtype=factor_dtype,
+        full_rank_fallback=full_rank_fallback,
+        layout=layout,
+    )
+    anything = ParamLayout("vector", (), ())
+    return route_matrices(
+        # Named for rates, but this is the one public way to multiply by a number or a schedule.
+        optax.chain(trace, optax.scale_by_learning_rate(scale, flip_sign=False)),
+        low_rank_trace(momentum, None, nesterov=nesterov, layout=anything),
+        others=others,
+        learning_rate=learning_rate,
+        rates=(
+            embedding_learning_rate,
+            head_learning_rate,
+            vector_learning_rate,
+            matrix_learning_rate,
+            other_learning_rate,
+        ),
+        multipliers=learning_rate_multipliers,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        layout=layout,
+        family="sgd",
+    )
