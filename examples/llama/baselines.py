@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -10,15 +11,20 @@ from optax import contrib
 
 from examples.llama.optimizer_options import OptimizerOptions
 from layout_optax import ParamLayout, resolve_layout
+from layout_optax.roles import ROLES
 
 
 def adamw(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
-    """AdamW on every parameter."""
+    """AdamW on every parameter, at one rate or at a rate a role."""
+    given = options.only("b1", "b2", "eps", "mu_dtype")
+    if options.role_multipliers:
+        return optax.chain(
+            optax.scale_by_adam(**given),
+            optax.add_decayed_weights(options.weight_decay, options.decay_mask()),
+            _scale_by_role_rates(learning_rate, options.role_multipliers),
+        )
     return optax.adamw(
-        learning_rate,
-        **options.only("b1", "b2", "eps", "mu_dtype"),
-        weight_decay=options.weight_decay,
-        mask=options.decay_mask(),
+        learning_rate, **given, weight_decay=options.weight_decay, mask=options.decay_mask()
     )
 
 
@@ -94,6 +100,25 @@ def galore(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTrans
     )
     others = adamw(learning_rate, options)
     return optax.partition({"matrix": matrices, "other": others}, _matrix_or_other)
+
+
+def _scale_by_role_rates(
+    learning_rate: Any, multipliers: Mapping[str, float]
+) -> optax.GradientTransformation:
+    """Minus a rate of its own for each role: its multiple of the common one."""
+
+    def rate(factor: float) -> Any:
+        if callable(learning_rate):
+            return lambda count: factor * learning_rate(count)
+        return factor * learning_rate
+
+    by_role: dict[Hashable, optax.GradientTransformation] = {
+        role: optax.scale_by_learning_rate(rate(multipliers.get(role, 1.0))) for role in ROLES
+    }
+    return optax.partition(
+        by_role,
+        lambda params: jax.tree.map(lambda layout: layout.role, resolve_layout(None, params)),
+    )
 
 
 def _matrix_or_other(params: Any) -> Any:

@@ -2,6 +2,8 @@
 
     python -m examples.llama.compare --optimizers adamw,lion_hybrid,sage_hybrid --preset demo --out runs/compare
 
+A name may carry options, and is then a row with a rate, runs and a label of its own: `galore:rank=16`,
+`lorapre_adamw:rank=4:options=recommended`, `adamw:matrix_rate=0.25` (see `variants`).
 All start from the same parameters and see the same batches in the same order. The folder then holds
 comparison.json, table.md, comparison.png, a folder a run, and with `--tune` the trials and tuned_rates.json.
 Started again with the same settings it continues: what is finished is not repeated.
@@ -31,10 +33,11 @@ from examples.llama.metrics import (
     jsonable,
     read_json,
     read_metrics,
+    same_json,
     versions,
     write_json,
 )
-from examples.llama.optimizers import OPTIMIZERS, optimizer_entry
+from examples.llama.optimizers import OPTIMIZERS
 from examples.llama.plots import plot_comparison
 from examples.llama.presets import LlamaConfig
 from examples.llama.program import Program
@@ -45,13 +48,18 @@ from examples.llama.settings import (
     Settings,
     TrainConfig,
     data_config,
-    parse_rates,
     resolve,
 )
 from examples.llama.timing import paired_step_times
 from examples.llama.train import INTERRUPTED_EXIT, USAGE_EXIT, Run
 from examples.llama.tuned_rates import TUNED_RATES, tuned_rate
 from examples.llama.tuning import SearchResult, TrialStore, search_rate
+from examples.llama.variants import (
+    nearest_rate,
+    parse_variant,
+    parse_variant_rates,
+    parse_variants,
+)
 
 REFERENCE = "adamw"
 """The optimizer that state and step time are measured against."""
@@ -65,12 +73,16 @@ class CompareConfig(JobConfig):
     """Trains one model with several optimizers, each at its own tuned rate, and compares them."""
 
     optimizers: Annotated[
-        str, tyro.conf.arg(help=f"Names, separated by commas: {', '.join(OPTIMIZERS)}.")
+        str,
+        tyro.conf.arg(
+            help=f"Names, separated by commas: {', '.join(OPTIMIZERS)}; each may carry options: "
+            "name:option=value:matrix_rate=0.25."
+        ),
     ] = "adamw,lion_hybrid,sage_hybrid,sage_hybrid_int8"
     out: Path = Path("runs/compare")
     """Folder for the table, the picture and the runs."""
     rates: str | None = None
-    """Peak rates to use instead of the tuned ones: adamw=1e-3,lion=3e-4."""
+    """Peak rates to use instead of the tuned ones: adamw=1e-3,galore:rank=16=1e-2."""
     tune: bool = False
     """Search each optimizer's rate first, except those given by --rates."""
     tune_fraction: float = 0.25
@@ -127,10 +139,10 @@ class Comparison:
     ):
         self.config, self.model = config, model
         self.console = console or Console()
-        self.names = parse_names(config.optimizers)
+        self.names = [variant.key for variant in parse_variants(config.optimizers)]
         self.rates = self._start_rates()
         self._programs: dict[str, Program] = {}
-        settings = [resolve(self._train_config(name), model) for name in self.names]
+        settings = [self._checked(name) for name in self.names]
         if dataset is None:
             dataset = prepare_data(data_config(self._train_config(self.names[0]), settings[0]))
         self.dataset = dataset
@@ -179,25 +191,34 @@ class Comparison:
         settings = resolve(config, self.model)
         summary = self._stored(config.out, settings) if self.config.resume else None
         if summary is None:
-            summary = self._train(config)
+            summary = self._train(name, config)
         else:
             self._say(f"{name}: kept the run in {config.out}")
-        return make_row(summary, self.rates[name][1], read_metrics(config.out))
+        row = make_row(summary, self.rates[name][1], read_metrics(config.out))
+        variant = parse_variant(name)
+        return dataclasses.replace(
+            row,
+            variant=name,
+            label=variant.label,
+            rank=settings.options.rank,
+            options=dict(variant.options),
+        )
 
-    def _train(self, config: TrainConfig) -> RunSummary:
+    def _train(self, name: str, config: TrainConfig) -> RunSummary:
         run = Run(
             config,
             model=self.model,
             dataset=self.dataset,
-            program=self._programs.get(config.optimizer),
+            program=self._programs.get(name),
             console=self.console,
+            name=name,
         )
-        self._programs[config.optimizer] = run.program
+        self._programs[name] = run.program
         summary = run.train()
         if summary.status == "interrupted":
             raise KeyboardInterrupt
         if summary.message:
-            self._say(f"{config.optimizer}: {summary.message}")
+            self._say(f"{name}: {summary.message}")
         return summary
 
     def _stored(self, folder: Path, settings: Settings) -> RunSummary | None:
@@ -205,7 +226,8 @@ class Comparison:
         summary, found = read_json(folder / SUMMARY), read_json(folder / CONFIG)
         if summary is None or found is None or not (folder / METRICS).exists():
             return None
-        if summary["status"] == "interrupted" or found != {**found, **self._identity(settings)}:
+        same = same_json(found, {**found, **self._identity(settings)})
+        if summary["status"] == "interrupted" or not same:
             return None
         return RunSummary.from_dict(summary)
 
@@ -238,19 +260,19 @@ class Comparison:
             self._train_config(name),
             steps=steps,
             eval_every=steps,
-            out=config.out / "tuning" / name,
+            out=config.out / "tuning" / parse_variant(name).folder,
             overwrite=True,
         )
         settings = dataclasses.replace(resolve(trial_config, self.model), learning_rate=1.0)
         settings = dataclasses.replace(settings, rate_source="")
 
         def run(rate: float) -> float:
-            summary = self._train(dataclasses.replace(trial_config, learning_rate=rate))
+            summary = self._train(name, dataclasses.replace(trial_config, learning_rate=rate))
             finished = summary.status == "finished" and summary.heldout_loss is not None
             return summary.heldout_loss if finished and summary.heldout_loss else float("inf")
 
         store = TrialStore(
-            config.out / "tuning" / f"{name}.json",
+            config.out / "tuning" / f"{parse_variant(name).folder}.json",
             self._identity(settings),
             keep=config.resume,
         )
@@ -266,10 +288,10 @@ class Comparison:
         store = self.config.out / "timing.json"
         stored = read_json(store) if self.config.resume else None
         times: dict[str, Any] = stored or {}
-        others = [row.optimizer for row in rows if row.optimizer != REFERENCE]
+        others = [row.variant for row in rows if row.variant != REFERENCE]
         for name in others:
             identity = [self._program_identity(REFERENCE), self._program_identity(name)]
-            if name in times and times[name]["programs"] == identity:
+            if name in times and same_json(times[name]["programs"], identity):
                 continue
             self._say(f"{name}: timing {rounds} steps in turns with {REFERENCE}")
             program = self._program(name)
@@ -288,8 +310,8 @@ class Comparison:
             reference = statistics.median(times[name]["reference_seconds"] for name in others)
             times[REFERENCE] = {"ratio": 1.0, "seconds": reference}
         return [
-            with_times(row, times[row.optimizer]["ratio"], times[row.optimizer]["seconds"])
-            if row.optimizer in times
+            with_times(row, times[row.variant]["ratio"], times[row.variant]["seconds"])
+            if row.variant in times
             else row
             for row in rows
         ]
@@ -349,30 +371,39 @@ class Comparison:
             )
         return steps
 
+    def _checked(self, name: str) -> Settings:
+        """The settings of a variant's run; what it cannot have is said with its name."""
+        try:
+            return resolve(self._train_config(name), self.model)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}" if ":" in name else str(error)) from None
+
     def _train_config(self, name: str) -> TrainConfig:
+        variant = parse_variant(name)
         shared = {
             field.name: getattr(self.config, field.name) for field in dataclasses.fields(JobConfig)
         }
         return TrainConfig(
-            **shared,
-            optimizer=name,
+            # A variant may have another weight decay than the rest.
+            **{**shared, **variant.fields()},
             learning_rate=self.rates[name][0] if name in self.rates else UNTUNED_START,
-            out=self.config.out / "runs" / name,
+            out=self.config.out / "runs" / variant.folder,
             overwrite=True,
             statistics_every=0,
             tensorboard=False,
         )
 
     def _start_rates(self) -> dict[str, tuple[float, str]]:
-        """Each optimizer's peak rate and where it is from: given, the table, or a start to search from."""
+        """Each variant's peak rate and where it is from: given, the table, or a start to search from."""
         config = self.config
-        given = parse_rates(config.rates, list(OPTIMIZERS), "optimizer")
+        given = parse_variant_rates(config.rates)
         rates = {}
         for name in self.names:
             if name in given:
                 rates[name] = (given[name], "given")
             elif config.tune and name not in TUNED_RATES.get(config.preset, {}):
-                rates[name] = (UNTUNED_START, "start of the search")
+                near = nearest_rate(config.preset, parse_variant(name))
+                rates[name] = (near[1] if near else UNTUNED_START, "start of the search")
             else:
                 rates[name] = tuned_rate(config.preset, name)
         return rates
@@ -382,25 +413,6 @@ class Comparison:
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def parse_names(text: str) -> list[str]:
-    """Reads optimizers' names separated by commas.
-
-    Raises:
-        ValueError: There is none, one is unknown, or one occurs twice.
-
-    >>> parse_names("adamw, lion")
-    ['adamw', 'lion']
-    """
-    names = [part for part in (part.strip() for part in text.split(",")) if part]
-    for name in names:
-        optimizer_entry(name)
-    if not names:
-        raise ValueError("name at least one optimizer")
-    if len(set(names)) < len(names):
-        raise ValueError(f"an optimizer is named twice in {text!r}")
-    return names
 
 
 if __name__ == "__main__":

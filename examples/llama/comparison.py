@@ -38,6 +38,9 @@ class Row:
         paired_step_seconds: Median step of that measurement.
         heldout_curve: Pairs of tokens and held-out loss.
         train_curve: Pairs of tokens and training loss.
+        variant: The key of the optimizer and its options; the optimizer's name if it has none.
+        rank: Rank of its factors or projections, or None.
+        options: The options of the key.
     """
 
     optimizer: str
@@ -59,6 +62,9 @@ class Row:
     paired_step_seconds: float | None = None
     heldout_curve: list[tuple[float, float]] = field(default_factory=list)
     train_curve: list[tuple[float, float]] = field(default_factory=list)
+    variant: str = ""
+    rank: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def make_row(summary: RunSummary, rate_source: str, lines: Sequence[dict[str, Any]]) -> Row:

@@ -133,6 +133,25 @@ def jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def same_json(stored: Any, value: Any) -> bool:
+    """Whether a value is what was stored, where None is the same as not being there.
+
+    A setting that is new since the file was written is None where it changes nothing.
+
+    >>> same_json({"b1": None, "b2": 0.9}, {"b2": 0.9, "rank": None})
+    True
+    """
+
+    def given(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: given(item) for key, item in value.items() if item is not None}
+        if isinstance(value, (list, tuple)):
+            return [given(item) for item in value]
+        return value
+
+    return given(stored) == given(value)
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers, and the device."""
     device = jax.devices()[0]

@@ -16,6 +16,11 @@ EpsMode = Literal["absolute", "relative"]
 MuDtype = Literal["float32", "bfloat16", "int8"]
 HeadRule = Literal["table", "matrix", "adamw"]
 VectorRule = Literal["sage", "adamw"]
+OptionSet = Literal["paper", "recommended"]
+BiasCorrection = Literal["paper", "exact"]
+SecondMoment = Literal["low_rank", "full"]
+InitialSubspace = Literal["normal", "gradient"]
+FactorDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,17 @@ class OptimizerOptions:
         head_rule: What a hybrid does with an untied head: the tables' rule, the matrices', or AdamW.
         vector_rule: What SAGE-Hybrid does with vectors.
         scale: Factor on the matrices' direction, before weight decay.
-        rank: Rank of low-rank projections.
+        rank: Rank of low-rank projections and factors.
         update_gap: Steps between two projections of GaLore.
+        options: The options of LoRA-Pre Adam that were not given: the paper's rule, or what
+            `lorapre_optax` recommends.
+        bias_correction: Correction of LoRA-Pre's second moment: the paper's or the exact one.
+        bound: Largest entry of LoRA-Pre's direction; infinite for none, also where `options` has one.
+        residual: Weight of the gradient outside LoRA-Pre's subspace; 0 for none, likewise.
+        second_moment: Whether LoRA-Pre Adam's second moment is low-rank too.
+        initial_subspace: Whether LoRA-Pre's factors start at random or from the first gradient.
+        factor_dtype: Storage of LoRA-Pre's factors.
+        damping: Of the inverses in LoRA-Pre's factor step.
         role_multipliers: Learning rate of a role as a multiple of the common one.
     """
 
@@ -52,6 +66,14 @@ class OptimizerOptions:
     scale: float | None = None
     rank: int | None = None
     update_gap: int | None = None
+    options: OptionSet | None = None
+    bias_correction: BiasCorrection | None = None
+    bound: float | None = None
+    residual: float | None = None
+    second_moment: SecondMoment | None = None
+    initial_subspace: InitialSubspace | None = None
+    factor_dtype: FactorDtype | None = None
+    damping: float | None = None
     role_multipliers: Mapping[str, float] | None = None
 
     def only(self, *names: str, prefix: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import optax
 
 import sage_optax
-from examples.llama import baselines
+from examples.llama import baselines, lorapre
 from examples.llama.optimizer_options import OptimizerOptions
 
 Factory = Callable[[optax.ScalarOrSchedule, OptimizerOptions], optax.GradientTransformation]
@@ -50,6 +50,7 @@ def make_optimizer(
     name: str,
     learning_rate: optax.ScalarOrSchedule,
     options: OptimizerOptions | None = None,
+    /,
     **overrides: Any,
 ) -> optax.GradientTransformation:
     """Makes an optimizer by name.
@@ -67,7 +68,7 @@ def make_optimizer(
     >>> make_optimizer("adamw", 1e-3, damper="ema")
     Traceback (most recent call last):
         ...
-    ValueError: adamw takes no damper; its options are b1, b2, eps, mu_dtype.
+    ValueError: adamw takes no damper; its options are b1, b2, eps, mu_dtype, role_multipliers.
     """
     entry = optimizer_entry(name)
     options = dataclasses.replace(options or OptimizerOptions(), **overrides)
@@ -162,6 +163,17 @@ def _decay(options: OptimizerOptions) -> dict[str, Any]:
 _ADAM = ("b1", "b2", "eps", "mu_dtype")
 _SAGE = ("b1", "b2", "eps", "damper", "eps_mode", "mu_dtype")
 _HYBRID = ("scale", "head_rule", "role_multipliers")
+_FACTORS = ("rank", "residual", "initial_subspace", "factor_dtype", "damping", "role_multipliers")
+_LORAPRE_ADAM = (
+    "b1",
+    "b2",
+    "eps",
+    "options",
+    "bias_correction",
+    "bound",
+    "second_moment",
+    *_FACTORS,
+)
 
 OPTIMIZERS: dict[str, OptimizerEntry] = {
     "adamw": OptimizerEntry(
@@ -169,7 +181,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         baselines.adamw,
         state="two moments of the parameter's shape",
         description="optax.adamw on everything: what the others are measured against.",
-        options=_ADAM,
+        options=(*_ADAM, "role_multipliers"),
     ),
     "lion": OptimizerEntry(
         "Lion",
@@ -196,7 +208,8 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "galore": OptimizerEntry(
         "GaLore",
         baselines.galore,
-        state="a projection and two moments of rank r for matrices, two moments for the rest",
+        state="a projection of the larger side and two moments on the smaller, (max + 2 min) r numbers "
+        "a matrix; two moments for the rest",
         description="optax.contrib.galore on matrices, AdamW on the rest; needs unstacked layers.",
         options=("b1", "b2", "eps", "scale", "rank", "update_gap"),
         needs_unscanned=True,
@@ -246,6 +259,22 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         state="nothing",
         description="SinkGD on everything, tables too: a control that the paper shows to fail.",
         options=("scale",),
+    ),
+    "lorapre_adamw": OptimizerEntry(
+        "LoRA-Pre Adam",
+        lorapre.adamw,
+        state="two factor pairs, (2p + 2q) r numbers a p x q matrix; two moments for the rest",
+        description="LoRA-Pre Adam on matrices, AdamW on the rest; `scale` (1) is on the matrices.",
+        options=(*_LORAPRE_ADAM, "scale"),
+        has_rank=True,
+    ),
+    "lorapre_muon": OptimizerEntry(
+        "LoRA-Pre Muon",
+        lorapre.muon,
+        state="one factor pair, (p + q) r numbers a p x q matrix; two moments for the rest",
+        description="LoRA-Pre Muon on matrices at update rms `scale` (0.2), AdamW on the rest.",
+        options=("b1", "b2", "scale", *_FACTORS),
+        has_rank=True,
     ),
 }
 """The optimizers by name."""

@@ -13,11 +13,16 @@ from examples.llama.batches import check_batch
 from examples.llama.data import DataConfig
 from examples.llama.optimizer_options import (
     OPTION_NAMES,
+    BiasCorrection,
     Damper,
     EpsMode,
+    FactorDtype,
     HeadRule,
+    InitialSubspace,
     MuDtype,
     OptimizerOptions,
+    OptionSet,
+    SecondMoment,
     VectorRule,
 )
 from examples.llama.optimizers import OPTIMIZERS, make_optimizer, optimizer_entry
@@ -103,7 +108,9 @@ class TrainConfig(JobConfig):
     learning_rate: float | None = None
     """Peak learning rate; by default the tuned one of preset and optimizer."""
     role_rates: str | None = None
-    """Peak rates of single roles in a hybrid: embedding=1e-3,vector=2e-3."""
+    """Peak rates of single roles: embedding=1e-3,vector=2e-3."""
+    role_multipliers: str | None = None
+    """The same as multiples of the common rate: matrix=0.25."""
     b1: float | None = None
     """Weight of the old momentum in the update."""
     b2: float | None = None
@@ -123,9 +130,25 @@ class TrainConfig(JobConfig):
     scale: float | None = None
     """Factor on the matrices' direction."""
     rank: int | None = None
-    """Rank of low-rank projections."""
+    """Rank of low-rank projections and factors."""
     update_gap: int | None = None
     """Steps between two projections of GaLore."""
+    options: OptionSet | None = None
+    """LoRA-Pre Adam's options that are not given: the paper's or the recommended ones."""
+    bias_correction: BiasCorrection | None = None
+    """Bias correction of LoRA-Pre's second moment."""
+    bound: float | None = None
+    """Largest entry of LoRA-Pre Adam's direction; inf for none."""
+    residual: float | None = None
+    """Weight of the gradient outside LoRA-Pre's subspace; 0 for none."""
+    second_moment: SecondMoment | None = None
+    """Whether LoRA-Pre Adam's second moment is low-rank too."""
+    initial_subspace: InitialSubspace | None = None
+    """Where LoRA-Pre's factors start: at random or at the first gradient."""
+    factor_dtype: FactorDtype | None = None
+    """Storage of LoRA-Pre's factors."""
+    damping: float | None = None
+    """Damping of the inverses in LoRA-Pre's factor step."""
     out: Path = Path("runs/train")
     """Folder for config.json, metrics.jsonl, summary.json and the TensorBoard files."""
     overwrite: bool = False
@@ -300,28 +323,39 @@ def parse_rates(
         name, _, value = (part.strip() for part in item.partition("="))
         if name not in known:
             raise ValueError(f"unknown {what} {name!r} in {item!r}; use one of {', '.join(known)}")
-        try:
-            rates[name] = float(value)
-        except ValueError:
-            raise ValueError(f"expected {what}=rate, got {item!r}") from None
-        if not 0 < rates[name] < float("inf"):
-            raise ValueError(f"the rate of {what} {name!r} must be positive, got {value}")
+        rates[name] = parse_rate(value, name, item, what)
     return rates
+
+
+def parse_rate(value: str, name: str, item: str, what: str) -> float:
+    """Reads the rate in an item `name=rate`.
+
+    Raises:
+        ValueError: It is no positive number; the message names the item.
+    """
+    try:
+        rate = float(value)
+    except ValueError:
+        raise ValueError(f"expected {what}=rate, got {item!r}") from None
+    if not 0 < rate < float("inf"):
+        raise ValueError(f"the rate of {what} {name!r} must be positive, got {value}")
+    return rate
 
 
 def _options(
     config: TrainConfig, model: LlamaConfig, rate: float, weight_decay: float
 ) -> OptimizerOptions:
-    given = {name: getattr(config, name) for name in OPTION_NAMES if hasattr(config, name)}
+    given = {name: getattr(config, name) for name in OPTION_NAMES}
     if optimizer_entry(config.optimizer).has_rank and given["rank"] is None:
         given["rank"] = RANKS.get(config.preset, max(1, model.hidden_size // 4))
+    if config.role_rates and config.role_multipliers:
+        raise ValueError("give role_rates or role_multipliers, not both")
     rates = parse_rates(config.role_rates, ROLES, "role")
-    return OptimizerOptions(
-        weight_decay=weight_decay,
-        decay_vectors=config.decay_vectors,
-        role_multipliers={role: value / rate for role, value in rates.items()} or None,
-        **given,
+    multipliers = parse_rates(config.role_multipliers, ROLES, "role")
+    given["role_multipliers"] = (
+        multipliers or {role: value / rate for role, value in rates.items()} or None
     )
+    return OptimizerOptions(weight_decay=weight_decay, decay_vectors=config.decay_vectors, **given)
 
 
 def _check(settings: Settings) -> None:

@@ -74,6 +74,7 @@ class Run:
         dataset: Prepared data to use instead of reading it.
         program: A compiled program to use where it serves.
         console: Where to show progress; by default standard output.
+        name: What progress calls the run; by default the optimizer's name.
 
     Raises:
         ValueError: The configuration, the data or the batch cannot be used.
@@ -88,6 +89,7 @@ class Run:
         dataset: Dataset | None = None,
         program: Program | None = None,
         console: Console | None = None,
+        name: str | None = None,
     ):
         self.config = config
         self.settings = settings = resolve(config, model)
@@ -106,6 +108,7 @@ class Run:
         served = program is not None and program.serves(settings)
         self.program = program if program is not None and served else Program(settings)
         self.console = console or Console()
+        self.name = name or settings.optimizer
         self.summary = RunSummary(
             status="interrupted",
             preset=config.preset,
@@ -131,7 +134,7 @@ class Run:
         self._write_config()
         with (
             MetricsWriter(config.out, tensorboard=config.tensorboard) as writer,
-            make_progress(self.console, summary.optimizer, summary.planned_steps) as progress,
+            make_progress(self.console, self.name, summary.planned_steps) as progress,
         ):
             try:
                 self._loop(writer, progress)
@@ -229,7 +232,7 @@ class Run:
         line = {"loss": loss, "perplexity": perplexity(loss), "tokens": summary.tokens}
         writer.write("heldout", step, line)
         progress.note(
-            f"{summary.optimizer} step {step}: held-out loss {loss:.4f}, "
+            f"{self.name} step {step}: held-out loss {loss:.4f}, "
             f"perplexity {line['perplexity']:.3f}"
         )
 

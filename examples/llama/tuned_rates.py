@@ -1,7 +1,8 @@
 """Peak learning rates by preset and optimizer, and where each is from.
 
 `python -m examples.llama.compare --tune` searches them; the source says which were. A rate that was not
-searched is marked as such, so that no table passes it off as tuned.
+searched is marked as such, so that no table passes it off as tuned. An optimizer with options has a rate of
+its own, under the key of its variant (`variants.Variant.key`): "galore:rank=16".
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ TUNED_RATES: dict[str, dict[str, tuple[float, str]]] = {
 
 
 def tuned_rate(preset: str, optimizer: str) -> tuple[float, str]:
-    """The peak learning rate of an optimizer on a preset, and where it is from.
+    """The peak learning rate of an optimizer or variant on a preset, and where it is from.
 
     Raises:
         ValueError: The table has none; the message says how to give or find one.

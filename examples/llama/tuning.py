@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.llama.metrics import read_json, write_json
+from examples.llama.metrics import read_json, same_json, write_json
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class TrialStore:
     def __init__(self, path: Path, key: object, *, keep: bool = True):
         self._path, self._key = path, key
         stored = (read_json(path) if keep else None) or {}
-        found = stored.get("trials", []) if stored.get("key") == key else []
+        found = stored.get("trials", []) if same_json(stored.get("key"), key) else []
         self._losses = {float(item["rate"]): float(item["loss"]) for item in found}
 
     def remember(self, run: Callable[[float], float]) -> Callable[[float], float]:

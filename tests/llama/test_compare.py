@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from examples.llama import compare as compare_module
-from examples.llama.compare import CompareConfig, Comparison, main, parse_names
+from examples.llama.compare import CompareConfig, Comparison, main
 from examples.llama.comparison import Row, markdown_table, rich_table
 from examples.llama.metrics import read_json, read_metrics, write_json
 from examples.llama.plots import plot_comparison
@@ -21,6 +21,7 @@ from examples.llama.timing import paired_step_times
 from examples.llama.train import Run
 from examples.llama.tuned_rates import TUNED_RATES
 from examples.llama.tuning import TrialStore, search_rate
+from examples.llama.variants import parse_variant, parse_variants
 from tests.llama import tiny
 
 RATES = "adamw=1e-2,lion=3e-3"
@@ -352,7 +353,9 @@ def test_what_cannot_be_done_is_said_at_once(tmp_path, fields, message):
 def test_every_optimizer_of_the_demo_has_a_tuned_rate():
     from examples.llama.optimizers import OPTIMIZERS
 
-    assert set(TUNED_RATES["demo"]) == set(OPTIMIZERS)
+    # LoRA-Pre's rates are entered as they are measured.
+    wanted = {name for name in OPTIMIZERS if not name.startswith("lorapre_")}
+    assert wanted <= {parse_variant(key).optimizer for key in TUNED_RATES["demo"]}
     assert all(rate > 0 and source for rate, source in TUNED_RATES["demo"].values())
 
 
@@ -361,9 +364,80 @@ def test_the_command_line_reports_errors_in_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: unknown optimizer 'sgd'")
     assert error.count("\n") == 1
-    assert parse_names("adamw,sage") == ["adamw", "sage"]
+    assert [variant.key for variant in parse_variants("adamw,sage")] == ["adamw", "sage"]
 
 
 def test_runs_write_no_statistics_that_the_comparison_does_not_show(tmp_path):
     comparison(tmp_path, timing_rounds=0).run()
     assert not read_metrics(tmp_path / "runs" / "adamw", "statistics")
+
+
+VARIANTS = "adamw,adamw:matrix_rate=0.25,lorapre_adamw:options=recommended:rank=2"
+
+
+def test_variants_are_rows_with_runs_rates_and_times_of_their_own(tmp_path, monkeypatch):
+    rates = "adamw=1e-2,adamw:matrix_rate=0.25=2e-2,lorapre_adamw:rank=2:options=recommended=5e-3"
+    found = comparison(tmp_path, optimizers=VARIANTS, rates=rates)
+    rows = found.run()
+    keys = ["adamw", "adamw:matrix_rate=0.25", "lorapre_adamw:rank=2:options=recommended"]
+    assert [row.variant for row in rows] == keys
+    assert [row.optimizer for row in rows] == ["adamw", "adamw", "lorapre_adamw"]
+    assert [row.label for row in rows] == [
+        *("AdamW", "AdamW matrix x0.25"),
+        "LoRA-Pre Adam r=2 recommended",
+    ]
+    assert [row.rank for row in rows] == [None, None, 2]
+    assert rows[2].options == {"rank": 2, "options": "recommended"}
+    assert [row.learning_rate for row in rows] == [1e-2, 2e-2, 5e-3]
+    assert len({row.heldout_loss for row in rows}) == 3
+    assert rows[2].state_ratio < rows[1].state_ratio == pytest.approx(1.0, abs=1e-3)
+    assert set(read_json(tmp_path / "timing.json")) == set(keys[1:])
+    assert all(row.step_time_ratio is not None for row in rows)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        *("adamw", "adamw__matrix_rate=0.25"),
+        "lorapre_adamw__rank=2__options=recommended",
+    ]
+    stored = read_json(tmp_path / "comparison.json")["rows"]
+    assert [(row["variant"], row["rank"], row["options"]) for row in stored] == [
+        (row.variant, row.rank, row.options) for row in rows
+    ]
+    # Started again, in another order and with options in another order, it repeats nothing.
+    started = count_runs(monkeypatch)
+    again = "lorapre_adamw:rank=2:options=recommended,adamw,adamw:matrix_rate=0.25"
+    assert comparison(tmp_path, optimizers=again, rates=rates).run() == [rows[2], *rows[:2]]
+    assert started == []
+
+
+def test_a_variant_is_searched_from_the_rate_of_the_plain_optimizer(tmp_path, monkeypatch):
+    started = count_runs(monkeypatch)
+    rates = "adamw=1e-2"
+    fields = {"optimizers": "adamw,adamw:matrix_rate=0.25", "tune": True, "tune_trials": 3}
+    found = comparison(tmp_path, rates=rates, tune_fraction=0.5, timing_rounds=0, **fields)
+    start = TUNED_RATES["demo"]["adamw"][0]
+    assert found.rates["adamw:matrix_rate=0.25"] == (start, "start of the search")
+    rows = found.run()
+    trials = [rate for _, rate, steps in started if steps == 4]
+    assert trials == [start, 2 * start, start / 2]
+    assert rows[1].rate_source == "searched"
+    tuned = read_json(tmp_path / "tuned_rates.json")["demo"]
+    assert tuned == {"adamw:matrix_rate=0.25": rows[1].learning_rate}
+    assert (tmp_path / "tuning" / "adamw__matrix_rate=0.25.json").exists()
+    # Without a search there is no rate to take.
+    with pytest.raises(ValueError, match=r"no tuned rate of 'adamw:matrix_rate=0\.25' for preset"):
+        comparison(tmp_path, rates=rates, optimizers=fields["optimizers"])
+
+
+def test_a_variant_that_cannot_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"'sage:b1=1\.5': .*b1 must be"):
+        comparison(tmp_path, optimizers="adamw,sage:b1=1.5", rates="adamw=1e-2,sage:b1=1.5=1e-3")
+
+
+def test_a_run_from_before_an_option_existed_is_kept(tmp_path, monkeypatch):
+    comparison(tmp_path, timing_rounds=0).run()
+    config = tmp_path / "runs" / "adamw" / "config.json"
+    stored = read_json(config)
+    del stored["settings"]["options"]["residual"]
+    write_json(config, stored)
+    started = count_runs(monkeypatch)
+    comparison(tmp_path, timing_rounds=0).run()
+    assert started == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,14 @@ import optax
 import pytest
 from optax import contrib
 
+import lorapre_optax
+from examples.llama.lorapre import adam_options
 from examples.llama.model import abstract
 from examples.llama.optimizer_options import OPTION_NAMES, OptimizerOptions
 from examples.llama.optimizers import OPTIMIZERS, damper_arguments, make_optimizer, optimizer_entry
 from examples.llama.presets import preset
 from layout_optax import resolve_layout, state_bytes
+from lorapre_optax._recommended import RECOMMENDED
 from tests.llama import tiny
 
 NAMES = tuple(OPTIMIZERS)
@@ -193,6 +198,14 @@ def test_every_option_of_an_entry_changes_what_is_computed(name):
         "scale": 0.5,
         "rank": 2,
         "update_gap": 3,
+        "options": "recommended",
+        "bias_correction": "exact",
+        "bound": 2.0,
+        "residual": 0.5,
+        "second_moment": "full",
+        "initial_subspace": "gradient",
+        "factor_dtype": "bfloat16",
+        "damping": 1e-3,
         "role_multipliers": {"matrix": 2.0},
     }
     assert set(values) == set(OPTION_NAMES)
@@ -206,6 +219,58 @@ def test_every_option_of_an_entry_changes_what_is_computed(name):
     assert traced() == plain
     for option in OPTIMIZERS[name].options:
         assert traced(**{option: values[option]}) != plain, option
+
+
+def test_a_rate_for_a_role_scales_adamw_and_one_for_none_is_optax_adamw():
+    params = small_params("adamw")
+    gradients = random_like(params, 1)
+    fields = {"weight_decay": 0.1, "decay_vectors": False, "b2": 0.9}
+
+    def updates(rate, multipliers=None):
+        tx = make_optimizer("adamw", rate, role_multipliers=multipliers, **fields)
+        first, state = tx.update(gradients, tx.init(params), params)
+        return first, tx.update(gradients, state, params)[0]
+
+    def schedule(count):
+        return 0.1 / (1 + count)
+
+    plain, changed = quick_jit(
+        lambda: (updates(schedule), updates(schedule, {"matrix": 0.25, "embedding": 4.0}))
+    )()
+    for one, other in zip(plain, changed, strict=True):
+        factors = {"embedding": 4.0, "matrix": 0.25}
+        layouts = jax.tree.leaves(resolve_layout(None, params))
+        leaves = zip(layouts, jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+        for layout, a, b in leaves:
+            np.testing.assert_allclose(b, factors.get(layout.role, 1.0) * a, rtol=1e-5)
+    state = [make_optimizer("adamw", 0.1, role_multipliers=m) for m in (None, {"matrix": 0.5})]
+    sizes = [state_bytes(tx, params) for tx in state]
+    assert sizes[0] == pytest.approx(sizes[1], abs=16)
+
+
+def test_recommended_options_yield_to_those_given_and_can_be_switched_off():
+    assert adam_options(OptimizerOptions(options="recommended")) == RECOMMENDED
+    off = OptimizerOptions(
+        options="recommended", bias_correction="paper", bound=math.inf, residual=0.0
+    )
+    paper = OptimizerOptions(options="paper")
+    nothing = {"bias_correction": "paper", "bound": None, "residual": None}
+    assert adam_options(off) == {**adam_options(paper), **nothing}
+    assert adam_options(OptimizerOptions()) == {}
+    with_rank = adam_options(OptimizerOptions(options="recommended", bound=3.0, rank=2))
+    assert with_rank == {**RECOMMENDED, "bound": 3.0, "rank": 2}
+
+
+def test_the_default_of_lorapre_is_the_papers_rule():
+    params = small_params("lorapre_adamw")
+
+    def traced(tx):
+        return str(jax.make_jaxpr(lambda p: tx.update(p, tx.init(p), p))(params))
+
+    plain = traced(make_optimizer("lorapre_adamw", 0.1, rank=3))
+    assert plain == traced(make_optimizer("lorapre_adamw", 0.1, rank=3, options="paper"))
+    assert plain == traced(lorapre_optax.lorapre_adamw(0.1, 3))
+    assert plain != traced(make_optimizer("lorapre_adamw", 0.1, rank=3, options="recommended"))
 
 
 def test_damper_none_is_lion_hybrid():
