@@ -118,7 +118,7 @@ def init_factors(
       carries one (Explicit mesh).
     """
     dtype = compute_dtype(param.dtype) if dtype is None else dtype
-    left_shape = _with_rank(shape_without(param.shape, layout.column_axes), rank)
+    left_shape = with_rank(shape_without(param.shape, layout.column_axes), rank)
     left = _place(jnp.zeros(left_shape, dtype), param, layout.column_axes)
     right = INIT_STD * normal_factor(path, param, layout, rank, "right", seed)
     return left, right.astype(dtype)
@@ -138,7 +138,7 @@ def normal_factor(
         if side == "right"
         else (layout.column_axes, layout.row_axes)
     )
-    shape = _with_rank(shape_without(param.shape, removed), rank)
+    shape = with_rank(shape_without(param.shape, removed), rank)
     rank_axis = len(shape) - 2
     # The one axis after the rank moves up by one; the factor is then a small "parameter" of its own.
     core = tuple(a if a < rank_axis else a + 1 for a in remaining(kept, removed))
@@ -174,7 +174,7 @@ def prepare(
     names = letters(layout, like.ndim)
     if kind == "relative":
         left, right = balance(left, right, layout, like.ndim)
-        left_scale = _power_of_two(left, names.left, names.batch)
+        left_scale = power_of_two(left, names.left, names.batch)
         left_unit = left / spread(left_scale, names.left, names.batch)
     else:
         left_scale, left_unit = _ones(left, names.left, names.batch), left
@@ -278,7 +278,7 @@ def balance(
     s is a power of two, so that not a bit of the product changes. One s per batch index.
     """
     names = letters(layout, ndim)
-    scale = _power_of_two(right, names.right, names.batch)
+    scale = power_of_two(right, names.right, names.batch)
     return (
         left * spread(scale, names.left, names.batch),
         right / spread(scale, names.right, names.batch),
@@ -298,7 +298,7 @@ def gram(factor: jax.Array, side: str, names: Letters) -> jax.Array:
     )
 
 
-def _with_rank(shape: Sequence[int], rank: int) -> tuple[int, ...]:
+def with_rank(shape: Sequence[int], rank: int) -> tuple[int, ...]:
     """A shape with the rank axis second to last."""
     return (*shape[:-1], rank, shape[-1])
 
@@ -346,7 +346,7 @@ def _ones(factor: jax.Array, side: str, batch: str) -> jax.Array:
     return jnp.ones(tuple(factor.shape[side.index(letter)] for letter in batch), factor.dtype)
 
 
-def _power_of_two(factor: jax.Array, side: str, batch: str) -> jax.Array:
+def power_of_two(factor: jax.Array, side: str, batch: str) -> jax.Array:
     """Per batch index the power of two just above a factor's largest entry; 1 for a zero factor."""
     largest = jnp.max(jnp.abs(factor), axis=core_axes(side, batch))
     exponent = jnp.clip(jnp.frexp(largest)[1], -120, 120)

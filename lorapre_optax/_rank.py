@@ -20,8 +20,9 @@ RankLike: TypeAlias = (
     | None
 )
 """How ranks are given: an integer; a fraction in (0, 1) of the smaller side; None for a full moment; a
-mapping whose keys are roles or regular expressions searched in the path (first match in the mapping's
-order wins, no match means a full moment); or a function of path, layout and shape."""
+mapping; or a function of path, layout and shape. The keys of a mapping are whole paths, roles, or regular
+expressions searched in the path: a key equal to the path wins (so that `suggest_ranks` can be given as it
+is), then the first match in the mapping's order; no match means a full moment."""
 
 
 def leaf_rank(
@@ -64,6 +65,8 @@ def leaf_rank(
 def _look_up(rank: Any, path: str, layout: ParamLayout, shape: tuple[int, ...]) -> Any:
     """The rule's answer for one leaf: a number or None."""
     if isinstance(rank, Mapping):
+        if path in rank:
+            return rank[path]
         for key, value in rank.items():
             if key == layout.role or (key not in ROLES and re.search(key, path)):
                 return value

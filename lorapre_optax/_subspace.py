@@ -34,28 +34,28 @@ def gradient_rights(paths: Sequence[str], tasks: Sequence[Task]) -> list[jax.Arr
     Returns:
       One array per task, shaped like its right factor, of the target's dtype.
     """
-    targets = [_normalised(task.target, task.layout) for task in tasks]
+    targets = [normalised(task.target, task.layout) for task in tasks]
     rows = []
     for path, task, target in zip(paths, tasks, targets, strict=True):
         rank = task.right.shape[-2]
         noise = normal_factor(path, target, task.layout, rank, "left", _SEED)
-        rows.append(_rows_from(target, noise.astype(target.dtype), task.layout))
+        rows.append(rows_from(target, noise.astype(target.dtype), task.layout))
     rows = _orthonormal(rows, tasks)
     rows = [
-        _rows_from(target, _columns_from(target, row, task.layout), task.layout)
+        rows_from(target, columns_from(target, row, task.layout), task.layout)
         for target, row, task in zip(targets, rows, tasks, strict=True)
     ]
     rows = _orthonormal(rows, tasks)
     return [_or_old(row, task) for row, task in zip(rows, tasks, strict=True)]
 
 
-def _normalised(target: jax.Array, layout: ParamLayout) -> jax.Array:
+def normalised(target: jax.Array, layout: ParamLayout) -> jax.Array:
     """The target over its largest entry, per batch index."""
     largest = jnp.max(jnp.abs(target), axis=layout.row_axes + layout.column_axes, keepdims=True)
     return target / jnp.where(largest > 0, largest, 1)
 
 
-def _rows_from(target: jax.Array, left: jax.Array, layout: ParamLayout) -> jax.Array:
+def rows_from(target: jax.Array, left: jax.Array, layout: ParamLayout) -> jax.Array:
     """B^T G, shaped like a right factor."""
     names = letters(layout, target.ndim)
     sharding = factor_sharding(target, layout.row_axes)
@@ -63,7 +63,7 @@ def _rows_from(target: jax.Array, left: jax.Array, layout: ParamLayout) -> jax.A
     return jnp.einsum(equation, target, left, out_sharding=sharding)
 
 
-def _columns_from(target: jax.Array, right: jax.Array, layout: ParamLayout) -> jax.Array:
+def columns_from(target: jax.Array, right: jax.Array, layout: ParamLayout) -> jax.Array:
     """G A^T, shaped like a left factor."""
     names = letters(layout, target.ndim)
     sharding = factor_sharding(target, layout.column_axes)

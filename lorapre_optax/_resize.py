@@ -1,0 +1,250 @@
+"""Other ranks for a state that exists: a saved run goes on with more factors, fewer, or none.
+
+Everything happens in the state; the optimizer with the new ranks then takes it over. The
+singular value decompositions are of r x r matrices, except where a full moment is to become factors.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from layout_optax.axes import compute_dtype, sharding_without
+from layout_optax.roles import LayoutLike, ParamLayout, PyTree, is_empty
+from lorapre_optax._factors import (
+    INIT_STD,
+    core_axes,
+    letters,
+    normal_factor,
+    power_of_two,
+    spread,
+)
+from lorapre_optax._rank import RankLike, leaf_rank
+from lorapre_optax._states import (
+    Moment,
+    is_factored,
+    map_states,
+    moments,
+    owner_of,
+    owners,
+    with_moments,
+)
+from lorapre_optax._tracking import LowRankState
+from lorapre_optax._truncation import truncated_matrix, truncated_product
+
+_SEEDS = (11, 12)
+"""Of the fresh rows of first and second moments; ``init`` draws with 0 and 1."""
+
+
+def resize_ranks(
+    state: PyTree,
+    ranks: RankLike,
+    params: PyTree,
+    *,
+    layout: LayoutLike = None,
+    full_rank_fallback: bool = True,
+) -> PyTree:
+    """Gives the low-rank moments of an optimizer state other ranks and keeps what they hold.
+
+    * A smaller rank keeps the best approximation of B A: its truncated singular value decomposition, with
+      the roots of the singular values on both sides.
+    * A larger rank adds zero columns to B and fresh random rows, at the old rows' scale, to A. The product does
+      not change by a bit, and the new directions learn from the next gradient on.
+    * A leaf whose factors would not pay any more gets its moment in full, and one whose full moment can be
+      factors again gets those. LoRA-Pre Adam's second moment is the square of its product.
+    * An equal rank changes nothing.
+
+    A `LowRankState` without a single factor is left alone: it may be one that never has any (the full Adam
+    of `lorapre_adamw`'s tables, ``second_moment="full"``). So a state that was resized to full moments
+    everywhere cannot be resized back.
+
+    Counts, dtypes and sharding stay; the random rows depend on the leaf's path and batch indices only, like
+    those of ``init``. The result has the structure, shapes and dtypes of ``tx.init(params)`` of the same
+    optimizer made with the new ranks. Meant to be called once, between runs. Under an Explicit mesh the
+    factors of one leaf at a time are replicated for it, a full moment that becomes factors too.
+
+    Args:
+      state: the state of any optax chain that contains low-rank moments, whatever wraps them.
+      ranks: the new ranks, as the new optimizer takes ``rank``; see `lorapre_optax.RankLike`.
+      params: the parameters, or their `jax.ShapeDtypeStruct`.
+      layout: as given to the optimizer; None infers it.
+      full_rank_fallback: as given to the new optimizer.
+
+    Returns:
+      The state for the optimizer with the new ranks.
+
+    Raises:
+      ValueError: if the state holds no low-rank moment, or one that does not fit ``params`` and ``layout``
+        (it names the path), and for ranks out of range.
+
+    Example:
+      >>> from lorapre_optax import low_rank_ema
+      >>> params = {"mlp": {"kernel": jnp.ones((24, 40))}}
+      >>> state = resize_ranks(low_rank_ema(0.9, rank=2).init(params), 8, params)
+      >>> state.left["mlp"]["kernel"].shape
+      (8, 40)
+    """
+    found = owners(params, layout)
+
+    def resize(low_rank: LowRankState, second: bool) -> LowRankState:
+        if not is_factored(low_rank):
+            return low_rank
+        new = []
+        for moment in moments(low_rank):
+            if not moment.factored and is_empty(moment.full):
+                new.append(moment)
+                continue
+            own, param = owner_of(moment, found, "params")
+            rank = leaf_rank(ranks, moment.path, own, param.shape, fallback=full_rank_fallback)
+            leaf = _Leaf(moment.path, own, tuple(param.shape), second)
+            new.append(_resized(moment, rank, leaf))
+        return with_moments(low_rank, new)
+
+    resized, count = map_states(
+        functools.partial(resize, second=False), functools.partial(resize, second=True), state
+    )
+    if not count:
+        raise ValueError(
+            "resize_ranks: the state holds no LowRankState. Give it the state of an optimizer of "
+            "lorapre_optax, in any optax chain."
+        )
+    return resized
+
+
+class _Leaf(NamedTuple):
+    """What a moment belongs to, and whether it is Adam's second."""
+
+    path: str
+    layout: ParamLayout
+    shape: tuple[int, ...]
+    second: bool
+
+    def noise(self, rank: int) -> jax.Array:
+        """Standard normal numbers shaped like a right factor of this rank."""
+        like = jax.ShapeDtypeStruct(self.shape, jnp.float32)
+        seed = _SEEDS[self.second]
+        return normal_factor(self.path, like, self.layout, rank, "right", seed)
+
+
+def _resized(moment: Moment, rank: int | None, leaf: _Leaf) -> Moment:
+    """One moment at its new rank; None: in full."""
+    if not moment.factored:
+        return moment if rank is None else _factorised(moment, rank, leaf)
+    if rank is None:
+        return _multiplied_out(moment, leaf)
+    old = moment.left.shape[-2]
+    if rank == old:
+        return moment
+    return (_grown if rank > old else _shrunk)(moment, rank, leaf)
+
+
+def _grown(moment: Moment, rank: int, leaf: _Leaf) -> Moment:
+    """Zero columns for the left factor, fresh rows for the right one."""
+    left, right = moment.left, moment.right
+    old = left.shape[-2]
+    zeros = jnp.zeros((*left.shape[:-2], rank - old, left.shape[-1]), left.dtype)
+    names = letters(leaf.layout, len(leaf.shape))
+    wide = right.astype(compute_dtype(right.dtype))
+    unit = power_of_two(wide, names.right, names.batch)
+    square = jnp.square(wide / spread(unit, names.right, names.batch))
+    axes = core_axes(names.right, names.batch)
+    scale = spread(jnp.sqrt(jnp.mean(square, axis=axes)) * unit, names.right, names.batch)
+    # The later rows of the longer draw, on top of another seed: no row of `init` comes again.
+    fresh = _placed(leaf.noise(rank)[..., old:, :], _sharding(right))
+    fresh = jnp.where(scale > 0, scale, INIT_STD) * fresh
+    return moment._replace(
+        left=_appended(left, zeros), right=_appended(right, fresh.astype(right.dtype))
+    )
+
+
+def _appended(factor: jax.Array, more: jax.Array) -> jax.Array:
+    sharding = _sharding(factor)
+    return _placed(jnp.concatenate([factor, _placed(more, sharding)], axis=-2), sharding)
+
+
+def _shrunk(moment: Moment, rank: int, leaf: _Leaf) -> Moment:
+    """The best factors of the smaller rank."""
+    left, right = moment.left, moment.right
+    wide = (_replicated(factor.astype(compute_dtype(factor.dtype))) for factor in (left, right))
+    noise = _placed(leaf.noise(rank), _replication(right))
+    new_left, new_right = truncated_product(*wide, noise, leaf.layout, leaf.shape)
+    return moment._replace(
+        left=_placed(new_left.astype(left.dtype), _sharding(left)),
+        right=_placed(new_right.astype(right.dtype), _sharding(right)),
+    )
+
+
+def _multiplied_out(moment: Moment, leaf: _Leaf) -> Moment:
+    """The full moment that the factors stand for."""
+    names = letters(leaf.layout, len(leaf.shape))
+    dtype = compute_dtype(moment.left.dtype)
+    left, right = moment.left.astype(dtype), moment.right.astype(dtype)
+    sharding = None
+    if (ours := _sharding(left)) is not None and (theirs := _sharding(right)) is not None:
+        parts = dict(zip(names.left, ours.spec, strict=True))
+        parts |= dict(zip(names.right, theirs.spec, strict=True))
+        sharding = NamedSharding(ours.mesh, PartitionSpec(*(parts[name] for name in names.param)))
+    full = jnp.einsum(
+        f"{names.left},{names.right}->{names.param}",
+        left,
+        right,
+        precision="highest",
+        out_sharding=sharding if sharding_without(left, ()) is not None else None,
+    )
+    full = jnp.square(full) if leaf.second else full
+    full = _placed(full.astype(moment.left.dtype), sharding)
+    return Moment(moment.path, optax.MaskedNode(), optax.MaskedNode(), full)
+
+
+def _factorised(moment: Moment, rank: int, leaf: _Leaf) -> Moment:
+    """Factors of a full moment."""
+    full = moment.full
+    wide = _replicated(full.astype(compute_dtype(full.dtype)))
+    wide = jnp.sqrt(jnp.maximum(wide, 0)) if leaf.second else wide
+    noise = _placed(leaf.noise(rank), _replication(full))
+    factors = truncated_matrix(wide, noise, leaf.layout, leaf.shape)
+    sharding = _sharding(full)
+
+    def like_full(factor, removed):
+        own = None
+        if sharding is not None:
+            spec = [part for axis, part in enumerate(sharding.spec) if axis not in removed]
+            own = NamedSharding(sharding.mesh, PartitionSpec(*spec[:-1], None, spec[-1]))
+        return _placed(factor.astype(full.dtype), own)
+
+    left = like_full(factors[0], leaf.layout.column_axes)
+    right = like_full(factors[1], leaf.layout.row_axes)
+    return Moment(moment.path, left, right, optax.MaskedNode())
+
+
+def _sharding(x: jax.Array) -> NamedSharding | None:
+    """An array's named sharding, one entry per axis; of a tracer only where its mesh is Explicit."""
+    sharding: Any = sharding_without(x, ()) if isinstance(x, Tracer) else x.sharding
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+        return None
+    spec = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _replication(x: jax.Array) -> NamedSharding | None:
+    """Replication over the mesh that an array lives on, if any."""
+    sharding = _sharding(x)
+    return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+
+
+def _replicated(x: jax.Array) -> jax.Array:
+    return _placed(x, _replication(x))
+
+
+def _placed(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """The array with this sharding; as it is where there is none to give."""
+    if sharding is None:
+        return x
+    reshard = jax.sharding.reshard if isinstance(x, Tracer) else jax.device_put
+    return reshard(x, sharding)
