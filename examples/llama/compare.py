@@ -5,7 +5,8 @@
 A name may carry options, and is then a row with a rate, runs and a label of its own: `galore:rank=16`,
 `lorapre_adamw:rank=4:options=recommended`, `adamw:matrix_rate=0.25` (see `variants`).
 All start from the same parameters and see the same batches in the same order. The folder then holds
-comparison.json, table.md, comparison.png, a folder a run, and with `--tune` the trials and tuned_rates.json.
+comparison.json, table.md, comparison.png, ranks.png if rows differ in rank alone, a folder a run, and with
+`--tune` the trials and tuned_rates.json.
 Started again with the same settings it continues: what is finished is not repeated.
 """
 
@@ -42,6 +43,7 @@ from examples.llama.plots import plot_comparison
 from examples.llama.presets import LlamaConfig
 from examples.llama.program import Program
 from examples.llama.progress import duration
+from examples.llama.rank_plot import has_ranks, plot_ranks
 from examples.llama.report import RunSummary
 from examples.llama.settings import (
     JobConfig,
@@ -180,6 +182,9 @@ class Comparison:
         (out / "table.md").write_text(markdown_table(rows), encoding="utf-8")
         title = f"{config.preset}: held-out text after {max(row.tokens for row in rows):,} tokens"
         plot_comparison(rows, picture, title, f"{command}   corpus {self._corpus()}")
+        if has_ranks(rows):
+            plot_ranks(rows, out / "ranks.png", title, f"{command}   corpus {self._corpus()}")
+            self._say(f"Ranks: {out / 'ranks.png'}")
         self.console.print(rich_table(rows, title))
         self._say(f"Corpus {self._corpus()}, seed {config.seed}. Table: {out / 'table.md'}")
         self._say(f"Picture: {picture}")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from examples.llama.optimizers import optimizer_entry
 from examples.llama.report import RunSummary, size
+from examples.llama.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,12 @@ def with_times(row: Row, ratio: float, seconds: float) -> Row:
     return dataclasses.replace(row, step_time_ratio=ratio, paired_step_seconds=seconds)
 
 
+def family(row: Row) -> Variant:
+    """The row's optimizer and options without its rank: rows of a family differ in rank alone."""
+    options = {name: value for name, value in row.options.items() if name != "rank"}
+    return Variant(row.optimizer, options)
+
+
 HEADER = ("optimizer", "perplexity", "loss", "rate", "state", "state/AdamW", "step/AdamW")
 """Held-out perplexity and loss, peak rate, optimizer state, and its bytes and the step's time over
 AdamW's; short enough for a terminal of 80 columns."""
@@ -121,7 +128,9 @@ def rich_table(rows: Sequence[Row], title: str) -> Table:
     """The rows for the terminal; the best perplexity is bold."""
     table = Table(title=title, padding=(0, 0), collapse_padding=True)
     for name in HEADER:
-        table.add_column(name, justify="left" if name == "optimizer" else "right", no_wrap=True)
+        # A variant's long label is wrapped; a number never is.
+        first = name == "optimizer"
+        table.add_column(name, justify="left" if first else "right", no_wrap=not first)
     best = min((row.heldout_loss for row in rows), default=math.inf)
     for row in rows:
         is_best = row.heldout_loss == best < math.inf
@@ -130,11 +139,16 @@ def rich_table(rows: Sequence[Row], title: str) -> Table:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, with a line on where each rate is from."""
+    """The rows as a Markdown table, with what each optimizer stores and where each rate is from."""
+    entries = [optimizer_entry(name) for name in dict.fromkeys(row.optimizer for row in rows)]
     lines = [
         "| " + " | ".join(HEADER) + " |",
         "|" + "|".join("---" if name == "optimizer" else "---:" for name in HEADER) + "|",
         *("| " + " | ".join(cells(row)) + " |" for row in rows),
+        "",
+        "What each stores:",
+        "",
+        *(f"- {entry.label}: {entry.state}" for entry in entries),
         "",
         "Rates: " + "; ".join(f"{row.label} {row.rate_source}" for row in rows) + ".",
     ]

@@ -10,7 +10,6 @@ import optax
 
 import lorapre_optax
 from examples.llama.optimizer_options import OptimizerOptions
-from lorapre_optax._recommended import RECOMMENDED
 
 _FACTORS = ("rank", "residual", "initial_subspace", "factor_dtype", "damping")
 _ADAM = ("b1", "b2", "eps", "bias_correction", "bound", "second_moment", *_FACTORS)
@@ -34,6 +33,38 @@ def muon(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransfo
     )
 
 
+def sgd(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
+    """SGD with low-rank momentum on matrices and full momentum on the rest; `b1` is its decay."""
+    momentum = {} if options.b1 is None else {"momentum": options.b1}
+    return lorapre_optax.lorapre_sgd(
+        learning_rate,
+        **momentum,
+        **_switched_off(options.only(*_FACTORS)),
+        **options.only("scale"),
+        **_common(options),
+    )
+
+
+def lion(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
+    """Lion with a low-rank momentum on matrices, Lion on the rest."""
+    return lorapre_optax.lorapre_lion(
+        learning_rate,
+        **_switched_off(options.only(*_FACTORS)),
+        **options.only("b1", "b2", "scale"),
+        **_common(options),
+    )
+
+
+def sinkgd(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
+    """LoRA-Pre Adam on tables, SinkGD on matrices, AdamW on vectors; the recommended options."""
+    return lorapre_optax.lorapre_sinkgd(
+        learning_rate,
+        **adam_options(options),
+        **options.only("scale", "head_rule", "vector_rule"),
+        **_common(options),
+    )
+
+
 def adam_options(options: OptimizerOptions) -> dict[str, Any]:
     """The arguments of LoRA-Pre Adam: a named set of options under those that were given.
 
@@ -43,14 +74,18 @@ def adam_options(options: OptimizerOptions) -> dict[str, Any]:
     """
     base = {}
     if options.options is not None:
-        base = dict(RECOMMENDED) if options.options == "recommended" else _paper_options()
+        base = (
+            dict(lorapre_optax.RECOMMENDED)
+            if options.options == "recommended"
+            else _paper_options()
+        )
     return _switched_off({**base, **options.only(*_ADAM)})
 
 
 def _paper_options() -> dict[str, Any]:
     """What the recommended options change, as the paper has it: the defaults of the direction."""
     defaults = inspect.signature(lorapre_optax.scale_by_lorapre_adam).parameters
-    return {name: defaults[name].default for name in RECOMMENDED}
+    return {name: defaults[name].default for name in lorapre_optax.RECOMMENDED}
 
 
 def _switched_off(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class OptimizerOptions:
         eps_mode: Whether SAGE's eps is absolute or relative to the rms of the scale.
         mu_dtype: Storage of SAGE's momentum.
         head_rule: What a hybrid does with an untied head: the tables' rule, the matrices', or AdamW.
-        vector_rule: What SAGE-Hybrid does with vectors.
+        vector_rule: What SAGE-Hybrid and LoRA-Pre SinkGD do with vectors.
         scale: Factor on the matrices' direction, before weight decay.
         rank: Rank of low-rank projections and factors.
         update_gap: Steps between two projections of GaLore.

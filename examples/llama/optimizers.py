@@ -276,5 +276,31 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         options=("b1", "b2", "scale", *_FACTORS),
         has_rank=True,
     ),
+    "lorapre_sgd": OptimizerEntry(
+        "LoRA-Pre SGD",
+        lorapre.sgd,
+        state="one factor pair, (p + q) r numbers a p x q matrix; one momentum for the rest",
+        description="SGD with momentum `b1` (0.9), which is low-rank on matrices.",
+        options=("b1", "scale", *_FACTORS),
+        has_rank=True,
+    ),
+    "lorapre_lion": OptimizerEntry(
+        "LoRA-Pre Lion",
+        lorapre.lion,
+        state="one factor pair, (p + q) r numbers a p x q matrix; one momentum for the rest",
+        description="Lion with a low-rank momentum on matrices, Lion on the rest.",
+        options=("b1", "b2", "scale", *_FACTORS),
+        has_rank=True,
+    ),
+    "lorapre_sinkgd": OptimizerEntry(
+        "LoRA-Pre SinkGD",
+        lorapre.sinkgd,
+        state="two factor pairs, (2p + 2q) r numbers a p x q table; two moments for vectors, nothing for "
+        "matrices",
+        description="LoRA-Pre Adam with the recommended options on tables, SinkGD on matrices, AdamW on "
+        "vectors, at one peak rate and `scale` (10).",
+        options=(*_LORAPRE_ADAM, "scale", "head_rule", "vector_rule"),
+        has_rank=True,
+    ),
 }
 """The optimizers by name."""

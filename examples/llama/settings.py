@@ -126,7 +126,7 @@ class TrainConfig(JobConfig):
     head_rule: HeadRule | None = None
     """What a hybrid does with an untied head: the tables' rule, the matrices' or AdamW."""
     vector_rule: VectorRule | None = None
-    """What SAGE-Hybrid does with vectors."""
+    """What SAGE-Hybrid and LoRA-Pre SinkGD do with vectors."""
     scale: float | None = None
     """Factor on the matrices' direction."""
     rank: int | None = None

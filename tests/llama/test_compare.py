@@ -98,6 +98,7 @@ def test_a_comparison_writes_table_picture_and_json(tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert f"| Lion | {rows[1].heldout_perplexity:.2f} |" in table
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "ranks.png").exists()
     text = text_of(found)
     assert "Peak rates: adamw 0.01 (given), lion 0.003 (given)" in text
     assert text.strip().endswith(f"Picture: {tmp_path / 'comparison.png'}")
@@ -323,6 +324,9 @@ def test_tables_show_every_row_and_mark_the_best():
     shown = console.file.getvalue()
     assert "20.09" in shown
     assert "\u2026" not in shown  # nothing is cut at 80 columns
+    console.print(rich_table([row(0, label="LoRA-Pre Adam r=16 recommended")], "title"))
+    assert "recommended" in console.file.getvalue()
+    assert "\u2026" not in console.file.getvalue()
 
 
 def test_pictures_can_be_drawn_of_any_rows(tmp_path):
@@ -441,3 +445,14 @@ def test_a_run_from_before_an_option_existed_is_kept(tmp_path, monkeypatch):
     started = count_runs(monkeypatch)
     comparison(tmp_path, timing_rounds=0).run()
     assert started == []
+
+
+def test_two_ranks_give_a_picture_of_ranks(tmp_path):
+    found = comparison(tmp_path)
+    galore = [
+        row(rank % 3, optimizer="galore", variant=f"galore:rank={rank}", rank=rank)
+        for rank in (4, 8)
+    ]
+    found._publish([row(0), *galore])
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert f"Ranks: {tmp_path / 'ranks.png'}" in text_of(found)

@@ -18,7 +18,6 @@ from examples.llama.optimizer_options import OPTION_NAMES, OptimizerOptions
 from examples.llama.optimizers import OPTIMIZERS, damper_arguments, make_optimizer, optimizer_entry
 from examples.llama.presets import preset
 from layout_optax import resolve_layout, state_bytes
-from lorapre_optax._recommended import RECOMMENDED
 from tests.llama import tiny
 
 NAMES = tuple(OPTIMIZERS)
@@ -111,6 +110,11 @@ def test_state_of_the_demo_model_as_a_share_of_adamw():
     assert share["sage"] == pytest.approx(0.5, abs=0.005)
     assert share["sinkgd"] < 1e-5
     assert share["adafactor"] < 0.05
+    # Factors of rank 3 are hardly more than nothing beside what the other roles keep.
+    for name, whole in (("adamw", 1.0), ("muon", 1.0), ("lion", 0.5), ("sgd", 0.5)):
+        tables = 0.471 * whole
+        assert tables < share[f"lorapre_{name}"] < tables + 0.02
+    assert share["lorapre_sinkgd"] < 0.02
     assert 0.5 < share["muon"] < 1
 
 
@@ -208,6 +212,8 @@ def test_every_option_of_an_entry_changes_what_is_computed(name):
         "damping": 1e-3,
         "role_multipliers": {"matrix": 2.0},
     }
+    if name == "lorapre_sinkgd":  # whose own defaults these are
+        values |= {"options": "paper", "bias_correction": "paper", "vector_rule": "sage"}
     assert set(values) == set(OPTION_NAMES)
     params = small_params(name)
 
@@ -249,7 +255,7 @@ def test_a_rate_for_a_role_scales_adamw_and_one_for_none_is_optax_adamw():
 
 
 def test_recommended_options_yield_to_those_given_and_can_be_switched_off():
-    assert adam_options(OptimizerOptions(options="recommended")) == RECOMMENDED
+    assert adam_options(OptimizerOptions(options="recommended")) == lorapre_optax.RECOMMENDED
     off = OptimizerOptions(
         options="recommended", bias_correction="paper", bound=math.inf, residual=0.0
     )
@@ -258,7 +264,7 @@ def test_recommended_options_yield_to_those_given_and_can_be_switched_off():
     assert adam_options(off) == {**adam_options(paper), **nothing}
     assert adam_options(OptimizerOptions()) == {}
     with_rank = adam_options(OptimizerOptions(options="recommended", bound=3.0, rank=2))
-    assert with_rank == {**RECOMMENDED, "bound": 3.0, "rank": 2}
+    assert with_rank == {**lorapre_optax.RECOMMENDED, "bound": 3.0, "rank": 2}
 
 
 def test_the_default_of_lorapre_is_the_papers_rule():
@@ -271,6 +277,22 @@ def test_the_default_of_lorapre_is_the_papers_rule():
     assert plain == traced(make_optimizer("lorapre_adamw", 0.1, rank=3, options="paper"))
     assert plain == traced(lorapre_optax.lorapre_adamw(0.1, 3))
     assert plain != traced(make_optimizer("lorapre_adamw", 0.1, rank=3, options="recommended"))
+
+
+def test_lorapre_sinkgd_is_recommended_unless_told_otherwise():
+    params = small_params("lorapre_sinkgd")
+
+    def traced(**fields):
+        tx = make_optimizer("lorapre_sinkgd", 0.1, rank=2, **fields)
+        return str(jax.make_jaxpr(lambda p: tx.update(p, tx.init(p), p))(params))
+
+    assert traced() == traced(options="recommended") != traced(options="paper")
+    paper = lorapre_optax.lorapre_sinkgd(
+        0.1, 2, bias_correction="paper", bound=None, residual=None, weight_decay=0.0
+    )
+    assert traced(options="paper") == str(
+        jax.make_jaxpr(lambda p: paper.update(p, paper.init(p), p))(params)
+    )
 
 
 def test_damper_none_is_lion_hybrid():

@@ -27,7 +27,7 @@ from examples.llama.step import init_state, make_train_step, warmup_cosine
 from examples.llama.train import Run, check_vocabulary, main, train
 from tests.llama import tiny
 
-RATES = {"adafactor": 0.3, "sinkgd": 0.2}
+RATES = {"adafactor": 0.3, "sinkgd": 0.2, "lorapre_sgd": 1.0}
 
 
 def run(config, **arguments):
