@@ -1,4 +1,4 @@
-"""Statistics of a step by role: how large the update is, and what SAGE's damper does.
+"""Statistics of a step: how large the update is, what SAGE's damper does, what LoRA-Pre's factors hold.
 
 Everything here is computed on the device, inside the detailed form of the train step, which runs at
 log intervals only.
@@ -16,6 +16,7 @@ import optax
 
 from examples.llama.step import StepRecord
 from layout_optax import resolve_layout
+from lorapre_optax import lorapre_metrics
 from sage_optax import SageState, sage_damper
 
 SMALL_SCALE = 100.0
@@ -25,7 +26,7 @@ SMALL_SCALE = 100.0
 def make_statistics(
     damper_arguments: Mapping[str, Any] | None = None,
 ) -> Callable[[StepRecord], dict[str, jax.Array]]:
-    """Makes the statistics function of a train step: `update_statistics` and `damper_statistics`."""
+    """Makes the statistics function of a train step from the three functions of this module."""
 
     def statistics(record: StepRecord) -> dict[str, jax.Array]:
         return {
@@ -33,6 +34,7 @@ def make_statistics(
             **damper_statistics(
                 record.gradients, record.old_state, record.new_state, **(damper_arguments or {})
             ),
+            **low_rank_statistics(record.gradients, record.old_state, record.updates),
         }
 
     return statistics
@@ -110,6 +112,28 @@ def damper_statistics(
         numbers[f"damper/{role}/small_scale_share"] = _mean(
             [scale < SMALL_SCALE * eps for scale in scales]
         )
+    return numbers
+
+
+def low_rank_statistics(gradients: Any, old_state: Any, updates: Any) -> dict[str, jax.Array]:
+    """What LoRA-Pre's factors hold of the gradient; nothing where no first moment has factors.
+
+    Args:
+        gradients: The gradient that the optimizer saw.
+        old_state: Its state before the update.
+        updates: What is added to the parameters.
+
+    Returns:
+        For each parameter with factors, scalars over its stack of matrices: `lorapre/PATH/energy_share`
+        (the mean) and `lorapre/PATH/energy_share_min` (see `lorapre_optax.lorapre_metrics`),
+        `lorapre/PATH/update_rms` and `lorapre/PATH/update_max`.
+    """
+    numbers = {}
+    for path, found in lorapre_metrics(old_state, gradients, updates).items():
+        numbers[f"lorapre/{path}/energy_share"] = jnp.mean(found["energy_share"])
+        numbers[f"lorapre/{path}/energy_share_min"] = jnp.min(found["energy_share"])
+        numbers[f"lorapre/{path}/update_rms"] = _rms([found["update_rms"]])
+        numbers[f"lorapre/{path}/update_max"] = jnp.max(found["update_max"])
     return numbers
 
 

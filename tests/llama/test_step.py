@@ -12,13 +12,21 @@ import pytest
 
 from examples.llama.clock import StepClock
 from examples.llama.step import (
+    StepRecord,
     accumulated_gradients,
     init_state,
     make_evaluation,
     make_train_step,
     warmup_cosine,
 )
-from examples.llama.update_stats import damper_statistics, sage_states, update_statistics
+from examples.llama.update_stats import (
+    damper_statistics,
+    low_rank_statistics,
+    make_statistics,
+    sage_states,
+    update_statistics,
+)
+from lorapre_optax import lorapre_metrics, scale_by_lorapre_adam
 from sage_optax import sage_damper, scale_by_sage
 
 
@@ -164,6 +172,34 @@ def test_damper_statistics_are_empty_without_a_damper():
     for tx in (optax.adamw(1e-3), scale_by_sage(damper=None)):
         state = tx.init(params)
         assert damper_statistics(params, state, state) == {}
+
+
+def test_low_rank_statistics_summarise_each_stack():
+    params = {"layers": {"up": {"kernel": jnp.ones((3, 12, 16))}}, "norm": {"scale": jnp.ones(12)}}
+    gradients = jax.tree.map(
+        lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape), jnp.float32), params
+    )
+    tx = optax.chain(scale_by_lorapre_adam(2), optax.scale_by_learning_rate(1e-2))
+    update = jax.jit(tx.update)
+    _, old = update(gradients, tx.init(params), params)
+    updates, new = update(gradients, old, params)
+    record = StepRecord(params, updates, gradients, old, new)
+    numbers = jax.jit(make_statistics())(record)
+    path = "lorapre/layers/up/kernel"
+    found = lorapre_metrics(old, gradients, updates)["layers/up/kernel"]
+    share = np.asarray(found["energy_share"])
+    assert share.shape == (3,)
+    assert float(numbers[f"{path}/energy_share"]) == pytest.approx(share.mean(), rel=1e-4)
+    assert float(numbers[f"{path}/energy_share_min"]) == pytest.approx(share.min(), rel=1e-4)
+    own = np.asarray(updates["layers"]["up"]["kernel"], np.float64)
+    rms = float(np.sqrt(np.mean(own**2)))
+    assert float(numbers[f"{path}/update_rms"]) == pytest.approx(rms, rel=1e-5)
+    assert float(numbers[f"{path}/update_max"]) == pytest.approx(np.abs(own).max())
+    assert {name for name in numbers if name.startswith("lorapre/")} == {
+        f"{path}/{key}" for key in ("energy_share", "energy_share_min", "update_rms", "update_max")
+    }
+    plain = optax.adamw(1e-3).init(params)
+    assert low_rank_statistics(gradients, plain, updates) == {}
 
 
 def test_clock_leaves_pauses_out_and_prefers_ordinary_steps(monkeypatch):
