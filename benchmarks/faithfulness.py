@@ -1,0 +1,356 @@
+"""How faithful low-rank momentum is: beside the exact one, over a real training run of the demo model.
+
+    python -m benchmarks.faithfulness
+
+trains the demo Llama with AdamW and shows each gradient of its matrices to the factors of every rank, which
+change nothing in the run. It writes faithfulness.json, faithfulness.md and two pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from benchmarks.common import circumstances, describe_circumstances, table, write_results
+from examples.llama.data import Dataset, prepare_data, train_iterator
+from examples.llama.loss import next_token_loss
+from examples.llama.model import apply, create
+from examples.llama.presets import LlamaConfig
+from examples.llama.settings import TrainConfig, data_config, resolve
+from examples.llama.step import accumulated_gradients, warmup_cosine
+from layout_optax import ParamLayout, infer_layout
+from lorapre_optax import LowRankState, lorapre_metrics, low_rank_ema, low_rank_trace
+
+B1, B2, MU = 0.9, 0.95, 0.95
+MOMENTS = {
+    "first": "Adam's first moment",
+    "second": "Adam's second moment",
+    "trace": "Muon's accumulator",
+}
+
+
+class Tracked(NamedTuple):
+    """The momenta of one rank."""
+
+    first: LowRankState
+    second: LowRankState
+    trace: LowRankState
+
+
+class Exact(NamedTuple):
+    """The same momenta in full."""
+
+    first: Any
+    second: Any
+    trace: Any
+
+
+def observer(ranks: Sequence[int]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The functions ``init(matrices)`` and ``observe(state, gradients)`` of all momenta.
+
+    ``observe`` returns the next state and, by rank, arrays of one number a matrix: ``cosine`` and
+    ``ratio`` of norms between the stored product and the exact momentum for each of `MOMENTS`, the
+    same of the applied momentum (product of the previous factors plus the fresh gradient), and the
+    share of the gradient's energy outside the tracked subspace. The second moment's product is squared.
+    """
+    options: dict[str, Any] = {"full_rank_fallback": False}
+    chains = {
+        rank: Tracked(
+            low_rank_ema(B1, rank, debias=False, **options),  # type: ignore[arg-type]
+            low_rank_ema(B2**0.5, rank, debias=False, target=jnp.abs, **options),  # type: ignore[arg-type]
+            low_rank_trace(MU, rank, **options),  # type: ignore[arg-type]
+        )
+        for rank in ranks
+    }
+
+    def init(matrices: Any) -> Any:
+        zeros = jax.tree.map(jnp.zeros_like, matrices)
+        low = {rank: Tracked(*(tx.init(matrices) for tx in chains[rank])) for rank in ranks}
+        return low, Exact(zeros, zeros, zeros)
+
+    def observe(state: Any, gradients: Any) -> tuple[Any, dict[int, dict[str, jax.Array]]]:
+        low, old = state
+        exact = Exact(
+            jax.tree.map(lambda m, g: B1 * m + (1 - B1) * g, old.first, gradients),
+            jax.tree.map(lambda v, g: B2 * v + (1 - B2) * g**2, old.second, gradients),
+            jax.tree.map(lambda m, g: MU * m + g, old.trace, gradients),
+        )
+        new, numbers = {}, {}
+        for rank in ranks:
+            shares = lorapre_metrics(low[rank].first, gradients)
+            outside = [1 - jnp.ravel(each["energy_share"]) for each in shares.values()]
+            found = {"outside": jnp.concatenate(outside)}
+            after = []
+            for name, tx, before in zip(MOMENTS, chains[rank], low[rank], strict=True):
+                kept = products(before, gradients)
+                _, following = tx.update(gradients, before)
+                stored = products(following, gradients)
+                applied = jax.tree.map(partial(_applied, name), kept, gradients)
+                if name == "second":
+                    stored = jax.tree.map(jnp.square, stored)
+                reference = getattr(exact, name)
+                for what, tree in (("stored", stored), ("applied", applied)):
+                    cosine, ratio = agreement(tree, reference)
+                    found[f"{name}/{what}/cosine"], found[f"{name}/{what}/ratio"] = cosine, ratio
+                after.append(following)
+            new[rank], numbers[rank] = Tracked(*after), found
+        return (new, exact), numbers
+
+    return init, observe
+
+
+def products(state: LowRankState, like: Any) -> Any:
+    """B A of every matrix, in the parameters' axes."""
+    layouts = infer_layout(like)
+
+    def product(layout: ParamLayout, left: jax.Array, right: jax.Array) -> jax.Array:
+        if left.ndim != 3 or layout.batch_axes(3) != (0,):
+            raise ValueError("faithfulness: the matrices of the demo model are stacks on axis 0.")
+        rows_first = jnp.einsum("lrp,lrq->lpq", left, right)
+        return rows_first if layout.row_axes == (1,) else rows_first.swapaxes(1, 2)
+
+    return jax.tree.map(product, layouts, state.left, state.right)
+
+
+def agreement(found: Any, exact: Any) -> tuple[jax.Array, jax.Array]:
+    """Cosines and ratios of norms, one number a matrix of every stack."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
+    cosines, ratios = [], []
+    for low, full in pairs:
+        # Largest entries one: squares of small gradients stay in range.
+        tops = [jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True) for x in (low, full)]
+        low, full = (
+            x / jnp.where(top > 0, top, 1) for x, top in zip((low, full), tops, strict=True)
+        )
+        sizes = [jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2))) for x in (low, full)]
+        cosines.append(jnp.sum(low * full, axis=(1, 2)) / jnp.maximum(sizes[0] * sizes[1], 1e-30))
+        scale = (tops[0] / jnp.where(tops[1] > 0, tops[1], 1))[:, 0, 0]
+        ratios.append(scale * sizes[0] / jnp.maximum(sizes[1], 1e-30))
+    return jnp.concatenate(cosines), jnp.concatenate(ratios)
+
+
+def run(
+    ranks: Sequence[int],
+    config: TrainConfig,
+    *,
+    model: LlamaConfig | None = None,
+    dataset: Dataset | None = None,
+    every: int = 1,
+) -> dict[str, Any]:
+    """Trains as configured and observes; medians and tenths over all matrices by rank and number."""
+    settings = resolve(config, model)
+    steps = settings.steps
+    dataset = prepare_data(data_config(config, settings)) if dataset is None else dataset
+    batches = train_iterator(dataset, settings.batch_size, settings.seq_len, settings.seed)
+    graphdef, params = create(settings.model, settings.seed)
+    shares = warmup_cosine(steps, settings.warmup_steps, settings.final_rate_fraction)
+    tx = optax.chain(
+        optax.clip_by_global_norm(settings.clip_norm or float("inf")),
+        settings.optimizer_from(lambda count: settings.learning_rate * shares(count)),
+    )
+    init, observe = observer(ranks)
+
+    def loss_fn(params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return next_token_loss(apply(graphdef, params), tokens)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: Any, tokens: jax.Array) -> Any:
+        params, opt_state, observed = state
+        loss, gradients = accumulated_gradients(loss_fn, params, tokens)
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        observed, numbers = observe(observed, matrices_of(gradients))
+        return (optax.apply_updates(params, updates), opt_state, observed), loss, numbers
+
+    state = (params, jax.jit(tx.init)(params), jax.jit(init)(matrices_of(params)))
+    taken, losses, rows = [], [], []
+    for number in range(1, steps + 1):
+        state, loss, numbers = step(state, next(batches))
+        if number % every == 0 or number <= 10:
+            numbers, loss = jax.device_get((numbers, loss))
+            taken.append(number)
+            losses.append(float(loss))
+            rows.append(numbers)
+    return {
+        "steps": taken,
+        "loss": losses,
+        "learning_rate": settings.learning_rate,
+        "corpus_sha256": dataset.corpus_sha256,
+        "matrices": int(rows[0][ranks[0]]["outside"].size),
+        "ranks": {
+            str(rank): {key: _quantiles([row[rank][key] for row in rows]) for key in rows[0][rank]}
+            for rank in ranks
+        },
+    }
+
+
+def matrices_of(tree: Any) -> dict[str, Any]:
+    """The attention and MLP kernels, a tree of its own."""
+    layers = tree["layers"]
+    return {"layers": {name: layers[name] for name in ("mlp", "self_attn")}}
+
+
+def weight_share(outside: np.ndarray | float, fresh: float = 1 - B1) -> np.ndarray:
+    """Share of all the weight given to a gradient that its part outside the subspace receives.
+
+    Inside, a gradient is remembered and its weights (1-b1) b1^k add up to 1; outside it enters once with
+    1-b1 (the paper's rule). A residual of kappa = b1 makes ``fresh`` 1.
+
+    >>> round(float(weight_share(0.5)), 4), float(weight_share(0.5, fresh=1.0))
+    (0.0909, 0.5)
+    """
+    outside = np.asarray(outside)
+    return fresh * outside / (fresh * outside + 1 - outside)
+
+
+def plot(results: Mapping[str, Any], folder: pathlib.Path) -> None:
+    """Draws faithfulness.png (cosines and ratios) and faithfulness_weights.png (weights outside)."""
+    steps, ranks = results["steps"], list(results["ranks"])
+    colours = dict(
+        zip(ranks, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"), strict=False)
+    )
+    figure, axes = plt.subplots(3, 2, figsize=(11, 9.5), layout="constrained", sharex=True)
+    for line, (name, title) in zip(axes, MOMENTS.items(), strict=True):
+        for panel, what in zip(line, ("cosine", "ratio"), strict=True):
+            for rank in ranks:
+                low, middle, high = np.array(results["ranks"][rank][f"{name}/stored/{what}"]).T
+                panel.fill_between(steps, low, high, color=colours[rank], alpha=0.15, linewidth=0)
+                panel.plot(steps, middle, color=colours[rank], label=f"r = {rank}, stored")
+                applied = np.array(results["ranks"][rank][f"{name}/applied/{what}"])[:, 1]
+                panel.plot(steps, applied, color=colours[rank], linestyle=":", label="applied")
+            panel.set_title(f"{title}: {'cosine' if what == 'cosine' else 'norm'} to exact")
+            panel.axhline(1, color="0.6", linewidth=0.8)
+            panel.grid(alpha=0.3)
+            panel.set_ylim(0, 1.05 if what == "cosine" else 1.6)
+    axes[0, 0].legend(ncols=len(ranks), fontsize=8, loc="lower right")
+    for panel in axes[-1]:
+        panel.set_xlabel("step")
+    figure.suptitle(
+        f"Low-rank beside exact momentum, AdamW run of the demo model ({results['matrices']} matrices: "
+        "median, band from the first to the last tenth)",
+        fontsize=11,
+    )
+    figure.savefig(folder / "faithfulness.png", dpi=130)
+    plt.close(figure)
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharex=True)
+    for rank in ranks:
+        low, middle, high = np.array(results["ranks"][rank]["outside"]).T
+        left.fill_between(steps, low, high, color=colours[rank], alpha=0.15, linewidth=0)
+        left.plot(steps, middle, color=colours[rank], label=f"r = {rank}")
+        right.plot(steps, weight_share(middle), color=colours[rank], label=f"r = {rank}, paper")
+        right.plot(steps, middle, color=colours[rank], linestyle="--", label="residual 0.9")
+    left.set_title("Gradient energy outside the tracked subspace")
+    right.set_title("Share of the total weight that it receives")
+    for panel in (left, right):
+        panel.set(xlabel="step", ylim=(0, 1.02))
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8, ncols=2, loc="upper right" if panel is left else "center right")
+    figure.savefig(folder / "faithfulness_weights.png", dpi=130)
+    plt.close(figure)
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The page of results: medians over the second half of the run."""
+    half = len(results["steps"]) // 2
+
+    def middle(rank: str, key: str) -> float:
+        return float(np.median(np.array(results["ranks"][rank][key])[half:, 1]))
+
+    moments, weights = [], []
+    for rank in results["ranks"]:
+        for name, title in MOMENTS.items():
+            keys = [
+                f"{name}/{what}/{number}"
+                for what in ("stored", "applied")
+                for number in ("cosine", "ratio")
+            ]
+            moments.append([rank, title, *(f"{middle(rank, key):.3f}" for key in keys)])
+        outside = middle(rank, "outside")
+        weights.append([rank, f"{outside:.3f}", f"{float(weight_share(outside)):.3f}"])
+    header = ["rank", "momentum", "cosine", "norm ratio", "applied: cosine", "norm ratio"]
+    return f"""# How faithful low-rank momentum is
+
+The demo Llama (hidden size 192, {results["matrices"]} matrices) trained for {results["steps"][-1]} steps
+with AdamW at {results["learning_rate"]:g}; the clipped gradients of its matrices are shown to the factors of
+LoRA-Pre (the paper's rule, relative damping 1e-4), which change nothing in the run. "Stored" is what they hold
+after a step (for the second moment the square of their product) against the exact momentum of the same
+decay; "applied" is what enters the direction: the previous product plus the fresh gradient. Medians over all
+matrices and the second half of the run.
+
+{describe_circumstances(results["circumstances"])}
+
+{table(header, moments)}
+
+Gradient energy outside the tracked subspace, 1 - (|P_B G|^2 + |G P_A|^2) / (2 |G|^2), and the share of all
+the weight that a gradient ever receives which goes to that part: inside it is remembered and its weights
+add up to 1, outside it enters once with 1 - b1 = 0.1. With `residual=0.9` the second number equals the first.
+
+{table(["rank", "energy outside", "weight of it, paper"], weights)}
+
+![cosine and norm of low-rank momentum](faithfulness.png)
+
+![energy and weight outside the subspace](faithfulness_weights.png)
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs, and writes the JSON file, the page and the pictures; returns what the JSON file holds."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faithfulness", description=__doc__)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument(
+        "--every", type=int, default=2, help="steps between records, after the 10th"
+    )
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/results"))
+    options = parser.parse_args(arguments)
+    config = TrainConfig(preset="demo", optimizer="adamw", steps=options.steps)
+    results = run(options.ranks, config, every=options.every)
+    return publish(results, options.output, ["python", "-m", "benchmarks.faithfulness", *arguments])
+
+
+def publish(results: dict[str, Any], folder: pathlib.Path, command: list[str]) -> dict[str, Any]:
+    """Adds the circumstances and writes everything."""
+    results = {"circumstances": circumstances(shlex.join(command)), "model": "demo", **results}
+    write_results(folder, "faithfulness", results, page(results))
+    plot(results, folder)
+    return results
+
+
+def _applied(name: str, product: jax.Array, gradient: jax.Array) -> jax.Array:
+    """What enters the direction: equations 4 and 8 of Algorithm 1, the accumulator of Algorithm 2."""
+    if name == "first":
+        return B1 * product + (1 - B1) * gradient
+    if name == "second":
+        return B2 * product**2 + (1 - B2) * gradient**2
+    return MU * product + gradient
+
+
+def _quantiles(rows: Sequence[np.ndarray]) -> list[list[float]]:
+    """First tenth, median and last tenth of each row, to four digits."""
+    return [
+        [
+            float(f"{value:.4g}")
+            for value in np.quantile(np.asarray(row, np.float64), (0.1, 0.5, 0.9))
+        ]
+        for row in rows
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""What LoRA-Pre's rank and options are worth: the demo Llama trained with each, at the same batches.
+
+    python -m benchmarks.lorapre_quality
+
+Every cell (a variant of an optimizer, a peak rate, a number of steps) is one run whose result is kept in
+lorapre_quality.json at once; a finished cell is never repeated, a cell that is missing is shown as missing.
+`--report` writes the page and the picture from what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.common import circumstances, describe_circumstances, table
+from examples.llama.comparison import Row, make_row
+from examples.llama.data import Dataset, prepare_data
+from examples.llama.metrics import jsonable, read_json, read_metrics, write_json
+from examples.llama.presets import LlamaConfig
+from examples.llama.program import Program
+from examples.llama.rank_plot import plot_ranks
+from examples.llama.settings import TrainConfig, data_config, resolve
+from examples.llama.train import Run
+from examples.llama.tuning import search_rate
+from examples.llama.variants import parse_variant
+
+RANKS = (16, 4, 64)
+STEPS, LONG = 150, 400
+FIXED_RATE = 1e-2
+"""The rate of all ablations."""
+
+OPTIONS = {
+    "exact": "bias_correction=exact",
+    "residual": "residual=0.9",
+    "bound": "bound=1",
+    "gradient start": "initial_subspace=gradient",
+}
+ABLATIONS = (
+    (),
+    *((name,) for name in OPTIONS),
+    ("exact", "residual"),
+    ("exact", "residual", "bound"),
+    tuple(OPTIONS),
+)
+TOGETHER = tuple(OPTIONS)
+"""The options that are searched beside the paper's."""
+
+# At a quarter of the tables' rate, as GaLore's and the paper's low-rank groups are.
+_ADAM = "lorapre_adamw:rank={}:scale=0.25"
+_SINKGD = "lorapre_sinkgd:rank={}:options=paper:scale=5"
+TABLE_RANKS = (4, 3, 16, 64)
+
+
+def variant(template: str, rank: int, names: Sequence[str] = ()) -> str:
+    """The key of a variant in one form.
+
+    >>> variant("lorapre_adamw:rank={}:scale=0.25", 4, ("exact", "bound"))
+    'lorapre_adamw:rank=4:bias_correction=exact:bound=1:scale=0.25'
+    """
+    text = ":".join([template.format(rank), *(OPTIONS[name] for name in names)])
+    return parse_variant(text).key
+
+
+def searches() -> dict[str, float]:
+    """The variants whose rate is searched, and where the search starts."""
+    found = {"adamw": 3e-3, "adamw:matrix_rate=0.25": 1e-2, "muon": 1.2e-2, "sage_hybrid": 1e-3}
+    for rank in TABLE_RANKS:
+        found[variant(_SINKGD, rank, TOGETHER)] = 6e-3
+    for rank in RANKS:
+        found[variant(_ADAM, rank)] = FIXED_RATE
+        found[variant(_ADAM, rank, TOGETHER)] = FIXED_RATE
+    for rank in RANKS:
+        found[f"lorapre_muon:rank={rank}"] = 1.2e-2
+        found[f"galore:rank={rank}"] = 1e-2
+    return found
+
+
+def long_runs() -> list[str]:
+    """The variants that are also trained for `LONG` steps, at the rate found for `STEPS`."""
+    adam = [variant(_ADAM, 16, names) for names in (TOGETHER, ())]
+    sinkgd = [variant(_SINKGD, rank, TOGETHER) for rank in (3, 64)]
+    return ["adamw", *sinkgd, *adam, "lorapre_muon:rank=16", "muon", "adamw:matrix_rate=0.25"]
+
+
+class Cells:
+    """The results of runs, kept in a file.
+
+    Args:
+        path: The JSON file.
+        model: A shape to use instead of the preset's.
+        dataset: Prepared data to use instead of reading it.
+        common: Fields of `TrainConfig` that all runs share.
+
+    Raises:
+        ValueError: The file holds runs on other data.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        *,
+        model: LlamaConfig | None = None,
+        dataset: Dataset | None = None,
+        common: Mapping[str, Any] | None = None,
+    ):
+        self.path, self.model, self.common = path, model, dict(common or {})
+        config = self._config("adamw", FIXED_RATE, STEPS)
+        if dataset is None:
+            dataset = prepare_data(data_config(config, resolve(config, model)))
+        self.dataset = dataset
+        stored = read_json(path) or {"data": jsonable(dataset.describe()), "cells": []}
+        if stored["data"] != jsonable(dataset.describe()):
+            raise ValueError(f"{path} holds runs on other data; move it away to start anew.")
+        self.stored = stored
+        self._programs: dict[tuple[str, int], Program] = {}
+
+    def find(self, key: str, rate: float, steps: int) -> dict[str, Any] | None:
+        """The cell of a variant, rate and length, or None."""
+        for cell in self.stored["cells"]:
+            if (cell["variant"], cell["learning_rate"], cell["steps"]) == (key, rate, steps):
+                return cell
+        return None
+
+    def loss(self, key: str, rate: float, steps: int) -> float:
+        """The held-out loss of a cell, which is run if it is missing; infinite if it diverged."""
+        cell = self.find(key, rate, steps)
+        if cell is None:
+            cell = self._run(key, rate, steps)
+            self.stored["cells"].append(cell)
+            write_json(self.path, self.stored)
+        return float(cell["heldout_loss"]) if cell["status"] == "finished" else math.inf
+
+    def best(self, key: str, steps: int) -> dict[str, Any] | None:
+        """The cell of a variant with the lowest loss."""
+        found = [
+            cell
+            for cell in self.stored["cells"]
+            if (cell["variant"], cell["steps"], cell["status"]) == (key, steps, "finished")
+        ]
+        return min(found, key=lambda cell: cell["heldout_loss"], default=None)
+
+    def rates(self, key: str, steps: int) -> list[float]:
+        """The rates of a variant's cells."""
+        cells = self.stored["cells"]
+        return sorted(
+            cell["learning_rate"]
+            for cell in cells
+            if (cell["variant"], cell["steps"]) == (key, steps)
+        )
+
+    def _config(self, key: str, rate: float, steps: int, out: str = "unused") -> TrainConfig:
+        return TrainConfig(
+            **{"preset": "demo", "statistics_every": 0, "tensorboard": False, **self.common},
+            **parse_variant(key).fields(),
+            steps=steps,
+            eval_every=-(-steps // 3),  # an evaluation costs as much as five steps
+            learning_rate=rate,
+            out=pathlib.Path(out),
+        )
+
+    def _run(self, key: str, rate: float, steps: int) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as out:
+            run = Run(
+                self._config(key, rate, steps, out),
+                model=self.model,
+                dataset=self.dataset,
+                program=self._programs.get((key, steps)),
+                console=Console(quiet=True),
+            )
+            self._programs = {(key, steps): run.program}
+            summary = run.train()
+            if summary.status == "interrupted":
+                raise KeyboardInterrupt
+            row = make_row(summary, "searched", read_metrics(pathlib.Path(out)))
+        found = parse_variant(key)
+        row = dataclasses.replace(
+            row,
+            variant=key,
+            label=found.label,
+            rank=found.options.get("rank"),
+            options=dict(found.options),
+            steps=steps,
+            train_curve=[],
+        )
+        print(f"{key} at {rate:g}, {steps} steps: {row.heldout_perplexity:.2f}", flush=True)
+        return jsonable({**dataclasses.asdict(row), "seed": summary.seed})
+
+
+def measure(cells: Cells, after: Callable[[], Any]) -> None:
+    """Runs what is missing: ablations, searches, long runs; calls ``after`` once in a while."""
+    for rank in RANKS:
+        for names in ABLATIONS:
+            cells.loss(variant(_ADAM, rank, names), FIXED_RATE, STEPS)
+        after()
+    for key, start in searches().items():
+        search_rate(lambda rate, key=key: cells.loss(key, rate, STEPS), start, max_trials=5)
+        after()
+    for key in long_runs():
+        best = cells.best(key, STEPS)
+        assert best is not None
+        cells.loss(key, best["learning_rate"], LONG)
+        after()
+
+
+def rows_of(cells: Cells, steps: int) -> list[Row]:
+    """The best cell of every searched variant, named for readers."""
+    names = {field.name for field in dataclasses.fields(Row)}
+    rows = []
+    for key in searches():
+        cell = cells.best(key, steps)
+        if cell is None:
+            continue
+        options = {"rank": cell["rank"]} if cell["rank"] is not None else {}
+        kept = {name: value for name, value in cell.items() if name in names}
+        kept |= {"label": _label(cell), "optimizer": _family(cell), "options": options}
+        rows.append(Row(**kept))
+    return rows
+
+
+def page(cells: Cells, facts: Mapping[str, Any]) -> str:
+    """The page of results."""
+    main = []
+    for key in searches():
+        cell, rates = cells.best(key, STEPS), cells.rates(key, STEPS)
+        if cell is None:
+            main.append([parse_variant(key).label, "missing", *["-"] * 5])
+            continue
+        inside = rates[0] < cell["learning_rate"] < rates[-1]
+        long = cells.best(key, LONG)
+        main.append(
+            [
+                _label(cell),
+                f"{cell['heldout_perplexity']:.1f}",
+                "-" if long is None else f"{long['heldout_perplexity']:.1f}",
+                f"{cell['learning_rate']:g}" + ("" if inside else " (edge)"),
+                f"{rates[0]:g} to {rates[-1]:g}" if len(rates) > 1 else "this one",
+                f"{cell['optimizer_state_bytes'] / 2**20:.2f}",
+                f"{100 * cell['state_ratio']:.2f} %",
+            ]
+        )
+    ablation = []
+    for names in ABLATIONS:
+        line = [", ".join(names) or "the paper's rule"]
+        for rank in sorted(RANKS):
+            cell = cells.find(variant(_ADAM, rank, names), FIXED_RATE, STEPS)
+            line.append("missing" if cell is None else f"{float(cell['heldout_perplexity']):.1f}")
+        ablation.append(line)
+    header = ["optimizer", f"{STEPS} steps", f"{LONG} steps", "rate", "searched", "state, MiB"]
+    return f"""# What LoRA-Pre's rank and options are worth
+
+The demo Llama (3.3 million parameters, tied table of 8192 x 192), {STEPS} steps of 2048 tokens, the same batches
+and the same start in every row, one seed; held-out perplexity, exp of the plain mean loss. Rates are searched on
+a grid of factor 2 with runs of full length; {LONG} steps are at the rate found for {STEPS}. LoRA-Pre Adam and
+GaLore work on the matrices, at 0.25 of the rate of the table, which has AdamW (`matrix x0.25` is AdamW at the
+same ratio); LoRA-Pre SinkGD works on the table, with SinkGD (scale 5) and no state on the matrices.
+
+{describe_circumstances(facts)} Corpus {cells.dataset.corpus_sha256[:12]}, seed 0.
+
+{table([*header, "of AdamW's"], main)}
+
+What the low-rank rows store for a matrix (or table) of p x q: LoRA-Pre Adam two pairs of factors, (2p + 2q) r
+numbers; LoRA-Pre Muon one pair, (p + q) r; `optax.contrib.galore` a projection and two moments on the small
+side, (max + 2 min) r. The table keeps AdamW's two full moments there, 47 % of AdamW's state.
+
+![perplexity against rank and state](lorapre_quality.png)
+
+## The options, one at a time and together
+
+LoRA-Pre Adam on the matrices at one rate, {FIXED_RATE:g} ({STEPS} steps); AdamW at the same two rates:
+{_control(cells)}.
+
+{table(["options", *(f"r = {rank}" for rank in sorted(RANKS))], ablation)}
+"""
+
+
+def report(cells: Cells, folder: pathlib.Path, command: str) -> None:
+    """Writes the page and, once there are rows, the picture."""
+    cells.stored["circumstances"] = facts = circumstances(command)
+    write_json(cells.path, cells.stored)
+    (folder / "lorapre_quality.md").write_text(page(cells, facts).rstrip() + "\n")
+    rows = rows_of(cells, STEPS)
+    if rows:
+        title = f"Demo Llama: held-out perplexity after {STEPS} steps of 2048 tokens"
+        plot_ranks(rows, folder / "lorapre_quality.png", title, command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs what is missing and writes everything."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.lorapre_quality", description=__doc__
+    )
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/results"))
+    parser.add_argument("--report", action="store_true", help="run nothing, write the report")
+    options = parser.parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    cells = Cells(options.output / "lorapre_quality.json")
+    command = shlex.join(["python", "-m", "benchmarks.lorapre_quality"])
+
+    def publish() -> None:
+        report(cells, options.output, command)
+
+    if not options.report:
+        measure(cells, publish)
+    publish()
+
+
+def _family(cell: Mapping[str, Any]) -> str:
+    """The registry's name of a cell's optimizer."""
+    return cell["optimizer"]
+
+
+def _label(cell: Mapping[str, Any]) -> str:
+    return parse_variant(cell["variant"]).label
+
+
+def _control(cells: Cells) -> str:
+    cell = cells.find("adamw:matrix_rate=0.25", FIXED_RATE, STEPS)
+    return "missing" if cell is None else f"{float(cell['heldout_perplexity']):.1f}"
+
+
+if __name__ == "__main__":
+    main()
