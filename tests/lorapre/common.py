@@ -68,3 +68,20 @@ def signal(shape, layout, steps=12, rank=2, noise=0.3, seed=0):
         matrices = u @ v + noise * rng.normal(size=(n, p, q))
         out.append(1e-3 * reference.from_matrices(matrices, layout, shape))
     return np.stack(out)
+
+
+def filled(tx, params, seed=0, scale=1.0):
+    """A state of the optimizer with random positive factors and full moments."""
+    rng = np.random.default_rng(seed)
+
+    def fill(x):
+        values = scale * np.abs(rng.normal(size=x.shape)) if x.ndim else 3  # three steps taken
+        return jnp.asarray(values, x.dtype)
+
+    return jax.tree.map(fill, jax.eval_shape(tx.init, params))
+
+
+def assert_fits(state, tx, params):
+    """Structure, shapes and dtypes are those of ``tx.init``."""
+    kinds = lambda tree: jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), tree)  # noqa: E731
+    assert kinds(state) == kinds(jax.eval_shape(tx.init, params))
