@@ -66,8 +66,8 @@ def resize_ranks(
 
     Counts, dtypes and sharding stay; the random rows depend on the leaf's path and batch indices only, like
     those of ``init``. The result has the structure, shapes and dtypes of ``tx.init(params)`` of the same
-    optimizer made with the new ranks. Meant to be called once, between runs: on a mesh it replicates the factors
-    of one leaf at a time, and a full moment that becomes factors.
+    optimizer made with the new ranks. Meant to be called once, between runs: on a mesh it replicates the
+    factors of one leaf at a time, and a full moment that becomes factors.
 
     Args:
       state: the state of any optax chain that contains low-rank moments, whatever wraps them.
