@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import lorapre_optax
 from layout_optax import ParamLayout
-from lorapre_optax import STATIC_ARGS, _batching, _factors, lorapre_adamw, lorapre_muon
+from lorapre_optax import RECOMMENDED, STATIC_ARGS, _batching, _factors, lorapre_adamw
 from lorapre_optax._rank import leaf_rank
 from tests.lorapre.common import KERNEL, apart
 
@@ -32,14 +32,12 @@ MODEL = {
 ALIASES = {
     "adamw": functools.partial(lorapre_adamw, rank=2),
     "adamw, options": functools.partial(
-        lorapre_adamw,
-        rank=2,
-        residual=0.9,
-        bias_correction="exact",
-        bound=1.0,
-        initial_subspace="gradient",
+        lorapre_adamw, rank=2, **(dict(RECOMMENDED) | {"initial_subspace": "gradient"})
     ),
-    "muon": functools.partial(lorapre_muon, rank=2),
+    "muon": functools.partial(lorapre_optax.lorapre_muon, rank=2),
+    "sgd": functools.partial(lorapre_optax.lorapre_sgd, rank=2, residual=0.9),
+    "lion": functools.partial(lorapre_optax.lorapre_lion, rank=2, residual=0.9),
+    "sinkgd": functools.partial(lorapre_optax.lorapre_sinkgd, rank=2, weight_decay=0.0),
 }
 
 
@@ -63,10 +61,11 @@ def test_injected_numbers_change_nothing_and_rank_must_be_static():
         optax.inject_hyperparams(factory)(1e-3, rank=2).init(params)
 
 
-def test_empty_leaves_masks_and_layout_trees():
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "sinkgd"])
+def test_empty_leaves_masks_and_layout_trees(name):
     layout = {"a": ParamLayout("matrix", (1,), (0,)), "b": None, "c": optax.MaskedNode()}
     params = {"a": jnp.ones((12, 20)), "b": None, "c": jnp.ones(3), "d": optax.MaskedNode()}
-    tx = lorapre_adamw(1e-3, 2, layout=layout | {"d": optax.MaskedNode()})
+    tx = ALIASES[name](1e-3, layout=layout | {"d": optax.MaskedNode()})
     state = jax.jit(tx.init)(params)
     updates, _ = jax.jit(tx.update)(params, state, params)
     assert updates["b"] is None
@@ -75,8 +74,9 @@ def test_empty_leaves_masks_and_layout_trees():
     assert all(leaf.size for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("adamw, options", "float16"), ("muon", "bfloat16")])
-def test_low_precision_gradients(name, dtype):
+@pytest.mark.parametrize("name", [name for name in ALIASES if name != "adamw"])
+def test_low_precision_gradients(name):
+    dtype = "bfloat16" if name in ("muon", "lion") else "float16"
     params = arrays(dtype)
     tx = ALIASES[name](1e-3)
     state = jax.jit(tx.init)(params)
@@ -93,22 +93,16 @@ def test_low_precision_gradients(name, dtype):
 
 def test_init_on_shapes():
     shapes = jax.eval_shape(arrays)
-    for factory in (ALIASES["adamw"], ALIASES["muon"]):
+    for factory in ALIASES.values():
         tx = factory(1e-3)
         abstract = jax.eval_shape(tx.init, shapes)
         concrete = tx.init(shapes)
         assert jax.tree.map(jnp.shape, concrete) == jax.tree.map(lambda x: x.shape, abstract)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("adamw, options", AxisType.Explicit),
-        ("adamw", AxisType.Auto),
-        ("muon", AxisType.Explicit),
-    ],
-)
-def test_sharded_equals_one_device(name, kind):
+@pytest.mark.parametrize("name", ALIASES)
+def test_sharded_equals_one_device(name):
+    kind = AxisType.Auto if name in ("adamw", "sgd") else AxisType.Explicit
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind, kind))
     specs = {
         "embed_tokens": {"embedding": P("x", "y")},
@@ -139,17 +133,20 @@ def test_sharded_equals_one_device(name, kind):
     for found, expected in sharded:
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert apart(a, np.asarray(b, np.float64)) < 1e-4
-    # The stacked kernel's factors keep its sharding with the rank replicated.
-    factors = [x for x in jax.tree.leaves(on_mesh) if x.shape == (2, 2, 24)]
-    assert factors
+    # The factors keep their parameter's sharding with the rank replicated.
+    shape, wanted = (2, 2, 24), {P("x", None, "y")}
+    if name == "sinkgd":  # of the tables' rows: the embedding's and the head's
+        shape, wanted = (2, 16), {P(None, "x"), P(None, None)}
+    found = {x.sharding.spec for x in jax.tree.leaves(on_mesh) if x.shape == shape}
+    assert found
     if kind == AxisType.Explicit:
-        assert all(x.sharding.spec == P("x", None, "y") for x in factors)
+        assert found == wanted
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_lowers_without_hardware(platform):
     shapes = jax.eval_shape(arrays)
-    for name in ("adamw, options", "muon"):
+    for name in set(ALIASES) - {"adamw"}:
         tx = ALIASES[name](1e-3)
         state = jax.eval_shape(tx.init, shapes)
         traced = jax.jit(tx.update).trace(shapes, state, shapes)
