@@ -69,11 +69,11 @@ def observer(ranks: Sequence[int]) -> tuple[Callable[..., Any], Callable[..., An
     share of the gradient's energy outside the tracked subspace. The second moment's product is squared.
     """
     options: dict[str, Any] = {"full_rank_fallback": False}
-    chains = {
-        rank: Tracked(
-            low_rank_ema(B1, rank, debias=False, **options),  # type: ignore[arg-type]
-            low_rank_ema(B2**0.5, rank, debias=False, target=jnp.abs, **options),  # type: ignore[arg-type]
-            low_rank_trace(MU, rank, **options),  # type: ignore[arg-type]
+    chains: dict[int, tuple[Any, ...]] = {
+        rank: (
+            low_rank_ema(B1, rank, debias=False, **options),
+            low_rank_ema(B2**0.5, rank, debias=False, target=jnp.abs, **options),
+            low_rank_trace(MU, rank, **options),
         )
         for rank in ranks
     }

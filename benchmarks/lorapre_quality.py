@@ -30,8 +30,9 @@ from examples.llama.program import Program
 from examples.llama.rank_plot import plot_ranks
 from examples.llama.settings import TrainConfig, data_config, resolve
 from examples.llama.train import Run
+from examples.llama.tuned_rates import tuned_rate
 from examples.llama.tuning import search_rate
-from examples.llama.variants import parse_variant
+from examples.llama.variants import Variant, parse_variant
 
 RANKS = (16, 4, 64)
 STEPS, LONG = 150, 400
@@ -57,7 +58,10 @@ TOGETHER = tuple(OPTIONS)
 # At a quarter of the tables' rate, as GaLore's and the paper's low-rank groups are.
 _ADAM = "lorapre_adamw:rank={}:scale=0.25"
 _SINKGD = "lorapre_sinkgd:rank={}:options=paper:scale=5"
+_EVERYTHING = "lorapre_muon:rank={}:table_rank={}:b2=0.95"
 TABLE_RANKS = (4, 3, 16, 64)
+CONTROL = "adamw:b2=0.95:matrix_rate=0.25"
+"""AdamW with full moments and all else as in LoRA-Pre Adam's rows: b2 and the ratio of rates."""
 
 
 def variant(template: str, rank: int, names: Sequence[str] = ()) -> str:
@@ -66,29 +70,48 @@ def variant(template: str, rank: int, names: Sequence[str] = ()) -> str:
     >>> variant("lorapre_adamw:rank={}:scale=0.25", 4, ("exact", "bound"))
     'lorapre_adamw:rank=4:bias_correction=exact:bound=1:scale=0.25'
     """
-    text = ":".join([template.format(rank), *(OPTIONS[name] for name in names)])
+    table_rank = max(rank, 2)
+    text = ":".join([template.format(rank, table_rank), *(OPTIONS[name] for name in names)])
     return parse_variant(text).key
 
 
 def searches() -> dict[str, float]:
     """The variants whose rate is searched, and where the search starts."""
-    found = {"adamw": 3e-3, "adamw:matrix_rate=0.25": 1e-2, "muon": 1.2e-2, "sage_hybrid": 1e-3}
-    for rank in TABLE_RANKS:
-        found[variant(_SINKGD, rank, TOGETHER)] = 6e-3
+    found = {variant(_EVERYTHING, rank): 1.2e-2 for rank in (1, 16)}
+    found |= {variant(_SINKGD, 3, TOGETHER): 6e-3, CONTROL: FIXED_RATE, "adamw:b2=0.95": 3e-3}
     for rank in RANKS:
         found[variant(_ADAM, rank)] = FIXED_RATE
         found[variant(_ADAM, rank, TOGETHER)] = FIXED_RATE
-    for rank in RANKS:
-        found[f"lorapre_muon:rank={rank}"] = 1.2e-2
+        found[variant(_SINKGD, rank, TOGETHER)] = 6e-3
+        found[variant(_EVERYTHING, rank)] = 1.2e-2
         found[f"galore:rank={rank}"] = 1e-2
     return found
+
+
+def given() -> dict[str, float]:
+    """The variants whose rate is the example's own, searched before; LoRA-Pre Muon takes Muon's."""
+    found = {name: tuned_rate("demo", name)[0] for name in ("adamw", "muon", "sage_hybrid")}
+    return found | {f"lorapre_muon:rank={rank}": found["muon"] for rank in RANKS}
+
+
+def shown() -> list[str]:
+    """All variants of the main table, in its order."""
+
+    def place(key: str) -> tuple[Any, ...]:
+        named = _shown(key)
+        kind = ("options" in named.options, "table_rank" in named.options)
+        ours = named.optimizer.startswith("lorapre_")
+        return ours, named.optimizer, kind, named.options.get("rank", 0), key
+
+    return sorted([*given(), *searches()], key=place)
 
 
 def long_runs() -> list[str]:
     """The variants that are also trained for `LONG` steps, at the rate found for `STEPS`."""
     adam = [variant(_ADAM, 16, names) for names in (TOGETHER, ())]
     sinkgd = [variant(_SINKGD, rank, TOGETHER) for rank in (3, 64)]
-    return ["adamw", *sinkgd, *adam, "lorapre_muon:rank=16", "muon", "adamw:matrix_rate=0.25"]
+    everything = [variant(_EVERYTHING, rank) for rank in (1, 16)]
+    return [CONTROL, *everything, *sinkgd, "adamw:b2=0.95", *adam, "muon", "adamw"]
 
 
 class Cells:
@@ -197,13 +220,20 @@ class Cells:
 
 def measure(cells: Cells, after: Callable[[], Any]) -> None:
     """Runs what is missing: ablations, searches, long runs; calls ``after`` once in a while."""
-    for rank in RANKS:
+
+    def ablate(rank: int) -> None:
         for names in ABLATIONS:
             cells.loss(variant(_ADAM, rank, names), FIXED_RATE, STEPS)
         after()
+
+    ablate(RANKS[0])
+    for key, rate in given().items():
+        cells.loss(key, rate, STEPS)
     for key, start in searches().items():
         search_rate(lambda rate, key=key: cells.loss(key, rate, STEPS), start, max_trials=5)
         after()
+    for rank in RANKS[1:]:
+        ablate(rank)
     for key in long_runs():
         best = cells.best(key, STEPS)
         assert best is not None
@@ -215,34 +245,33 @@ def rows_of(cells: Cells, steps: int) -> list[Row]:
     """The best cell of every searched variant, named for readers."""
     names = {field.name for field in dataclasses.fields(Row)}
     rows = []
-    for key in searches():
+    for key in shown():
         cell = cells.best(key, steps)
         if cell is None:
             continue
-        options = {"rank": cell["rank"]} if cell["rank"] is not None else {}
         kept = {name: value for name, value in cell.items() if name in names}
-        kept |= {"label": _label(cell), "optimizer": _family(cell), "options": options}
-        rows.append(Row(**kept))
+        named = _shown(cell["variant"])
+        rows.append(Row(**{**kept, "label": named.label, "options": dict(named.options)}))
     return rows
 
 
 def page(cells: Cells, facts: Mapping[str, Any]) -> str:
     """The page of results."""
     main = []
-    for key in searches():
+    for key in shown():
         cell, rates = cells.best(key, STEPS), cells.rates(key, STEPS)
         if cell is None:
             main.append([parse_variant(key).label, "missing", *["-"] * 5])
             continue
-        inside = rates[0] < cell["learning_rate"] < rates[-1]
+        inside = len(rates) == 1 or rates[0] < cell["learning_rate"] < rates[-1]
         long = cells.best(key, LONG)
         main.append(
             [
-                _label(cell),
+                _shown(key).label,
                 f"{cell['heldout_perplexity']:.1f}",
                 "-" if long is None else f"{long['heldout_perplexity']:.1f}",
                 f"{cell['learning_rate']:g}" + ("" if inside else " (edge)"),
-                f"{rates[0]:g} to {rates[-1]:g}" if len(rates) > 1 else "this one",
+                f"{rates[0]:g} to {rates[-1]:g}" if len(rates) > 1 else "before",
                 f"{cell['optimizer_state_bytes'] / 2**20:.2f}",
                 f"{100 * cell['state_ratio']:.2f} %",
             ]
@@ -257,19 +286,22 @@ def page(cells: Cells, facts: Mapping[str, Any]) -> str:
     header = ["optimizer", f"{STEPS} steps", f"{LONG} steps", "rate", "searched", "state, MiB"]
     return f"""# What LoRA-Pre's rank and options are worth
 
-The demo Llama (3.3 million parameters, tied table of 8192 x 192), {STEPS} steps of 2048 tokens, the same batches
-and the same start in every row, one seed; held-out perplexity, exp of the plain mean loss. Rates are searched on
-a grid of factor 2 with runs of full length; {LONG} steps are at the rate found for {STEPS}. LoRA-Pre Adam and
-GaLore work on the matrices, at 0.25 of the rate of the table, which has AdamW (`matrix x0.25` is AdamW at the
-same ratio); LoRA-Pre SinkGD works on the table, with SinkGD (scale 5) and no state on the matrices.
+The demo Llama (3.3 million parameters, tied table of 8192 x 192), {STEPS} steps of 2048 tokens, the same
+batches and start in every row, one seed; held-out perplexity, exp of the plain mean loss. Rates are searched on
+a grid of factor 2 with runs of full length ("before": [those of the demo](demo/rates.json), Muon's for LoRA-Pre
+Muon without `table r`); {LONG} steps are at the rate found for {STEPS}. LoRA-Pre Adam and GaLore work on the matrices, at 0.25 of the rate of the table, which has AdamW (b2 = 0.95 in LoRA-Pre's rows;
+`AdamW b2=0.95 matrix x0.25` is the control, the same with full moments); LoRA-Pre SinkGD works on the table,
+with SinkGD (scale 5) and no state on the matrices. "Recommended": {", ".join(TOGETHER)}, which LoRA-Pre SinkGD
+has in all rows.
 
 {describe_circumstances(facts)} Corpus {cells.dataset.corpus_sha256[:12]}, seed 0.
 
 {table([*header, "of AdamW's"], main)}
 
 What the low-rank rows store for a matrix (or table) of p x q: LoRA-Pre Adam two pairs of factors, (2p + 2q) r
-numbers; LoRA-Pre Muon one pair, (p + q) r; `optax.contrib.galore` a projection and two moments on the small
-side, (max + 2 min) r. The table keeps AdamW's two full moments there, 47 % of AdamW's state.
+numbers; LoRA-Pre Muon one pair, (p + q) r, and with `table r` two pairs for the table;
+`optax.contrib.galore` a projection and two moments on the small side, (max + 2 min) r. In the rows of LoRA-Pre
+Adam, GaLore and LoRA-Pre Muon without `table r` the table has AdamW's two full moments, 47 % of AdamW's state.
 
 ![perplexity against rank and state](lorapre_quality.png)
 
@@ -314,17 +346,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     publish()
 
 
-def _family(cell: Mapping[str, Any]) -> str:
-    """The registry's name of a cell's optimizer."""
-    return cell["optimizer"]
-
-
-def _label(cell: Mapping[str, Any]) -> str:
-    return parse_variant(cell["variant"]).label
+def _shown(key: str) -> Variant:
+    """A variant as readers know it: what all rows of a kind share is left out."""
+    found = parse_variant(key)
+    if not found.optimizer.startswith("lorapre_"):
+        return found
+    options = {name: value for name, value in found.options.items() if name.endswith("rank")}
+    if "bound" in found.options and found.optimizer == "lorapre_adamw":
+        options["options"] = "recommended"
+    return Variant(found.optimizer, options)
 
 
 def _control(cells: Cells) -> str:
-    cell = cells.find("adamw:matrix_rate=0.25", FIXED_RATE, STEPS)
+    cell = cells.find(CONTROL, FIXED_RATE, STEPS)
     return "missing" if cell is None else f"{float(cell['heldout_perplexity']):.1f}"
 
 

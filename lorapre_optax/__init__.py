@@ -23,7 +23,7 @@ from lorapre_optax._tracking import LowRankState as LowRankState
 STATIC_ARGS: tuple[str, ...] = ("rank", "layout", "factor_dtype", "weight_decay_mask")
 """Arguments that `optax.inject_hyperparams` must not turn into numbers or schedules. optax wants only names
 that the factory has: leave ``"weight_decay_mask"`` out for the ``scale_by_`` and ``low_rank_`` functions, and
-add ``"target"`` for a `low_rank_ema` that has one."""
+add ``"target"`` for a `low_rank_ema` and ``"table_rank"`` for a `lorapre_muon` that has one."""
 
 __all__ = [
     "RECOMMENDED",

@@ -7,12 +7,13 @@ from typing import Any
 import optax
 
 from layout_optax.roles import LayoutLike, flatten_with_layout
-from lorapre_optax._adam import full_adam
+from lorapre_optax._adam import full_adam, scale_by_lorapre_adam
 from lorapre_optax._factors import DampingKind
 from lorapre_optax._momentum import accumulate
 from lorapre_optax._newton_schulz import orthogonalize
 from lorapre_optax._numbers import Number, at, check_decay, check_number
 from lorapre_optax._rank import RankLike
+from lorapre_optax._recommended import RECOMMENDED
 from lorapre_optax._routing import Others, route_matrices
 from lorapre_optax._tracking import InitialSubspace, Tracking, as_updates, initialiser
 
@@ -136,6 +137,7 @@ def lorapre_muon(
     weight_decay_mask: Any = None,
     adam_b1: Number = 0.9,
     adam_b2: Number = 0.999,
+    table_rank: RankLike = None,
     others: Others = "adamw",
     embedding_learning_rate: optax.ScalarOrSchedule | None = None,
     head_learning_rate: optax.ScalarOrSchedule | None = None,
@@ -148,7 +150,8 @@ def lorapre_muon(
     """LoRA-Pre Muon for a whole model: matrices orthogonalised, everything else full AdamW or SAGE.
 
     An orthogonalised direction has entries of about 1 / sqrt(larger side): its learning rate is some
-    twenty times AdamW's, so give the other roles their own, or set ``consistent_rms=0.2``.
+    twenty times AdamW's, so give the other roles their own, or set ``consistent_rms=0.2``. With
+    ``table_rank`` the state of a whole model is thin factors and vectors.
 
     Args:
       learning_rate: a number or schedule for every role that has no rate of its own.
@@ -170,6 +173,8 @@ def lorapre_muon(
       weight_decay_mask: tree of booleans, or a callable from parameters to one; None decays everything.
       adam_b1: b1 of AdamW on the rest.
       adam_b2: b2 of AdamW on the rest.
+      table_rank: if given, embedding and head get LoRA-Pre Adam at this rank with the options of
+        `lorapre_optax.RECOMMENDED`: then no moment of a matrix or table is kept in full. Ours, not the paper's.
       others: ``"adamw"`` or ``"sage"``, see `lorapre_adamw`.
       embedding_learning_rate: rate of the embedding's direction and decay; None for ``learning_rate``.
       head_learning_rate: the same for the head.
@@ -210,10 +215,22 @@ def lorapre_muon(
         full_rank_fallback=full_rank_fallback,
         layout=layout,
     )
+    table = None
+    if table_rank is not None:
+        table = scale_by_lorapre_adam(
+            table_rank,
+            adam_b1,
+            adam_b2,
+            eps,
+            factor_dtype=factor_dtype,
+            layout=layout,
+            **RECOMMENDED,
+        )
     return route_matrices(
         direction,
         full_adam(adam_b1, adam_b2, eps),
         others=others,
+        table=table,
         learning_rate=learning_rate,
         rates=(
             embedding_learning_rate,

@@ -26,6 +26,7 @@ def route_matrices(
     layout: LayoutLike,
     family: str = "adamw",
     sage: optax.GradientTransformation | None = None,
+    table: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """One optimizer for a model: directions by role, then decay, then rates by role.
 
@@ -42,12 +43,13 @@ def route_matrices(
       layout: decides the roles; the directions must have been made with the same.
       family: what ``others`` calls ``full``.
       sage: SAGE's direction; None for its defaults.
+      table: direction of embedding and head; None for that of ``others``.
     """
     check_number("weight_decay", weight_decay, 0)
     sage = scale_by_sage(layout=layout) if sage is None else sage
     rest = choose("others", others, {family: full, "sage": sage})
     return route(
-        table=rest,
+        table=rest if table is None else table,
         vector=rest,
         matrix=matrix,
         other=full,

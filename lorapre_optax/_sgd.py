@@ -8,7 +8,7 @@ import optax
 from layout_optax.roles import LayoutLike, ParamLayout
 from lorapre_optax._factors import DampingKind
 from lorapre_optax._momentum import low_rank_trace
-from lorapre_optax._numbers import Number
+from lorapre_optax._numbers import Number, check_decay
 from lorapre_optax._rank import RankLike
 from lorapre_optax._routing import route_matrices
 from lorapre_optax._tracking import InitialSubspace
@@ -90,6 +90,7 @@ def lorapre_sgd(
       >>> print(updates["mlp"]["kernel"][0, 0].round(6), updates["norm"]["scale"][0].round(6))
       -0.1 -0.1
     """
+    check_decay("momentum", momentum)  # before low_rank_trace, which calls it decay
     trace = low_rank_trace(
         momentum,
         rank,

@@ -99,8 +99,13 @@ def with_times(row: Row, ratio: float, seconds: float) -> Row:
 
 
 def family(row: Row) -> Variant:
-    """The row's optimizer and options without its rank: rows of a family differ in rank alone."""
+    """The row's optimizer and options without its rank: rows of a family differ in rank alone.
+
+    The rank of tables goes with that of matrices; whether there is one tells families apart.
+    """
     options = {name: value for name, value in row.options.items() if name != "rank"}
+    if "table_rank" in options:
+        options["table_rank"] = "low"
     return Variant(row.optimizer, options)
 
 

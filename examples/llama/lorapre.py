@@ -27,7 +27,7 @@ def muon(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransfo
     return lorapre_optax.lorapre_muon(
         learning_rate,
         consistent_rms=0.2 if options.scale is None else options.scale,
-        **_switched_off(options.only(*_FACTORS)),
+        **_switched_off(options.only(*_FACTORS, "table_rank")),
         **options.only("b1", "b2", prefix="adam_"),
         **_common(options),
     )

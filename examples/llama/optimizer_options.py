@@ -40,6 +40,7 @@ class OptimizerOptions:
         vector_rule: What SAGE-Hybrid and LoRA-Pre SinkGD do with vectors.
         scale: Factor on the matrices' direction, before weight decay.
         rank: Rank of low-rank projections and factors.
+        table_rank: Rank of LoRA-Pre Adam on embedding and head; by default their moments are full.
         update_gap: Steps between two projections of GaLore.
         options: The options of LoRA-Pre Adam that were not given: the paper's rule, or what
             `lorapre_optax` recommends.
@@ -65,6 +66,7 @@ class OptimizerOptions:
     vector_rule: VectorRule | None = None
     scale: float | None = None
     rank: int | None = None
+    table_rank: int | None = None
     update_gap: int | None = None
     options: OptionSet | None = None
     bias_correction: BiasCorrection | None = None

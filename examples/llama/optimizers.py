@@ -271,9 +271,11 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "lorapre_muon": OptimizerEntry(
         "LoRA-Pre Muon",
         lorapre.muon,
-        state="one factor pair, (p + q) r numbers a p x q matrix; two moments for the rest",
-        description="LoRA-Pre Muon on matrices at update rms `scale` (0.2), AdamW on the rest.",
-        options=("b1", "b2", "scale", *_FACTORS),
+        state="one factor pair, (p + q) r numbers a p x q matrix; two moments for the rest, or two factor "
+        "pairs a table with `table_rank`",
+        description="LoRA-Pre Muon on matrices at update rms `scale` (0.2), AdamW on the rest; with "
+        "`table_rank` LoRA-Pre Adam on tables.",
+        options=("b1", "b2", "scale", "table_rank", *_FACTORS),
         has_rank=True,
     ),
     "lorapre_sgd": OptimizerEntry(

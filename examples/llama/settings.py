@@ -131,6 +131,8 @@ class TrainConfig(JobConfig):
     """Factor on the matrices' direction."""
     rank: int | None = None
     """Rank of low-rank projections and factors."""
+    table_rank: int | None = None
+    """Rank of LoRA-Pre Adam on embedding and head, in LoRA-Pre Muon."""
     update_gap: int | None = None
     """Steps between two projections of GaLore."""
     options: OptionSet | None = None

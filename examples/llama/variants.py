@@ -23,7 +23,7 @@ from layout_optax.roles import ROLES
 
 _MULTIPLIERS = "role_multipliers"
 _RATES = {f"{role}_rate": role for role in ROLES}
-_FIRST = ("rank", "options")
+_FIRST = ("rank", "table_rank", "options")
 _ORDER = (
     *_FIRST,
     *(
@@ -260,4 +260,5 @@ def _readable(item: tuple[str, Any]) -> str:
         return f"{_RATES[option]} x{_text(value)}"
     if option == "options":
         return str(value)
-    return f"r={value}" if option == "rank" else f"{option}={_text(value)}"
+    names = {"rank": "r", "table_rank": "table r"}
+    return f"{names.get(option, option)}={_text(value)}"
