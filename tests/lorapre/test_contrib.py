@@ -14,7 +14,9 @@ import pytest
 from absl.testing import parameterized
 
 import lorapre_optax
+from lorapre_optax import ParamLayout
 
+TABLE = ParamLayout("head", (-1,), (-2,))  # lorapre_sinkgd keeps factors of tables alone
 OPTIMIZERS = (
     {"opt_name": "lorapre_adamw", "opt_kwargs": {"learning_rate": 1e-3, "rank": 8}},
     {
@@ -31,6 +33,12 @@ OPTIMIZERS = (
         },
     },
     {"opt_name": "lorapre_muon", "opt_kwargs": {"learning_rate": 1e-3, "rank": 8}},
+    {"opt_name": "lorapre_sgd", "opt_kwargs": {"learning_rate": 1e-3, "rank": 8}},
+    {
+        "opt_name": "lorapre_lion",
+        "opt_kwargs": {"learning_rate": 1e-3, "rank": 2, "full_rank_fallback": False},
+    },
+    {"opt_name": "lorapre_sinkgd", "opt_kwargs": {"learning_rate": 1e-3, "rank": 8}},
 )
 ENTRIES = [entry | {"wrapper_name": None, "wrapper_kwargs": None} for entry in OPTIMIZERS]
 
@@ -79,6 +87,10 @@ def test_the_suite_ran_ours():
         ("lorapre_adamw", {}, 3e-2),
         ("lorapre_adamw", {"residual": 0.9, "bias_correction": "exact", "bound": 1.0}, 3e-2),
         ("lorapre_muon", {}, 3e-2),
+        ("lorapre_sgd", {"momentum": 0.5}, 3e-2),
+        ("lorapre_lion", {}, 3e-2),
+        ("lorapre_lion", {"residual": 0.9}, 3e-2),
+        ("lorapre_sinkgd", {"weight_decay": 0.0, "layout": TABLE}, 3e-2),
     ],
 )
 def test_convergence_with_factors_at_work(name, options, rate):

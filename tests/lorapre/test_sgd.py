@@ -84,7 +84,7 @@ def test_injection():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"momentum": 1.0}, "decay must be in"),
+        ({"momentum": 1.0}, "momentum must be in"),
         ({"gamma": 2.0}, "gamma"),
         ({"residual": -0.5}, "residual"),
         ({"damping": -1.0}, "damping"),
