@@ -288,11 +288,13 @@ def page(cells: Cells, facts: Mapping[str, Any]) -> str:
 
 The demo Llama (3.3 million parameters, tied table of 8192 x 192), {STEPS} steps of 2048 tokens, the same
 batches and start in every row, one seed; held-out perplexity, exp of the plain mean loss. Rates are searched on
-a grid of factor 2 with runs of full length ("before": [those of the demo](demo/rates.json), Muon's for LoRA-Pre
-Muon without `table r`); {LONG} steps are at the rate found for {STEPS}. LoRA-Pre Adam and GaLore work on the matrices, at 0.25 of the rate of the table, which has AdamW (b2 = 0.95 in LoRA-Pre's rows;
-`AdamW b2=0.95 matrix x0.25` is the control, the same with full moments); LoRA-Pre SinkGD works on the table,
-with SinkGD (scale 5) and no state on the matrices. "Recommended": {", ".join(TOGETHER)}, which LoRA-Pre SinkGD
-has in all rows.
+a grid of factor 2 with runs of full length ("before": [those of the demo](demo/rates.json), Muon's for
+LoRA-Pre Muon without `table r`); {LONG} steps are at the rate found for {STEPS}.
+
+LoRA-Pre Adam and GaLore work on the matrices, at 0.25 of the rate of the table, which has AdamW (b2 = 0.95 in
+LoRA-Pre's rows; `AdamW b2=0.95 matrix x0.25` is the control: the same with full moments). LoRA-Pre SinkGD
+works on the table, with SinkGD (scale 5) and no state on the matrices. LoRA-Pre Muon with `table r` has low
+rank everywhere. "Recommended": {", ".join(TOGETHER)}; all low-rank tables have these options.
 
 {describe_circumstances(facts)} Corpus {cells.dataset.corpus_sha256[:12]}, seed 0.
 

@@ -8,7 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from lorapre_optax import lorapre_muon, low_rank_trace, scale_by_lorapre_muon
+from lorapre_optax import (
+    RECOMMENDED,
+    lorapre_muon,
+    low_rank_trace,
+    scale_by_lorapre_adam,
+    scale_by_lorapre_muon,
+)
 from lorapre_optax._newton_schulz import orthogonalize
 from tests.lorapre.common import KERNEL, LAYOUTS, TORCH, apart, run, run_tree, signal
 from tests.reference import to_matrices
@@ -78,3 +84,34 @@ def with_params(transformations, params):
         optax.GradientTransformation(tx.init, lambda g, s, tx=tx: tx.update(g, s, params))
         for tx in transformations
     ]
+
+
+def test_low_rank_tables():
+    shapes = {
+        "embed": {"embedding": (30, 8)},
+        "mlp": {"kernel": (24, 40)},
+        "norm": {"scale": (8,)},
+        "lm_head": {"kernel": (8, 30)},
+    }
+    rng = np.random.default_rng(0)
+    make = lambda s: jnp.asarray(rng.normal(size=(3, *s)), jnp.float32)  # noqa: E731
+    grads = jax.tree.map(make, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    params = jax.tree.map(lambda g: g[0], grads)
+    adam = scale_by_lorapre_adam(2, 0.9, 0.999, **RECOMMENDED)
+    tables = {name: grads[name] for name in ("embed", "lm_head")}
+    (tx,) = with_params([lorapre_muon(1.0, 3, table_rank=2)], params)
+    state = jax.jit(tx.init)(params)
+    # Two moments of the vector, one factor pair of the matrix, two of each table.
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert sizes == sorted([8, 8, 3 * 24, 3 * 40, *[2 * 30, 2 * 8] * 4])
+    found = run_tree(tx, grads, state)
+    start = jax.jit(adam.init)({name: params[name] for name in tables})
+    expected = run_tree(adam, tables, start)
+    for name, tree in expected.items():
+        for a, b in zip(jax.tree.leaves(found[name]), jax.tree.leaves(tree), strict=True):
+            np.testing.assert_allclose(-a, b, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        found["norm"]["scale"][0], -np.sign(grads["norm"]["scale"][0]), rtol=1e-4
+    )
+    with pytest.raises(ValueError, match="rank of 'embed/embedding'"):
+        lorapre_muon(1.0, 3, table_rank=0).init(params)
