@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import jax
 import numpy as np
@@ -65,8 +65,10 @@ def describe(
         total = [["total", f"{count:,}", *[""] * 5]]
         return _table(header, rows + total)
     state = state_leaves(jax.eval_shape(tx.init, params), params)
+    factored = {leaf.place for leaf in state if leaf.field == "left"}
     for row in rows:
-        row += _state_cells([leaf for leaf in state if leaf.owner == row[0]])
+        own = [leaf for leaf in state if leaf.owner == row[0]]
+        row += [_transformations(own), _rank(own, row[2], factored), _bytes(own)]
     header += ["transformation", "rank", "state bytes"]
     shared = sum(leaf_bytes(leaf.value) for leaf in state if leaf.owner is None)
     total_bytes = sum(leaf_bytes(leaf.value) for leaf in state)
@@ -96,15 +98,29 @@ def _axes(layout: ParamLayout | None, ndim: int) -> list[str]:
     return [layout.role, *(",".join(map(str, axes)) or "-" for axes in groups)]
 
 
-def _state_cells(state: Sequence[StateLeaf]) -> list[str]:
-    """Transformation, rank and bytes of one parameter's state."""
-    names = list(dict.fromkeys(leaf.transformation for leaf in state))
-    # Low-rank states keep their thin factors in fields named left and right, the rank axis last.
-    ranks = {str(leaf.value.shape[-1]) for leaf in state if leaf.field.startswith("left")}
-    low_rank = any("low_rank" in name or "lorapre" in name for name in names)
-    rank = ",".join(sorted(ranks)) or ("full-rank fallback" if low_rank else "-")
-    total = sum(leaf_bytes(leaf.value) for leaf in state)
-    return ["+".join(names) or "(stateless)", rank, f"{total:,}"]
+def _transformations(state: Sequence[StateLeaf]) -> str:
+    return "+".join(dict.fromkeys(leaf.transformation for leaf in state)) or "(stateless)"
+
+
+def _rank(state: Sequence[StateLeaf], role: str, factored: Container[str]) -> str:
+    """The rank of a parameter's thin factors, or why a low-rank transformation has none for it.
+
+    Low-rank states keep their factors in fields named left and right, the rank axis second to last, and
+    moments without factors in a field named full. ``factored`` are the places of states with factors.
+    """
+    ranks = {str(leaf.value.shape[-2]) for leaf in state if leaf.field == "left"}
+    if ranks:
+        return ",".join(sorted(ranks))
+    full = [leaf for leaf in state if leaf.field == "full"]
+    if not full or role == "vector":
+        return "-"
+    # Tables that another rule of the same family was meant for are no fallback.
+    fallback = role == "matrix" or any(leaf.place in factored for leaf in full)
+    return "full-rank fallback" if fallback else "full"
+
+
+def _bytes(state: Sequence[StateLeaf]) -> str:
+    return f"{sum(leaf_bytes(leaf.value) for leaf in state):,}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -52,12 +52,14 @@ class StateLeaf:
       transformation: the transformation that keeps it, from its state's class: ``scale_by_adam``.
       field: the field of that state: ``mu``.
       value: the array or shape.
+      place: path of that state: what belongs together.
     """
 
     owner: str | None
     transformation: str
     field: str
     value: Any
+    place: str = ""
 
 
 def state_leaves(state: PyTree, params: PyTree) -> list[StateLeaf]:
@@ -73,8 +75,8 @@ def state_leaves(state: PyTree, params: PyTree) -> list[StateLeaf]:
     flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_empty)[0]
     owners = {path_string(path) for path, leaf in flat if not is_empty(leaf)}
     found = []
-    for keys, state_name, field, value in _walk(state, (), "", ""):
-        found.append(StateLeaf(_owner(keys, owners), _snake(state_name), field, value))
+    for keys, state_name, field, place, value in _walk(state, (), "", "", ""):
+        found.append(StateLeaf(_owner(keys, owners), _snake(state_name), field, value, place))
     return found
 
 
@@ -95,19 +97,21 @@ def _is_namedtuple(node: Any) -> bool:
     return isinstance(node, tuple) and hasattr(node, "_fields")
 
 
-def _walk(node: Any, keys: tuple, state: str, field: str) -> Iterator[tuple[tuple, str, str, Any]]:
-    """Yields every array with its key path and the innermost named tuple and field it lies in."""
+def _walk(
+    node: Any, keys: tuple, state: str, field: str, place: str
+) -> Iterator[tuple[tuple, str, str, str, Any]]:
+    """Yields every array with its key path and the innermost named tuple, field and place it lies in."""
     if _is_namedtuple(node):
         for name, child in zip(node._fields, node, strict=True):
             key = jax.tree_util.GetAttrKey(name)
-            yield from _walk(child, (*keys, key), type(node).__name__, name)
+            yield from _walk(child, (*keys, key), type(node).__name__, name, path_string(keys))
         return
     children = jax.tree_util.tree_flatten_with_path(node, is_leaf=_is_namedtuple)[0]
     for path, child in children:
         if _is_namedtuple(child):
-            yield from _walk(child, keys + tuple(path), state, field)
+            yield from _walk(child, keys + tuple(path), state, field, place)
         else:
-            yield keys + tuple(path), state, field, child
+            yield keys + tuple(path), state, field, place, child
 
 
 def _snake(class_name: str) -> str:
