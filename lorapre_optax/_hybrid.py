@@ -79,7 +79,7 @@ def lorapre_sinkgd(
     10.6 GB.
 
     Having no paper to follow, its defaults are the options of `lorapre_optax.RECOMMENDED`. For the paper's rule
-    on the tables give ``bias_correction="paper", bound=None, residual=None``.
+    on the tables give ``bias_correction="paper", bound=None, residual=None, initial_subspace="normal"``.
 
     Args:
       learning_rate: a number or schedule for every role that has no rate of its own.

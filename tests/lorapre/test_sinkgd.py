@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import jax
 import numpy as np
@@ -29,8 +30,13 @@ from tests.lorapre.common import KERNEL, apart
 
 GRADS = draw(1, 6)
 TABLES = {"embedding": ParamLayout("embedding", (0,), (1,)), "head": ParamLayout("head", 1, 0)}
-PAPER = {"bias_correction": "paper", "bound": None, "residual": None}
-OPTIONS = {"bias_correction": "exact", "bound": 1.0, "residual": 0.9}
+PAPER = {
+    "bias_correction": "paper",
+    "bound": None,
+    "residual": None,
+    "initial_subspace": "normal",
+}
+OPTIONS = PAPER | {"bias_correction": "exact", "bound": 1.0, "residual": 0.9}
 
 
 def adam_directions(grads, b1=0.9, b2=0.95, eps=1e-8):
@@ -90,6 +96,15 @@ def updates(**options):
     tx = lorapre_sinkgd(1.0, 3, layout=NOT_OURS, weight_decay=0.0, **options)
     out, first, _ = run(tx, as_float32(draw()), as_float32(GRADS))
     return out, first
+
+
+def test_the_docstring_tells_how_to_undo_every_recommended_option():
+    own = inspect.signature(lorapre_sinkgd).parameters
+    papers = inspect.signature(scale_by_lorapre_adam).parameters
+    for name, value in RECOMMENDED.items():
+        assert own[name].default == value
+        assert f"{name}={papers[name].default!r}".replace("'", '"') in lorapre_sinkgd.__doc__
+        assert PAPER[name] == papers[name].default
 
 
 def test_the_defaults_are_the_recommended_options():
