@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 LIBRARY_TESTS := layout_optax sage_optax lorapre_optax tests/layout tests/sage $(wildcard tests/lorapre)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-library lint format wheel bench-sinkhorn clean
+.PHONY: help setup demo test test-library lint format wheel bench-sinkhorn bench-lorapre bench-faithfulness clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -62,6 +62,12 @@ wheel: $(READY) ## Build the wheel and import it from an empty directory
 
 bench-sinkhorn: $(READY) ## Time the Sinkhorn kernel against the plain loop
 	@$(BIN)/python -m benchmarks.sinkhorn $(ARGS)
+
+bench-lorapre: $(READY) ## Train the demo with LoRA-Pre's ranks and options (about an hour; finished runs are kept)
+	@$(BIN)/python -m benchmarks.lorapre_quality $(ARGS)
+
+bench-faithfulness: $(READY) ## Low-rank beside exact momentum over a run of the demo (about five minutes)
+	@$(BIN)/python -m benchmarks.faithfulness $(ARGS)
 
 clean: ## Remove environments, caches and outputs
 	rm -rf .venv-* build out .pytest_cache .ruff_cache .hypothesis
