@@ -13,7 +13,7 @@ from layout_optax.roles import ParamLayout
 
 def to_matrices(x, layout: ParamLayout) -> np.ndarray:
     """A parameter as float64 matrices of shape (batch, rows, columns); a vector is one row."""
-    x = np.asarray(x, np.float64)
+    x = np.array(x, np.float64)  # a copy: callers work in place
     layout = layout.resolve(x.ndim)
     batch = layout.batch_axes(x.ndim)
     size = lambda axes: int(np.prod([x.shape[a] for a in axes], dtype=int))  # noqa: E731
