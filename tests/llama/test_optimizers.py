@@ -201,6 +201,7 @@ def test_every_option_of_an_entry_changes_what_is_computed(name):
         "vector_rule": "adamw",
         "scale": 0.5,
         "rank": 2,
+        "table_rank": 3,
         "update_gap": 3,
         "options": "recommended",
         "bias_correction": "exact",
@@ -214,6 +215,7 @@ def test_every_option_of_an_entry_changes_what_is_computed(name):
     }
     if name == "lorapre_sinkgd":  # whose own defaults these are
         values |= {"options": "paper", "bias_correction": "paper", "vector_rule": "sage"}
+        values["initial_subspace"] = "normal"
     assert set(values) == set(OPTION_NAMES)
     params = small_params(name)
 
@@ -257,10 +259,15 @@ def test_a_rate_for_a_role_scales_adamw_and_one_for_none_is_optax_adamw():
 def test_recommended_options_yield_to_those_given_and_can_be_switched_off():
     assert adam_options(OptimizerOptions(options="recommended")) == lorapre_optax.RECOMMENDED
     off = OptimizerOptions(
-        options="recommended", bias_correction="paper", bound=math.inf, residual=0.0
+        options="recommended",
+        bias_correction="paper",
+        bound=math.inf,
+        residual=0.0,
+        initial_subspace="normal",
     )
     paper = OptimizerOptions(options="paper")
     nothing = {"bias_correction": "paper", "bound": None, "residual": None}
+    nothing["initial_subspace"] = "normal"
     assert adam_options(off) == {**adam_options(paper), **nothing}
     assert adam_options(OptimizerOptions()) == {}
     with_rank = adam_options(OptimizerOptions(options="recommended", bound=3.0, rank=2))
@@ -288,7 +295,13 @@ def test_lorapre_sinkgd_is_recommended_unless_told_otherwise():
 
     assert traced() == traced(options="recommended") != traced(options="paper")
     paper = lorapre_optax.lorapre_sinkgd(
-        0.1, 2, bias_correction="paper", bound=None, residual=None, weight_decay=0.0
+        0.1,
+        2,
+        bias_correction="paper",
+        bound=None,
+        residual=None,
+        initial_subspace="normal",
+        weight_decay=0.0,
     )
     assert traced(options="paper") == str(
         jax.make_jaxpr(lambda p: paper.update(p, paper.init(p), p))(params)
