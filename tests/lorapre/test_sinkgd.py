@@ -13,7 +13,13 @@ import pytest
 from examples.llama.model import abstract
 from examples.llama.presets import preset
 from layout_optax import ParamLayout, state_bytes
-from lorapre_optax import RECOMMENDED, lorapre_adamw, lorapre_sinkgd, scale_by_lorapre_adam
+from lorapre_optax import (
+    RECOMMENDED,
+    lorapre_adamw,
+    lorapre_muon,
+    lorapre_sinkgd,
+    scale_by_lorapre_adam,
+)
 from sage_optax import sage_hybrid, scale_by_sage
 from tests import reference, reference_lorapre
 from tests.lorapre.aliases import (
@@ -223,8 +229,22 @@ def factors(rank, *, kv_in_full=False):
         (lorapre_adamw(1e-3, 64), 2 * (factors(64) + TABLE + VECTORS), 10, 2.368),
         # SinkGD has not even a count.
         (lorapre_sinkgd(1e-3, 64), 2 * (64 * (VOCABULARY + D) + VECTORS), 8, 0.063),
+        # One moment of the matrices, two of four other roles.
+        (
+            lorapre_muon(1e-3, 64, table_rank=64),
+            factors(64) + 2 * (64 * (VOCABULARY + D) + VECTORS),
+            9,
+            0.268,
+        ),
     ],
-    ids=["adamw", "sage_hybrid", "lorapre_adamw 512", "lorapre_adamw 64", "lorapre_sinkgd 64"],
+    ids=[
+        "adamw",
+        "sage_hybrid",
+        "lorapre_adamw 512",
+        "lorapre_adamw 64",
+        "lorapre_sinkgd 64",
+        "lorapre_muon 64, tables 64",
+    ],
 )
 def test_state_bytes_of_a_1_3b_llama(tx, numbers, counters, gib):
     params = abstract(preset("sage_1.3b"))
