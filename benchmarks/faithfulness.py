@@ -60,56 +60,62 @@ class Exact(NamedTuple):
     trace: Any
 
 
-def observer(ranks: Sequence[int]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The functions ``init(matrices)`` and ``observe(state, gradients)`` of all momenta.
+def remember(old: Exact, gradients: Any) -> Exact:
+    """The exact momenta after another gradient."""
+    return Exact(
+        jax.tree.map(lambda m, g: B1 * m + (1 - B1) * g, old.first, gradients),
+        jax.tree.map(lambda v, g: B2 * v + (1 - B2) * g**2, old.second, gradients),
+        jax.tree.map(lambda m, g: MU * m + g, old.trace, gradients),
+    )
 
-    ``observe`` returns the next state and, by rank, arrays of one number a matrix: ``cosine`` and
-    ``ratio`` of norms between the stored product and the exact momentum for each of `MOMENTS`, the
-    same of the applied momentum (product of the previous factors plus the fresh gradient), and the
-    share of the gradient's energy outside the tracked subspace. The second moment's product is squared.
+
+def observer(rank: int) -> tuple[Callable[[Any], Tracked], Callable[..., Any]]:
+    """The functions ``init(matrices)`` and ``observe(tracked, gradients, exact)`` of one rank.
+
+    ``observe`` takes the exact momenta after the gradient and returns the next factors and arrays of one
+    number a matrix: ``cosine`` and ``ratio`` of norms between the stored product and the exact
+    momentum for each of `MOMENTS`, the same of the applied momentum (product of the previous factors
+    plus the fresh gradient), and the share of the gradient's energy outside the tracked subspace. The
+    second moment's product is squared.
     """
     options: dict[str, Any] = {"full_rank_fallback": False}
-    chains: dict[int, tuple[Any, ...]] = {
-        rank: (
-            low_rank_ema(B1, rank, debias=False, **options),
-            low_rank_ema(B2**0.5, rank, debias=False, target=jnp.abs, **options),
-            low_rank_trace(MU, rank, **options),
-        )
-        for rank in ranks
-    }
+    chains = (
+        low_rank_ema(B1, rank, debias=False, **options),
+        low_rank_ema(B2**0.5, rank, debias=False, target=jnp.abs, **options),
+        low_rank_trace(MU, rank, **options),
+    )
 
-    def init(matrices: Any) -> Any:
-        zeros = jax.tree.map(jnp.zeros_like, matrices)
-        low = {rank: Tracked(*(tx.init(matrices) for tx in chains[rank])) for rank in ranks}
-        return low, Exact(zeros, zeros, zeros)
+    # A program a moment, one after the other: on few cores XLA:CPU can stall where several batched
+    # Cholesky calls wait for its threads at once.
+    shares = jax.jit(lambda state, gradients: lorapre_metrics(state, gradients))
+    updates = [jax.jit(tx.update) for tx in chains]
 
-    def observe(state: Any, gradients: Any) -> tuple[Any, dict[int, dict[str, jax.Array]]]:
-        low, old = state
-        exact = Exact(
-            jax.tree.map(lambda m, g: B1 * m + (1 - B1) * g, old.first, gradients),
-            jax.tree.map(lambda v, g: B2 * v + (1 - B2) * g**2, old.second, gradients),
-            jax.tree.map(lambda m, g: MU * m + g, old.trace, gradients),
-        )
-        new, numbers = {}, {}
-        for rank in ranks:
-            shares = lorapre_metrics(low[rank].first, gradients)
-            outside = [1 - jnp.ravel(each["energy_share"]) for each in shares.values()]
-            found = {"outside": jnp.concatenate(outside)}
-            after = []
-            for name, tx, before in zip(MOMENTS, chains[rank], low[rank], strict=True):
-                kept = products(before, gradients)
-                _, following = tx.update(gradients, before)
-                stored = products(following, gradients)
-                applied = jax.tree.map(partial(_applied, name), kept, gradients)
-                if name == "second":
-                    stored = jax.tree.map(jnp.square, stored)
-                reference = getattr(exact, name)
-                for what, tree in (("stored", stored), ("applied", applied)):
-                    cosine, ratio = agreement(tree, reference)
-                    found[f"{name}/{what}/cosine"], found[f"{name}/{what}/ratio"] = cosine, ratio
-                after.append(following)
-            new[rank], numbers[rank] = Tracked(*after), found
-        return (new, exact), numbers
+    @partial(jax.jit, static_argnums=0)
+    def compare(name: str, before: LowRankState, after: LowRankState, gradients: Any, exact: Any):
+        kept, stored = products(before, gradients), products(after, gradients)
+        applied = jax.tree.map(partial(_applied, name), kept, gradients)
+        if name == "second":
+            stored = jax.tree.map(jnp.square, stored)
+        found = {}
+        for what, tree in (("stored", stored), ("applied", applied)):
+            cosine, ratio = agreement(tree, exact)
+            found[f"{name}/{what}/cosine"], found[f"{name}/{what}/ratio"] = cosine, ratio
+        return found
+
+    def init(matrices: Any) -> Tracked:
+        return Tracked(*(jax.jit(tx.init)(matrices) for tx in chains))  # pyright: ignore[reportArgumentType]
+
+    def observe(tracked: Tracked, gradients: Any, exact: Exact) -> tuple[Tracked, dict[str, Any]]:
+        energy = jax.device_get(shares(tracked.first, gradients))
+        outside = [1 - np.ravel(each["energy_share"]) for each in energy.values()]
+        found = {"outside": np.concatenate(outside)}
+        after: list[Any] = []
+        for name, update, before in zip(MOMENTS, updates, tracked, strict=True):
+            _, following = jax.block_until_ready(update(gradients, before))
+            numbers = compare(name, before, following, gradients, getattr(exact, name))
+            found |= jax.device_get(numbers)
+            after.append(following)
+        return Tracked(*after), found
 
     return init, observe
 
@@ -163,28 +169,34 @@ def run(
         optax.clip_by_global_norm(settings.clip_norm or float("inf")),
         settings.optimizer_from(lambda count: settings.learning_rate * shares(count)),
     )
-    init, observe = observer(ranks)
 
     def loss_fn(params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         return next_token_loss(apply(graphdef, params), tokens)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: Any, tokens: jax.Array) -> Any:
-        params, opt_state, observed = state
+        params, opt_state, exact = state
         loss, gradients = accumulated_gradients(loss_fn, params, tokens)
         updates, opt_state = tx.update(gradients, opt_state, params)
-        observed, numbers = observe(observed, matrices_of(gradients))
-        return (optax.apply_updates(params, updates), opt_state, observed), loss, numbers
+        matrices = matrices_of(gradients)
+        exact = remember(exact, matrices)
+        return (optax.apply_updates(params, updates), opt_state, exact), loss, matrices
 
-    state = (params, jax.jit(tx.init)(params), jax.jit(init)(matrices_of(params)))
+    zeros = jax.tree.map(jnp.zeros_like, matrices_of(params))
+    state = (params, jax.jit(tx.init)(params), Exact(zeros, zeros, zeros))
+    state = jax.tree.map(jnp.copy, state)  # donated buffers must not be shared
+    observers = {rank: observer(rank) for rank in ranks}
+    tracked = {rank: init(zeros) for rank, (init, _) in observers.items()}
     taken, losses, rows = [], [], []
     for number in range(1, steps + 1):
-        state, loss, numbers = step(state, next(batches))
+        state, loss, matrices = jax.block_until_ready(step(state, next(batches)))
+        row = {}
+        for rank, (_, observe) in observers.items():
+            tracked[rank], row[rank] = observe(tracked[rank], matrices, state[2])
         if number % every == 0 or number <= 10:
-            numbers, loss = jax.device_get((numbers, loss))
             taken.append(number)
             losses.append(float(loss))
-            rows.append(numbers)
+            rows.append(row)
     return {
         "steps": taken,
         "loss": losses,
