@@ -271,7 +271,7 @@ def plot(results: Mapping[str, Any], folder: pathlib.Path) -> None:
     for panel in (left, right):
         panel.set(xlabel="step", ylim=(0, 1.02))
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8, ncols=2, loc="upper right" if panel is left else "center right")
+        panel.legend(fontsize=8, ncols=3, loc="upper right")
     figure.savefig(folder / "faithfulness_weights.png", dpi=130)
     plt.close(figure)
 
