@@ -68,7 +68,7 @@ def variant(template: str, rank: int, names: Sequence[str] = ()) -> str:
     """The key of a variant in one form.
 
     >>> variant("lorapre_adamw:rank={}:scale=0.25", 4, ("exact", "bound"))
-    'lorapre_adamw:rank=4:bias_correction=exact:bound=1:scale=0.25'
+    'lorapre_adamw:rank=4:scale=0.25:bias_correction=exact:bound=1'
     """
     table_rank = max(rank, 2)
     text = ":".join([template.format(rank, table_rank), *(OPTIONS[name] for name in names)])
