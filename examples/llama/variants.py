@@ -172,7 +172,7 @@ def parse_variant_rates(rates: str | None) -> dict[str, float]:
 def nearest_rate(preset: str, variant: Variant) -> tuple[str, float] | None:
     """The key and rate in the table of the variant with the most of these options and no other.
 
-    >>> nearest_rate("demo", parse_variant("galore:rank=16"))
+    >>> nearest_rate("demo", parse_variant("galore:rank=8"))
     ('galore', 0.01)
     """
     table = TUNED_RATES.get(preset, {})
