@@ -85,8 +85,7 @@ def observer(rank: int) -> tuple[Callable[[Any], Tracked], Callable[..., Any]]:
         low_rank_trace(MU, rank, **options),
     )
 
-    # A program a moment, one after the other: on few cores XLA:CPU can stall where several batched
-    # Cholesky calls wait for its threads at once.
+    # A program a moment: smaller to compile than one for all.
     shares = jax.jit(lambda state, gradients: lorapre_metrics(state, gradients))
     updates = [jax.jit(tx.update) for tx in chains]
 

@@ -108,7 +108,12 @@ def _in_groups(solve, matrices: Sequence[jax.Array]) -> list[jax.Array]:
     results: list[jax.Array | None] = [None] * len(matrices)
     for group in _groups(matrices):
         stacks = [matrices[i].reshape(-1, *matrices[i].shape[-2:]) for i in group]
-        solved = solve(jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0])
+        stack = jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0]
+        # XLA:CPU spreads a batched LAPACK call over its threads and waits for them; two such calls at
+        # once can wait for ever on few cores. One matrix at a time needs no other thread.
+        solved = jax.lax.platform_dependent(
+            stack, cpu=lambda x: jax.lax.map(lambda each: solve(each[None])[0], x), default=solve
+        )
         start = 0
         for i, stack in zip(group, stacks, strict=True):
             part = jax.lax.slice_in_dim(solved, start, start + stack.shape[0])
