@@ -59,7 +59,6 @@ TOGETHER = tuple(OPTIONS)
 _ADAM = "lorapre_adamw:rank={}:scale=0.25"
 _SINKGD = "lorapre_sinkgd:rank={}:options=paper:scale=5"
 _EVERYTHING = "lorapre_muon:rank={}:table_rank={}:b2=0.95"
-TABLE_RANKS = (4, 3, 16, 64)
 CONTROL = "adamw:b2=0.95:matrix_rate=0.25"
 """AdamW with full moments and all else as in LoRA-Pre Adam's rows: b2 and the ratio of rates."""
 

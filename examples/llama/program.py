@@ -113,7 +113,7 @@ class Program:
             state: The state.
             tokens: int32 (batch_size, seq_len + 1).
             peak: Peak learning rate.
-            detailed: Compute the statistics of updates and damper too.
+            detailed: Compute the statistics of updates, damper and factors too.
         """
         compiled = self._detailed_step if detailed else self._step
         return compiled(state, tokens, np.float32(peak))

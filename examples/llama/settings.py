@@ -156,7 +156,7 @@ class TrainConfig(JobConfig):
     overwrite: bool = False
     """Replace a finished run in that folder."""
     statistics_every: int | None = None
-    """Steps between statistics of updates and damper, a multiple of log_every; by default log_every,
+    """Steps between statistics of updates, damper and factors, a multiple of log_every; by default log_every,
     0 for none."""
     tensorboard: bool = True
     """Write TensorBoard files too."""
