@@ -54,6 +54,9 @@ ABLATIONS = (
 )
 TOGETHER = tuple(OPTIONS)
 """The options that are searched beside the paper's."""
+DAMPINGS = (0.01, 0.1)
+"""Beside the default, 1e-4, for LoRA-Pre Adam and Muon."""
+WITHOUT_START = tuple(name for name in OPTIONS if name != "gradient start")
 
 # At a quarter of the tables' rate, as GaLore's and the paper's low-rank groups are.
 _ADAM = "lorapre_adamw:rank={}:scale=0.25"
@@ -72,6 +75,24 @@ def variant(template: str, rank: int, names: Sequence[str] = ()) -> str:
     table_rank = max(rank, 2)
     text = ":".join([template.format(rank, table_rank), *(OPTIONS[name] for name in names)])
     return parse_variant(text).key
+
+
+def damped(key: str, damping: float) -> str:
+    """The key of a variant with another damping.
+
+    >>> damped("lorapre_muon:rank=4", 0.1)
+    'lorapre_muon:rank=4:damping=0.1'
+    """
+    return parse_variant(f"{key}:damping={damping:g}").key
+
+
+def table_starts() -> dict[str, tuple[str, str]]:
+    """Low-rank tables, by label: the variant that starts in the first gradient and the one that does not."""
+    templates = {f"LoRA-Pre SinkGD r={rank}": (_SINKGD, rank) for rank in sorted(RANKS)}
+    return {
+        label: (variant(template, rank, TOGETHER), variant(template, rank, WITHOUT_START))
+        for label, (template, rank) in templates.items()
+    }
 
 
 def searches() -> dict[str, float]:
@@ -225,6 +246,16 @@ def measure(cells: Cells, after: Callable[[], Any]) -> None:
     for key, start in searches().items():
         search_rate(lambda rate, key=key: cells.loss(key, rate, STEPS), start, max_trials=5)
         after()
+    for with_start, without in table_starts().values():
+        best = cells.best(with_start, STEPS)
+        assert best is not None  # searched above
+        cells.loss(without, best["learning_rate"], STEPS)
+    for rank in RANKS:
+        for damping in DAMPINGS:
+            cells.loss(damped(variant(_ADAM, rank, TOGETHER), damping), FIXED_RATE, STEPS)
+            muon = f"lorapre_muon:rank={rank}"
+            cells.loss(damped(muon, damping), given()[muon], STEPS)
+    after()
     for key in long_runs():
         best = cells.best(key, STEPS)
         assert best is not None  # the search before raises where no rate trains
