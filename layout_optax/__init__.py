@@ -1,11 +1,21 @@
 """What each parameter is, which of its axes are rows and columns, and where its state lives."""
 
+from layout_optax.boxes import unboxed as unboxed
 from layout_optax.describe import describe as describe
 from layout_optax.memory import state_bytes as state_bytes
 from layout_optax.roles import ParamLayout as ParamLayout
 from layout_optax.roles import resolve_layout as resolve_layout
 from layout_optax.rules import infer_layout as infer_layout
+from layout_optax.sharding import state_shardings as state_shardings
 
 __version__ = "0.1.0"  # pyproject.toml and CITATION.cff carry it too; a test compares them
 
-__all__ = ["ParamLayout", "describe", "infer_layout", "resolve_layout", "state_bytes"]
+__all__ = [
+    "ParamLayout",
+    "describe",
+    "infer_layout",
+    "resolve_layout",
+    "state_bytes",
+    "state_shardings",
+    "unboxed",
+]

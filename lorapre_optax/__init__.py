@@ -3,6 +3,8 @@
 from layout_optax import ParamLayout as ParamLayout
 from layout_optax import __version__ as __version__
 from layout_optax import describe as describe
+from layout_optax import state_shardings as state_shardings
+from layout_optax import unboxed as unboxed
 from lorapre_optax._adam import LorapreAdamState as LorapreAdamState
 from lorapre_optax._adam import lorapre_adamw as lorapre_adamw
 from lorapre_optax._adam import scale_by_lorapre_adam as scale_by_lorapre_adam
@@ -44,5 +46,7 @@ __all__ = [
     "scale_by_lorapre_adam",
     "scale_by_lorapre_lion",
     "scale_by_lorapre_muon",
+    "state_shardings",
     "suggest_ranks",
+    "unboxed",
 ]

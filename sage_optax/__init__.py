@@ -1,6 +1,6 @@
 """SAGE, SinkGD and their hybrids as optax transformations."""
 
-from layout_optax import ParamLayout, describe
+from layout_optax import ParamLayout, describe, state_shardings, unboxed
 from layout_optax import __version__ as __version__
 from sage_optax._hybrid import lion_hybrid, sage_hybrid, sinkgd_hybrid
 from sage_optax._options import STATIC_ARGS
@@ -20,4 +20,6 @@ __all__ = [
     "scale_by_sinkhorn",
     "sinkgd",
     "sinkgd_hybrid",
+    "state_shardings",
+    "unboxed",
 ]
