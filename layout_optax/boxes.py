@@ -13,7 +13,7 @@ from layout_optax.roles import PyTree, path_string
 def unboxed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Makes a transformation see arrays where Flax keeps boxes, and boxes its updates again.
 
-    Boxes are Linen's ``nn.Partitioned``, ``nn.LogicallyPartitioned`` and every other ``AxisMetadata``, and NNX's
+    Boxes are Linen's ``nn.Partitioned``, ``nn.LogicallyPartitioned`` and any other ``AxisMetadata``, and NNX's
     ``Variable`` with all its kinds (``Param``). Both carry a partition spec that is true of the parameter
     alone. A `jax.tree.map` in an optimizer would copy it onto statistics of other shapes, where it names axes
     that are not there: `optax.adafactor` fails on such parameters, a thin factor would be sharded along
