@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,26 +14,88 @@ from jax.typing import DTypeLike
 
 from examples.llama.presets import LlamaConfig
 
+Constrain = Callable[..., jax.Array]
+"""From an activation and the name, or None, of each of its dimensions to the same, pinned to a mesh."""
+
+
+def unconstrained(x: jax.Array, *names: str | None) -> jax.Array:
+    """The activation as it is: without a mesh there is nothing to pin."""
+    del names
+    return x
+
+
+class KVCache(NamedTuple):
+    """Keys (rotated) and values of the tokens seen so far, of all layers.
+
+    Attributes:
+        keys: (layers, B, S, kv_heads, head_dim) in the compute dtype; S slots, written in order.
+        values: Likewise.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
 
 class Block(nnx.Module):
     """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        constrain: Constrain = unconstrained,
+    ) -> None:
+        self.constrain = constrain
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.self_attn = Attention(config, dtype, rngs)
+        self.self_attn = Attention(config, dtype, rngs, constrain)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = MLP(config, dtype, rngs)
+        self.mlp = MLP(config, dtype, rngs, constrain)
 
-    def __call__(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Maps the residual stream (B, T, d) to the next."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def __call__(
+        self,
+        x: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        visible: jax.Array | None = None,
+    ) -> jax.Array:
+        """Maps the residual stream (B, T, d) to the next; `visible` as in `masked_attention`."""
+        attended = self.self_attn(self.input_layernorm(x), rotary, visible)
+        return self._add(x, attended)
+
+    def cached(
+        self,
+        x: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        visible: jax.Array,
+        cache: KVCache,
+        layer: jax.Array | int,
+        slot: jax.Array | int,
+    ) -> tuple[jax.Array, KVCache]:
+        """The same for tokens that go to slots `slot` .. `slot + T - 1` of a layer's cache."""
+        q, k, v = self.self_attn.project(self.input_layernorm(x), rotary)
+        keys, values = (
+            jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (layer, 0, slot, 0, 0))
+            for old, new in zip(cache, (k, v), strict=True)
+        )
+        attended = self.self_attn.mix(q, keys[layer], values[layer], visible)
+        return self._add(x, attended), KVCache(keys, values)
+
+    def _add(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        x = x + self.constrain(attended, "batch", None, None)
+        return x + self.constrain(self.mlp(self.post_attention_layernorm(x)), "batch", None, None)
 
 
 class Attention(nnx.Module):
     """Causal grouped-query attention with rotary embeddings."""
 
-    def __init__(self, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        constrain: Constrain = unconstrained,
+    ) -> None:
+        self.constrain = constrain
         self.head_dim = config.head_dim
         heads = config.num_heads * config.head_dim
         kv_heads = config.num_kv_heads * config.head_dim
@@ -41,21 +104,51 @@ class Attention(nnx.Module):
         self.v_proj = linear(config.hidden_size, kv_heads, config, dtype, rngs)
         self.o_proj = linear(heads, config.hidden_size, config, dtype, rngs)
 
-    def __call__(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Maps (B, T, d) to (B, T, d)."""
+    def __call__(
+        self,
+        x: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        visible: jax.Array | None = None,
+    ) -> jax.Array:
+        """Maps (B, T, d) to (B, T, d); causal, or as `visible` says."""
+        return self.mix(*self.project(x, rotary), visible)
+
+    def project(
+        self, x: jax.Array, rotary: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values (B, T, heads, head_dim) of (B, T, d), the first two rotated."""
         batch, length, _ = x.shape
         q, k, v = (
-            projection(x).reshape(batch, length, -1, self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            self.constrain(
+                projection(x).reshape(batch, length, -1, self.head_dim), "batch", None, heads, None
+            )
+            for projection, heads in (
+                (self.q_proj, "heads"),
+                (self.k_proj, "kv_heads"),
+                (self.v_proj, "kv_heads"),
+            )
         )
-        out = causal_attention(apply_rotary(q, rotary), apply_rotary(k, rotary), v)
-        return self.o_proj(out.reshape(batch, length, -1))
+        return apply_rotary(q, rotary), apply_rotary(k, rotary), v
+
+    def mix(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array | None = None
+    ) -> jax.Array:
+        """Attention and the output projection, (B, T, d)."""
+        out = causal_attention(q, k, v) if visible is None else masked_attention(q, k, v, visible)
+        return self.o_proj(out.reshape(*q.shape[:2], -1))
 
 
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        constrain: Constrain = unconstrained,
+    ) -> None:
+        self.constrain = constrain
         wide, narrow = config.intermediate_size, config.hidden_size
         self.gate_proj = linear(narrow, wide, config, dtype, rngs)
         self.up_proj = linear(narrow, wide, config, dtype, rngs)
@@ -63,7 +156,11 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (B, T, d) to (B, T, d)."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = (
+            self.constrain(projection(x), "batch", None, "mlp")
+            for projection in (self.gate_proj, self.up_proj)
+        )
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class RMSNorm(nnx.Module):
@@ -128,6 +225,21 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     Returns:
         (B, T, heads, head_dim) in the dtype of `v`; the softmax is float32.
     """
+    return masked_attention(q, k, v, jnp.tri(q.shape[1], dtype=bool)[None])
+
+
+def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    """Softmax attention in which each query sees the keys it is told to.
+
+    Args:
+        q: (B, T, heads, head_dim).
+        k: (B, S, kv_heads, head_dim); heads are grouped consecutively.
+        v: (B, S, kv_heads, head_dim).
+        visible: bool (B, T, S) or (1, T, S); every query must see at least one key.
+
+    Returns:
+        (B, T, heads, head_dim) in the dtype of `v`; the softmax is float32.
+    """
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
@@ -135,7 +247,7 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     k = k.transpose(0, 2, 3, 1)
     v = v.transpose(0, 2, 1, 3)
     scores = jnp.matmul(q * head_dim**-0.5, k, preferred_element_type=jnp.float32)
-    seen = jnp.tile(jnp.tri(length, dtype=bool), (group, 1))
+    seen = jnp.tile(visible, (1, group, 1))[:, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(v.dtype)
     out = jnp.matmul(weights, v).reshape(batch, heads, length, head_dim)
     return out.transpose(0, 2, 1, 3)

@@ -20,6 +20,8 @@ def next_token_loss(
     *,
     chunk: int | None = None,
     mask: jax.Array | np.ndarray | None = None,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Mean cross-entropy of each token given those before it.
 
@@ -33,6 +35,8 @@ def next_token_loss(
         chunk: Tokens whose logits exist at once (at least B; rounded so that chunks are equal).
             None picks `automatic_chunk`; B * T or more makes all logits at once.
         mask: (B, T), boolean or number, the weight of each predicted token; all ones when None.
+        positions: int32 (B, T), rotary positions of the tokens read; 0 .. T-1 when None.
+        segments: int32 (B, T), their documents; see `Llama.hidden`.
 
     Returns:
         The weighted mean loss and the sum of the weights (the token count), both float32 scalars.
@@ -64,7 +68,9 @@ def next_token_loss(
     weights = jnp.asarray(mask, jnp.float32)
     if chunk is None:
         chunk = automatic_chunk(batch * length, model.config.vocab_size)
-    hidden = model.hidden(tokens[:, :-1])
+    placed = {"positions": positions, "segments": segments}
+    given = {name: array for name, array in placed.items() if array is not None}
+    hidden = model.hidden(tokens[:, :-1], **given)
     steps = math.ceil(length / max(1, chunk // batch))
 
     def summed(hidden: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
@@ -83,15 +89,20 @@ def next_token_loss(
     return total / jnp.where(count > 0, count, 1.0), count
 
 
-def automatic_chunk(tokens: int, vocab_size: int) -> int:
-    """Tokens whose float32 logits fill `CHUNK_BYTES`, or all of them if they are fewer.
+def automatic_chunk(tokens: int, vocab_size: int, batch_shards: int = 1) -> int:
+    """Tokens whose float32 logits fill `CHUNK_BYTES` on each device, or all of them if they are fewer.
+
+    Args:
+        tokens: Number of tokens.
+        vocab_size: Size of the vocabulary.
+        batch_shards: Number of devices that the tokens are spread over.
 
     >>> automatic_chunk(2048, 8192)
     2048
     >>> automatic_chunk(131072, 32000)
     2097
     """
-    return min(tokens, max(1, CHUNK_BYTES // (4 * vocab_size)))
+    return min(tokens, max(1, batch_shards * CHUNK_BYTES // (4 * vocab_size)))
 
 
 @jax.custom_vjp

@@ -23,7 +23,16 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from examples.llama.blocks import Block, RMSNorm, flat_dot_general, linear, rotary_tables
+from examples.llama.blocks import (
+    Block,
+    Constrain,
+    KVCache,
+    RMSNorm,
+    flat_dot_general,
+    linear,
+    rotary_tables,
+    unconstrained,
+)
 from examples.llama.presets import LlamaConfig
 
 Params = dict[str, Any]
@@ -42,6 +51,7 @@ class Llama(nnx.Module):
             time does not grow with depth. Otherwise one sub-module a block.
         remat: Recompute each block's activations in the backward pass instead of keeping them.
         dtype: Dtype of the matrix products and of the residual stream; parameters are float32.
+        constrain: Pins activations to a mesh, often `examples.llama.sharding.Activations`; hashable.
         rngs: Source of the initial parameters; `nnx.Rngs(0)` when None.
 
     >>> from examples.llama.presets import preset
@@ -57,10 +67,12 @@ class Llama(nnx.Module):
         scan_layers: bool = True,
         remat: bool = False,
         dtype: DTypeLike = jnp.float32,
+        constrain: Constrain = unconstrained,
         rngs: nnx.Rngs | None = None,
     ) -> None:
         rngs = nnx.Rngs(0) if rngs is None else rngs
         self.config = config
+        self.constrain = constrain
         self.scan_layers = scan_layers
         self.remat = remat
         self.dtype = jnp.dtype(dtype)
@@ -74,7 +86,7 @@ class Llama(nnx.Module):
         )
         # One key a block, whichever form: that is what makes the two forms equal.
         keys = jax.random.split(rngs.params(), config.num_layers)
-        block = partial(_make_block, config, self.dtype)
+        block = partial(_make_block, config, self.dtype, constrain)
         if scan_layers:
             self.layers = nnx.vmap(block)(keys)
         else:
@@ -87,12 +99,19 @@ class Llama(nnx.Module):
         """Returns the float32 logits (B, T, V) of int32 tokens (B, T); see `hidden`."""
         return self.logits(self.hidden(tokens, positions))
 
-    def hidden(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+    ) -> jax.Array:
         """Runs embedding, blocks and final norm.
 
         Args:
             tokens: int32 (B, T). Attention is causal in the order of axis 1.
             positions: int32 (T,) or (B, T), the rotary position of each token; 0 .. T-1 when None.
+            segments: int32 (B, T), the document of each token; a token sees only its own document.
+                One document a row when None.
 
         Returns:
             (B, T, d) in the compute dtype.
@@ -111,9 +130,55 @@ class Llama(nnx.Module):
         if positions is None:
             positions = jnp.arange(length)
         rotary = rotary_tables(self.config, positions)
-        # A NumPy table (parameters from a file) cannot be indexed by a traced array.
-        x = jnp.asarray(self.embed_tokens.embedding[...])[tokens].astype(self.dtype)
-        return self.norm(self._run_blocks(x, rotary))
+        visible = None
+        if segments is not None:
+            same = segments[:, :, None] == segments[:, None, :]
+            visible = same & jnp.tri(length, dtype=bool)
+        return self.norm(self._run_blocks(self._embed(tokens), rotary, visible))
+
+    def cached(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        visible: jax.Array,
+        cache: KVCache,
+        slot: jax.Array | int,
+    ) -> tuple[jax.Array, KVCache]:
+        """Runs tokens after those in a cache, and adds their keys and values to it.
+
+        Args:
+            tokens: int32 (B, T).
+            positions: int32 (B, T), the rotary positions.
+            visible: bool (B, T, S), which slots each token sees, its own included.
+            cache: From `init_cache` or an earlier call.
+            slot: Slot of the first token; the others follow. `slot + T` must not exceed S.
+
+        Returns:
+            Hidden states (B, T, d) in the compute dtype and the next cache.
+        """
+        rotary = rotary_tables(self.config, positions)
+        x = self._embed(tokens)
+
+        def run(graphdef, carry, arrays, layer):
+            x, cache = carry
+            return nnx.merge(graphdef, arrays).cached(x, rotary, visible, cache, layer, slot)
+
+        if isinstance(self.layers, Block):
+            graphdef, state = nnx.split(self.layers)
+            arrays = (nnx.to_pure_dict(state), jnp.arange(self.config.num_layers))
+            (x, cache), _ = jax.lax.scan(
+                lambda carry, one: (run(graphdef, carry, *one), None), (x, cache), arrays
+            )
+        else:
+            for layer, block in enumerate(self.layers):
+                x, cache = block.cached(x, rotary, visible, cache, layer, slot)
+        return self.norm(x), cache
+
+    def init_cache(self, batch: int, slots: int) -> KVCache:
+        """An empty cache of `slots` tokens for each of `batch` sequences."""
+        config = self.config
+        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+        return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Multiplies hidden states (..., d) by the head; float32 (..., V)."""
@@ -121,20 +186,32 @@ class Llama(nnx.Module):
             weight, contracted = self.embed_tokens.embedding[...], 1
         else:
             weight, contracted = self.lm_head.kernel[...], 0
-        return flat_dot_general(
+        logits = flat_dot_general(
             hidden,
             weight.astype(self.dtype),
             (((hidden.ndim - 1,), (contracted,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
+        return self.constrain(logits, "batch", *(None,) * (hidden.ndim - 2), "vocab")
 
-    def _run_blocks(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        # A NumPy table (parameters from a file) cannot be indexed by a traced array. On a mesh its features
+        # are gathered, not its tokens: each device looks up those it has.
+        table = self.constrain(jnp.asarray(self.embed_tokens.embedding[...]), "vocab", None)
+        return self.constrain(table[tokens].astype(self.dtype), "batch", None, None)
+
+    def _run_blocks(
+        self,
+        x: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        visible: jax.Array | None = None,
+    ) -> jax.Array:
         # Blocks are merged from pure arrays inside the body: to scan and to checkpoint they are
         # ordinary functions of arrays, and nothing of NNX crosses a trace.
         blocks = [self.layers] if isinstance(self.layers, Block) else list(self.layers)
 
-        def run(graphdef, x, arrays, rotary):
-            return nnx.merge(graphdef, arrays)(x, rotary)
+        def run(graphdef, x, arrays, rotary, visible):
+            return nnx.merge(graphdef, arrays)(x, rotary, visible)
 
         if self.remat:
             run = jax.checkpoint(run, static_argnums=(0,), prevent_cse=not self.scan_layers)
@@ -143,12 +220,15 @@ class Llama(nnx.Module):
             arrays = nnx.to_pure_dict(state)
             if self.scan_layers:
                 x, _ = jax.lax.scan(
-                    lambda x, one, graphdef=graphdef: (run(graphdef, x, one, rotary), None),
+                    lambda x, one, graphdef=graphdef: (
+                        run(graphdef, x, one, rotary, visible),
+                        None,
+                    ),
                     x,
                     arrays,
                 )
             else:
-                x = run(graphdef, x, arrays, rotary)
+                x = run(graphdef, x, arrays, rotary, visible)
         return x
 
 
@@ -212,11 +292,11 @@ def structure(
     scan_layers: bool = True,
     remat: bool = False,
     dtype: DTypeLike = jnp.float32,
+    constrain: Constrain = unconstrained,
 ) -> nnx.GraphDef[Llama]:
     """Returns `create`'s graphdef alone, without allocating anything (for loaded parameters)."""
-    return nnx.split(
-        nnx.eval_shape(lambda: Llama(config, scan_layers=scan_layers, remat=remat, dtype=dtype))
-    )[0]
+    options = {"remat": remat, "dtype": dtype, "constrain": constrain}
+    return nnx.split(nnx.eval_shape(lambda: Llama(config, scan_layers=scan_layers, **options)))[0]
 
 
 def apply(graphdef: nnx.GraphDef[Llama], params: Params) -> Llama:
@@ -269,5 +349,7 @@ def _as_key(seed: int | jax.Array) -> jax.Array:
     return jax.random.key(seed)
 
 
-def _make_block(config: LlamaConfig, dtype: DTypeLike, key: jax.Array) -> Block:
-    return Block(config, dtype, nnx.Rngs(key))
+def _make_block(
+    config: LlamaConfig, dtype: DTypeLike, constrain: Constrain, key: jax.Array
+) -> Block:
+    return Block(config, dtype, nnx.Rngs(key), constrain)
