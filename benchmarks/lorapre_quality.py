@@ -10,26 +10,18 @@ lorapre_quality.json at once; a finished cell is never repeated, a cell that is 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import pathlib
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-
+from benchmarks.cells import Cells, as_row, perplexity_text
 from benchmarks.common import circumstances, describe_circumstances, table
-from examples.llama.comparison import Row, make_row
-from examples.llama.data import Dataset, prepare_data
-from examples.llama.metrics import jsonable, read_json, read_metrics, write_json
-from examples.llama.presets import LlamaConfig
-from examples.llama.program import Program
+from examples.llama.comparison import Row
+from examples.llama.metrics import write_json
 from examples.llama.rank_plot import plot_ranks
-from examples.llama.settings import TrainConfig, data_config, resolve
-from examples.llama.train import Run
 from examples.llama.tuned_rates import tuned_rate
 from examples.llama.tuning import search_rate
 from examples.llama.variants import Variant, parse_variant
@@ -131,110 +123,6 @@ def long_runs() -> list[str]:
     return [CONTROL, variant(_EVERYTHING, 1), variant(_SINKGD, 3, TOGETHER), adam, "muon"]
 
 
-class Cells:
-    """The results of runs, kept in a file.
-
-    Args:
-        path: The JSON file.
-        model: A shape to use instead of the preset's.
-        dataset: Prepared data to use instead of reading it.
-        common: Fields of `TrainConfig` that all runs share.
-
-    Raises:
-        ValueError: The file holds runs on other data.
-    """
-
-    def __init__(
-        self,
-        path: pathlib.Path,
-        *,
-        model: LlamaConfig | None = None,
-        dataset: Dataset | None = None,
-        common: Mapping[str, Any] | None = None,
-    ):
-        self.path, self.model, self.common = path, model, dict(common or {})
-        config = self._config("adamw", FIXED_RATE, STEPS)
-        if dataset is None:
-            dataset = prepare_data(data_config(config, resolve(config, model)))
-        self.dataset = dataset
-        stored = read_json(path) or {"data": jsonable(dataset.describe()), "cells": []}
-        if stored["data"] != jsonable(dataset.describe()):
-            raise ValueError(f"{path} holds runs on other data; move it away to start anew.")
-        self.stored = stored
-        self._programs: dict[tuple[str, int], Program] = {}
-
-    def find(self, key: str, rate: float, steps: int) -> dict[str, Any] | None:
-        """The cell of a variant, rate and length, or None."""
-        for cell in self.stored["cells"]:
-            if (cell["variant"], cell["learning_rate"], cell["steps"]) == (key, rate, steps):
-                return cell
-        return None
-
-    def loss(self, key: str, rate: float, steps: int) -> float:
-        """The held-out loss of a cell, which is run if it is missing; infinite if it diverged."""
-        cell = self.find(key, rate, steps)
-        if cell is None:
-            cell = self._run(key, rate, steps)
-            self.stored["cells"].append(cell)
-            write_json(self.path, self.stored)
-        return float(cell["heldout_loss"]) if cell["status"] == "finished" else math.inf
-
-    def best(self, key: str, steps: int) -> dict[str, Any] | None:
-        """The cell of a variant with the lowest loss."""
-        found = [
-            cell
-            for cell in self.stored["cells"]
-            if (cell["variant"], cell["steps"], cell["status"]) == (key, steps, "finished")
-        ]
-        return min(found, key=lambda cell: cell["heldout_loss"], default=None)
-
-    def rates(self, key: str, steps: int) -> list[float]:
-        """The rates of a variant's cells."""
-        cells = self.stored["cells"]
-        return sorted(
-            cell["learning_rate"]
-            for cell in cells
-            if (cell["variant"], cell["steps"]) == (key, steps)
-        )
-
-    def _config(self, key: str, rate: float, steps: int, out: str = "unused") -> TrainConfig:
-        return TrainConfig(
-            **{"preset": "demo", "statistics_every": 0, "tensorboard": False, **self.common},
-            **parse_variant(key).fields(),
-            steps=steps,
-            eval_every=-(-steps // 3),  # an evaluation costs as much as five steps
-            learning_rate=rate,
-            out=pathlib.Path(out),
-        )
-
-    def _run(self, key: str, rate: float, steps: int) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as out:
-            run = Run(
-                self._config(key, rate, steps, out),
-                model=self.model,
-                dataset=self.dataset,
-                program=self._programs.get((key, steps)),
-                console=Console(quiet=True),
-            )
-            self._programs = {(key, steps): run.program}
-            summary = run.train()
-            if summary.status == "interrupted":
-                raise KeyboardInterrupt
-            row = make_row(summary, "searched", read_metrics(pathlib.Path(out)))
-        found = parse_variant(key)
-        row = dataclasses.replace(
-            row,
-            variant=key,
-            label=found.label,
-            rank=found.options.get("rank"),
-            options=dict(found.options),
-            steps=steps,
-            train_curve=[],
-        )
-        print(f"{key} at {rate:g}, {steps} steps: {row.heldout_perplexity:.2f}", flush=True)
-        return jsonable({**dataclasses.asdict(row), "seed": summary.seed})
-
-
 def measure(cells: Cells, after: Callable[[], Any]) -> None:
     """Runs what is missing: ablations, searches, long runs; calls ``after`` once in a while."""
     for rank in RANKS:
@@ -265,16 +153,8 @@ def measure(cells: Cells, after: Callable[[], Any]) -> None:
 
 def rows_of(cells: Cells, steps: int) -> list[Row]:
     """The best cell of every searched variant, named for readers."""
-    names = {field.name for field in dataclasses.fields(Row)}
-    rows = []
-    for key in shown():
-        cell = cells.best(key, steps)
-        if cell is None:
-            continue
-        kept = {name: value for name, value in cell.items() if name in names}
-        named = _shown(cell["variant"])
-        rows.append(Row(**{**kept, "label": named.label, "options": dict(named.options)}))
-    return rows
+    found = ((key, cells.best(key, steps)) for key in shown())
+    return [as_row(cell, _shown(key)) for key, cell in found if cell is not None]
 
 
 def page(cells: Cells, facts: Mapping[str, Any]) -> str:
@@ -304,8 +184,9 @@ def page(cells: Cells, facts: Mapping[str, Any]) -> str:
         line = [", ".join(names) or "the paper's rule"]
         for rank in sorted(RANKS):
             cell = cells.find(variant(_ADAM, rank, names), FIXED_RATE, STEPS)
-            line.append("missing" if cell is None else f"{float(cell['heldout_perplexity']):.1f}")
+            line.append(perplexity_text(cell))
         ablation.append(line)
+    ranks = [f"r = {rank}" for rank in sorted(RANKS)]
     header = ["optimizer", f"{STEPS} steps", f"{LONG} steps", "rate", "searched", "state, MiB"]
     return f"""# What LoRA-Pre's rank and options are worth
 
@@ -336,7 +217,21 @@ Adam, GaLore and LoRA-Pre Muon without `table r` the table has AdamW's two full 
 LoRA-Pre Adam on the matrices at one rate, {FIXED_RATE:g} ({STEPS} steps); AdamW at the same two rates:
 {_control(cells)}.
 
-{table(["options", *(f"r = {rank}" for rank in sorted(RANKS))], ablation)}
+{table(["options", *ranks], ablation)}
+
+## Where low-rank tables start
+
+LoRA-Pre SinkGD with the other three options, at the rate found with the gradient start ({STEPS} steps):
+
+{table(["optimizer", "gradient start", "normal start"], _starts(cells))}
+
+## Damping
+
+Relative damping of the r x r systems ({STEPS} steps). LoRA-Pre Adam with all four options at
+{FIXED_RATE:g}, LoRA-Pre Muon
+with AdamW on the table at Muon's rate:
+
+{table(["optimizer, damping", *ranks], _dampings(cells))}
 """
 
 
@@ -384,8 +279,32 @@ def _shown(key: str) -> Variant:
 
 
 def _control(cells: Cells) -> str:
-    cell = cells.find(CONTROL, FIXED_RATE, STEPS)
-    return "missing" if cell is None else f"{float(cell['heldout_perplexity']):.1f}"
+    return perplexity_text(cells.find(CONTROL, FIXED_RATE, STEPS))
+
+
+def _starts(cells: Cells) -> list[list[str]]:
+    lines = []
+    for label, keys in table_starts().items():
+        best = cells.best(keys[0], STEPS)
+        rate = math.nan if best is None else best["learning_rate"]
+        lines.append([label, *(perplexity_text(cells.find(key, rate, STEPS)) for key in keys)])
+    return lines
+
+
+def _dampings(cells: Cells) -> list[list[str]]:
+    rules = {
+        "Adam": (lambda rank: variant(_ADAM, rank, TOGETHER), lambda _: FIXED_RATE),
+        "Muon": (lambda rank: f"lorapre_muon:rank={rank}", lambda key: given()[key]),
+    }
+    lines = []
+    for label, (key_of, rate_of) in rules.items():
+        for damping in (None, *DAMPINGS):
+            line = [f"{label}, {1e-4 if damping is None else damping:g}"]
+            for key in map(key_of, sorted(RANKS)):
+                used = key if damping is None else damped(key, damping)
+                line.append(perplexity_text(cells.find(used, rate_of(key), STEPS)))
+            lines.append(line)
+    return lines
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ EpsMode = Literal["absolute", "relative"]
 MuDtype = Literal["float32", "bfloat16", "int8"]
 HeadRule = Literal["table", "matrix", "adamw"]
 VectorRule = Literal["sage", "adamw"]
+SinkhornVariant = Literal["unit", "sqrt"]
 OptionSet = Literal["paper", "recommended"]
 BiasCorrection = Literal["paper", "exact"]
 SecondMoment = Literal["low_rank", "full"]
@@ -39,6 +40,8 @@ class OptimizerOptions:
         head_rule: What a hybrid does with an untied head: the tables' rule, the matrices', or AdamW.
         vector_rule: What SAGE-Hybrid and LoRA-Pre SinkGD do with vectors.
         scale: Factor on the matrices' direction, before weight decay.
+        sinkhorn_iterations: Iterations of SinkGD.
+        sinkhorn_variant: Whether SinkGD's norms are 1 or the square roots of the dimensions.
         rank: Rank of low-rank projections and factors.
         table_rank: Rank of LoRA-Pre Adam on embedding and head; by default their moments are full.
         update_gap: Steps between two projections of GaLore.
@@ -65,6 +68,8 @@ class OptimizerOptions:
     head_rule: HeadRule | None = None
     vector_rule: VectorRule | None = None
     scale: float | None = None
+    sinkhorn_iterations: int | None = None
+    sinkhorn_variant: SinkhornVariant | None = None
     rank: int | None = None
     table_rank: int | None = None
     update_gap: int | None = None

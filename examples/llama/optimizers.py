@@ -96,6 +96,18 @@ def optimizer_entry(name: str) -> OptimizerEntry:
     return OPTIMIZERS[name]
 
 
+def register_optimizer(name: str, entry: OptimizerEntry) -> None:
+    """Adds an optimizer to the registry, for a benchmark's peers; again the same entry does nothing.
+
+    Raises:
+        ValueError: The name is taken by another entry.
+
+    >>> register_optimizer("adamw", OPTIMIZERS["adamw"])
+    """
+    if OPTIMIZERS.setdefault(name, entry) != entry:
+        raise ValueError(f"there is an optimizer {name!r} already")
+
+
 def damper_arguments(options: OptimizerOptions) -> dict[str, Any]:
     """The settings that `sage_optax.sage_damper` needs to know, as keyword arguments.
 
@@ -110,7 +122,9 @@ def _sage(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransf
 
 
 def _sinkgd(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
-    return sage_optax.sinkgd(learning_rate, **options.only("scale"), **_decay(options))
+    return sage_optax.sinkgd(
+        learning_rate, **options.only("scale"), **_sinkhorn(options), **_decay(options)
+    )
 
 
 def _sage_hybrid(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
@@ -153,7 +167,22 @@ def _sage_options(options: OptimizerOptions) -> dict[str, Any]:
 def _hybrid_options(options: OptimizerOptions) -> dict[str, Any]:
     multipliers = options.role_multipliers
     given = {} if multipliers is None else {"learning_rate_multipliers": dict(multipliers)}
-    return {**options.only("scale", "head_rule"), **given, **_decay(options)}
+    return {
+        **options.only("scale", "head_rule"),
+        **_sinkhorn(options),
+        **given,
+        **_decay(options),
+    }
+
+
+def _sinkhorn(options: OptimizerOptions) -> dict[str, Any]:
+    """SinkGD's own settings, which carry its name in the example's options.
+
+    >>> _sinkhorn(OptimizerOptions(sinkhorn_iterations=3))
+    {'iterations': 3}
+    """
+    given = options.only("sinkhorn_iterations", "sinkhorn_variant")
+    return {name.removeprefix("sinkhorn_"): value for name, value in given.items()}
 
 
 def _decay(options: OptimizerOptions) -> dict[str, Any]:
@@ -162,7 +191,8 @@ def _decay(options: OptimizerOptions) -> dict[str, Any]:
 
 _ADAM = ("b1", "b2", "eps", "mu_dtype")
 _SAGE = ("b1", "b2", "eps", "damper", "eps_mode", "mu_dtype")
-_HYBRID = ("scale", "head_rule", "role_multipliers")
+_SINKHORN = ("sinkhorn_iterations", "sinkhorn_variant")
+_HYBRID = ("scale", "head_rule", *_SINKHORN, "role_multipliers")
 _FACTORS = ("rank", "residual", "initial_subspace", "factor_dtype", "damping", "role_multipliers")
 _LORAPRE_ADAM = (
     "b1",
@@ -258,7 +288,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         _sinkgd,
         state="nothing",
         description="SinkGD on everything, tables too: a control that the paper shows to fail.",
-        options=("scale",),
+        options=("scale", *_SINKHORN),
     ),
     "lorapre_adamw": OptimizerEntry(
         "LoRA-Pre Adam",

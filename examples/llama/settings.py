@@ -23,10 +23,12 @@ from examples.llama.optimizer_options import (
     OptimizerOptions,
     OptionSet,
     SecondMoment,
+    SinkhornVariant,
     VectorRule,
 )
 from examples.llama.optimizers import OPTIMIZERS, make_optimizer, optimizer_entry
 from examples.llama.presets import PRESETS, PROTOCOLS, LlamaConfig, preset
+from examples.llama.sharding import MeshMode, parse_mesh
 from examples.llama.tuned_rates import tuned_rate
 from layout_optax.roles import ROLES
 
@@ -70,6 +72,15 @@ class JobConfig:
     """Stack and scan the layers; by default yes, unless the optimizer cannot."""
     remat: bool = False
     """Recompute activations in the backward pass."""
+    mesh: str | None = None
+    """Sizes of the device mesh's axes: data=2,fsdp=2,tensor=2; one may be * for what is left. By default one
+    device, or fsdp=* with several processes."""
+    mesh_mode: MeshMode | None = None
+    """Whether the mesh's axes are Auto (the default) or Explicit, where the optimizer sees typed shardings."""
+    mesh_strict: bool | None = None
+    """Refuse a model that the mesh does not divide, instead of copying that parameter along that axis."""
+    simulate_devices: int | None = None
+    """Act as if this machine's CPU were so many devices."""
     loss_chunk: int | None = None
     """Tokens whose logits exist at once; by default what fits 256 MiB."""
     seed: int = 0
@@ -129,6 +140,10 @@ class TrainConfig(JobConfig):
     """What SAGE-Hybrid and LoRA-Pre SinkGD do with vectors."""
     scale: float | None = None
     """Factor on the matrices' direction."""
+    sinkhorn_iterations: int | None = None
+    """Iterations of SinkGD."""
+    sinkhorn_variant: SinkhornVariant | None = None
+    """Whether SinkGD's norms are 1 or the square roots of the dimensions."""
     rank: int | None = None
     """Rank of low-rank projections and factors."""
     table_rank: int | None = None
@@ -182,6 +197,9 @@ class Settings:
         compute_dtype: Dtype of the matrix products.
         scan_layers: Whether layers are stacked.
         remat: Whether activations are recomputed.
+        mesh: Sizes of the mesh's axes as they were asked for, or None for one device.
+        mesh_mode: Auto or Explicit axes, or None without a mesh.
+        mesh_strict: Whether the mesh must divide the model, or None without a mesh.
         loss_chunk: Tokens whose logits exist at once, or None for automatic.
         seed: Seed of parameters and data order.
         eval_every: Steps between evaluations.
@@ -211,6 +229,9 @@ class Settings:
     eval_batches: int
     log_every: int
     statistics_every: int
+    mesh: str | None = None
+    mesh_mode: MeshMode | None = None
+    mesh_strict: bool | None = None
 
     @property
     def tokens_per_step(self) -> int:
@@ -279,6 +300,7 @@ def resolve(config: TrainConfig, model: LlamaConfig | None = None) -> Settings:
         eval_batches=config.eval_batches,
         log_every=config.log_every,
         statistics_every=_or(config.statistics_every, config.log_every),
+        **_mesh(config),
     )
     _check(settings)
     return settings
@@ -358,6 +380,18 @@ def _options(
         multipliers or {role: value / rate for role, value in rates.items()} or None
     )
     return OptimizerOptions(weight_decay=weight_decay, decay_vectors=config.decay_vectors, **given)
+
+
+def _mesh(config: TrainConfig) -> dict[str, Any]:
+    """The settings of the mesh; None where there is none, as in files from before there was one."""
+    if config.mesh is None:
+        for name in ("mesh_mode", "mesh_strict"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"{name} needs a mesh; give --mesh too, fsdp=* for all devices")
+        return {}
+    parse_mesh(config.mesh)
+    mode, strict = _or(config.mesh_mode, "auto"), _or(config.mesh_strict, False)
+    return {"mesh": config.mesh, "mesh_mode": mode, "mesh_strict": strict}
 
 
 def _check(settings: Settings) -> None:

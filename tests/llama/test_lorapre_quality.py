@@ -8,6 +8,7 @@ import pathlib
 
 import pytest
 
+from benchmarks import cells as cells_module
 from benchmarks import lorapre_quality as quality
 from benchmarks.common import circumstances
 from examples.llama.optimizer_options import OptimizerOptions
@@ -20,7 +21,7 @@ COMMON = {"batch_size": 8, "seq_len": 16, "eval_batches": 2, "log_every": 2}
 
 
 def cells(path):
-    return quality.Cells(path, model=tiny.MODEL, dataset=tiny.dataset(), common=COMMON)
+    return cells_module.Cells(path, model=tiny.MODEL, dataset=tiny.dataset(), common=COMMON)
 
 
 def test_a_finished_cell_is_kept_and_a_missing_one_shown(tmp_path, monkeypatch):
@@ -33,7 +34,7 @@ def test_a_finished_cell_is_kept_and_a_missing_one_shown(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a finished cell was run again")
 
-    monkeypatch.setattr(quality, "Run", refuse)
+    monkeypatch.setattr(cells_module, "Run", refuse)
     again = cells(tmp_path / "cells.json")
     assert [again.loss(key, rate, 3) for rate in (1e-3, 3e-2)] == losses
     assert again.best(key, 3)["heldout_loss"] == min(losses)

@@ -200,6 +200,8 @@ def test_every_option_of_an_entry_changes_what_is_computed(name):
         "head_rule": "matrix",
         "vector_rule": "adamw",
         "scale": 0.5,
+        "sinkhorn_iterations": 3,
+        "sinkhorn_variant": "sqrt",
         "rank": 2,
         "table_rank": 3,
         "update_gap": 3,
