@@ -1,16 +1,19 @@
-"""Reads Hugging Face Llama checkpoints: `config.json` and safetensors files."""
+"""Reads Hugging Face Llama folders: `config.json`, and safetensors files into sharded parameters."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Self
 
 import jax
 import numpy as np
 import safetensors
+from jax.typing import DTypeLike
 
 from examples.llama.model import Params, abstract
 from examples.llama.presets import LlamaConfig, RopeScaling
@@ -90,111 +93,180 @@ def read_config(folder: str | Path) -> LlamaConfig:
     )
 
 
-def load_params(folder: str | Path, config: LlamaConfig, scan_layers: bool = True) -> Params:
+def load_params(
+    folder: str | Path,
+    config: LlamaConfig,
+    scan_layers: bool = True,
+    *,
+    shardings: Any = None,
+    dtype: DTypeLike = np.float32,
+) -> Params:
     """Reads a checkpoint's parameters into the pure dict of `examples.llama.model.create`.
+
+    Names and shapes are all checked before anything is read. Then one parameter after the other is
+    made, a stacked one layer by layer. With `shardings` each process reads only the parts that its
+    own devices hold, straight from the files; beside the result no more than one parameter's part
+    is ever held on the host.
 
     Args:
         folder: Folder with `model.safetensors`, or with `model.safetensors.index.json` and the
             files that it names.
         config: The shape, usually from `read_config`.
         scan_layers: Which form of the dict to fill.
+        shardings: A `jax.sharding.Sharding` for every leaf of the dict, or None.
+        dtype: Dtype of the parameters; other floating dtypes are converted.
 
     Returns:
-        Nested dict of float32 NumPy arrays (other floating dtypes are converted). One tensor at
-        a time is held beside the result.
+        Nested dict of `jax.Array` with these shardings; without them, of NumPy arrays.
 
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: A tensor is missing, unknown or of another shape; the message names it.
     """
-    expected = _slots(config, scan_layers)
-    params: Params = jax.tree.map(
-        lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract(config, scan_layers=scan_layers)
-    )
-    seen: set[str] = set()
-    repeated_head: np.ndarray | None = None  # some tied checkpoints store the head as well
-    for name, array, file in _tensors(Path(folder)):
-        if _IGNORED.fullmatch(name):
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract(config, scan_layers=scan_layers))
+    wanted = [shardings] * len(leaves) if shardings is None else tree.flatten_up_to(shardings)
+    sources = [_Source(path, leaf.shape, config.num_layers) for path, leaf in leaves]
+    with _Tensors(Path(folder)) as tensors:
+        _check(tensors, sources, config)
+        arrays = []
+        for source, sharding in zip(sources, wanted, strict=True):
+            read = partial(source.read, tensors, np.dtype(dtype))
+            if sharding is None:
+                arrays.append(read(tuple(slice(None) for _ in source.shape)))
+            else:
+                arrays.append(jax.make_array_from_callback(source.shape, sharding, read))
+                # Before the next one is read, so that not two are on the host at a time.
+                jax.block_until_ready(arrays[-1])
+    return tree.unflatten(arrays)
+
+
+def tensor_names(path: str, num_layers: int) -> tuple[list[str], bool, bool]:
+    """The tensors of a checkpoint that make up one parameter.
+
+    Args:
+        path: The parameter's path; a layer's number stands in it in the unscanned form only.
+        num_layers: Number of layers.
+
+    Returns:
+        Their names, whether they are stacked on axis 0, and whether each is transposed.
+
+    >>> tensor_names("layers/mlp/up_proj/kernel", 2)[0]
+    ['model.layers.0.mlp.up_proj.weight', 'model.layers.1.mlp.up_proj.weight']
+    >>> tensor_names("layers/1/input_layernorm/scale", 2)
+    (['model.layers.1.input_layernorm.weight'], False, False)
+    """
+    number = re.match(r"layers/(\d+)/", path)
+    template, transposed = TENSORS[re.sub(r"^layers/\d+/", "layers/", path)]
+    if number is not None:
+        return [template.format(layer=number[1])], False, transposed
+    if path.startswith("layers/"):
+        return [template.format(layer=i) for i in range(num_layers)], True, transposed
+    return [template], False, transposed
+
+
+class _Source:
+    """Where one parameter comes from."""
+
+    def __init__(self, path: Any, shape: tuple[int, ...], num_layers: int):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        self.shape = shape
+        self.names, self.stacked, self.transposed = tensor_names(path, num_layers)
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor as it is stored."""
+        shape = self.shape[1:] if self.stacked else self.shape
+        return shape[::-1] if self.transposed else shape
+
+    def read(self, tensors: _Tensors, dtype: np.dtype, index: Any) -> np.ndarray:
+        """The part of the parameter that a tuple of slices selects, one for each axis."""
+        if not self.stacked:
+            return self._tensor(tensors, self.names[0], index).astype(dtype)
+        names = self.names[index[0]]
+        sizes = [
+            len(range(*one.indices(size))) for one, size in zip(index, self.shape, strict=True)
+        ]
+        part = np.empty(sizes, dtype)
+        for row, name in enumerate(names):
+            part[row] = self._tensor(tensors, name, index[1:])
+        return part
+
+    def _tensor(self, tensors: _Tensors, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        array = tensors.read(name, index[::-1] if self.transposed else index)
+        return array.T if self.transposed else array
+
+
+class _Tensors:
+    """The tensors of a folder by name, opened but not read; a context manager."""
+
+    def __init__(self, folder: Path):
+        index = folder / "model.safetensors.index.json"
+        files = ["model.safetensors"]
+        if index.is_file():
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted(set(weight_map.values()))
+        self.folder = folder
+        self.file_of: dict[str, Path] = {}
+        self._opened: dict[str, Any] = {}
+        self._stack = contextlib.ExitStack()
+        for file in (folder / name for name in files):
+            if not file.is_file():
+                raise FileNotFoundError(f"no {file.name} in {folder}")
+        for file in (folder / name for name in files):
+            opened = self._stack.enter_context(safetensors.safe_open(file, framework="numpy"))
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                self.file_of[name], self._opened[name] = file, opened
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return tuple(self._opened[name].get_slice(name).get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Part of a tensor, in its own dtype."""
+        return self._opened[name].get_slice(name)[index]
+
+
+def _check(tensors: _Tensors, sources: Sequence[_Source], config: LlamaConfig) -> None:
+    """Raises ValueError unless the folder holds every tensor, no other, and each in its shape."""
+    shapes = {name: source.tensor_shape for source in sources for name in source.names}
+    for name, file in sorted(tensors.file_of.items()):
+        if _IGNORED.fullmatch(name) or (name == "lm_head.weight" and config.tie_embeddings):
             continue
-        if name == "lm_head.weight" and config.tie_embeddings:
-            repeated_head = array
-            continue
-        if name not in expected:
+        if name not in shapes:
             raise ValueError(f"{file}: unexpected tensor {name!r} for this configuration")
-        slot = expected[name]
-        target = slot.find(params)
-        array = array.T if slot.transposed else array
-        if array.shape != target.shape:
-            got, wanted = (a.T.shape if slot.transposed else a.shape for a in (array, target))
+        if tensors.shape(name) != shapes[name]:
             raise ValueError(
-                f"{file}: tensor {name!r} has shape {got}, the configuration wants {wanted}"
+                f"{file}: tensor {name!r} has shape {tensors.shape(name)}, "
+                f"the configuration wants {shapes[name]}"
             )
-        target[...] = array
-        seen.add(name)
-    missing = [name for name in expected if name not in seen]
+    missing = [name for name in shapes if name not in tensors.file_of]
     if missing:
         raise ValueError(
-            f"{folder}: tensor {missing[0]!r} is missing ({len(missing)} of {len(expected)} are)"
+            f"{tensors.folder}: tensor {missing[0]!r} is missing "
+            f"({len(missing)} of {len(shapes)} are)"
         )
-    if repeated_head is not None and not np.array_equal(
-        repeated_head, params["embed_tokens"]["embedding"]
-    ):
-        raise ValueError(
-            f"{folder}: tensor 'lm_head.weight' differs from the embedding, "
-            "but the configuration ties them"
-        )
-    return params
-
-
-class _Slot(NamedTuple):
-    """Where one tensor of a checkpoint goes."""
-
-    path: tuple[str | int, ...]
-    layer: int | None
-    transposed: bool
-
-    def find(self, params: Params) -> np.ndarray:
-        """The array, or the view of one layer of it, that the tensor fills."""
-        leaf: Any = params
-        for key in self.path:
-            leaf = leaf[key]
-        return leaf if self.layer is None else leaf[self.layer]
-
-
-def _slots(config: LlamaConfig, scan_layers: bool) -> dict[str, _Slot]:
-    """Every tensor name that a checkpoint of this shape holds, and its place."""
-    slots: dict[str, _Slot] = {}
-    for path, (template, transposed) in TENSORS.items():
-        first, *rest = path.split("/")
-        if first == "lm_head" and config.tie_embeddings:
-            continue
-        if first != "layers":
-            slots[template] = _Slot((first, *rest), None, transposed)
-            continue
-        for layer in range(config.num_layers):
-            place = (first, *rest) if scan_layers else (first, layer, *rest)
-            slots[template.format(layer=layer)] = _Slot(
-                place, layer if scan_layers else None, transposed
+    if config.tie_embeddings and "lm_head.weight" in tensors.file_of:
+        # Some tied checkpoints store the head as well.
+        table = "model.embed_tokens.weight"
+        size, step = config.vocab_size, 4096
+        rows = [slice(i, min(i + step, size)) for i in range(0, size, step)]
+        if tensors.shape("lm_head.weight") != shapes[table] or not all(
+            np.array_equal(
+                tensors.read("lm_head.weight", (part, slice(None))),
+                tensors.read(table, (part, slice(None))),
             )
-    return slots
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, np.ndarray, Path]]:
-    """Yields name, float32 array and file of every tensor, in the order of the names."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [folder / "model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"no {file.name} in {folder}")
-    for file in files:
-        # The flax reader knows bfloat16, which NumPy alone does not.
-        with safetensors.safe_open(file, framework="flax") as opened:
-            for name in sorted(opened.keys()):
-                yield name, np.asarray(opened.get_tensor(name)).astype(np.float32), file
+            for part in rows
+        ):
+            raise ValueError(
+                f"{tensors.folder}: tensor 'lm_head.weight' differs from the embedding, "
+                "but the configuration ties them"
+            )
 
 
 def _read_rope(fields: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
