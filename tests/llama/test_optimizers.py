@@ -218,6 +218,8 @@ def test_every_option_of_an_entry_changes_what_is_computed(name):
     if name == "lorapre_sinkgd":  # whose own defaults these are
         values |= {"options": "paper", "bias_correction": "paper", "vector_rule": "sage"}
         values["initial_subspace"] = "normal"
+    if name == "sinkgd":
+        values["sinkhorn_variant"] = "unit"
     assert set(values) == set(OPTION_NAMES)
     params = small_params(name)
 
