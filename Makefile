@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 LIBRARY_TESTS := layout_optax sage_optax lorapre_optax tests/layout tests/sage $(wildcard tests/lorapre)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-library lint format wheel bench-sinkhorn bench-lorapre bench-faithfulness clean
+.PHONY: help setup demo test test-library lint format wheel plan bench-sinkhorn bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -60,6 +60,15 @@ wheel: $(READY) ## Build the wheel and import it from an empty directory
 	@cd build/wheel/empty && PYTHONPATH=../site $(abspath $(BIN))/python -W error \
 		$(abspath tools/check_wheel.py) $(abspath build/wheel/site)
 
+plan: $(READY) ## Which optimizer fits: memory of a Llama by optimizer (make plan ARGS="--preset llama3.1_8b")
+	@$(BIN)/python -m examples.llama.plan $(or $(ARGS),--preset sage_1.3b --device-gb 16)
+
+bench-step-time: $(READY) ## Time every optimizer's step against AdamW's, paired (measured cells are kept)
+	@$(BIN)/python -m benchmarks.step_time $(ARGS)
+
+bench-memory: $(READY) ## State, temporaries, bytes and compile time of every optimizer's step
+	@$(BIN)/python -m benchmarks.memory $(ARGS)
+
 bench-sinkhorn: $(READY) ## Time the Sinkhorn kernel against the plain loop
 	@$(BIN)/python -m benchmarks.sinkhorn $(ARGS)
 
@@ -68,6 +77,9 @@ bench-lorapre: $(READY) ## Train the demo with LoRA-Pre's ranks and options (abo
 
 bench-faithfulness: $(READY) ## Low-rank beside exact momentum over a run of the demo (about five minutes)
 	@$(BIN)/python -m benchmarks.faithfulness $(ARGS)
+
+bench-quality: $(READY) ## Every optimizer at its tuned rate on the same tokens (hours in all; goes on where it stopped)
+	@$(BIN)/python -m benchmarks.quality $(ARGS)
 
 clean: ## Remove environments, caches and outputs
 	rm -rf .venv-* build out .pytest_cache .ruff_cache .hypothesis

@@ -2,6 +2,8 @@
 
 from layout_optax.boxes import unboxed as unboxed
 from layout_optax.describe import describe as describe
+from layout_optax.memory import MemoryReport as MemoryReport
+from layout_optax.memory import memory_report as memory_report
 from layout_optax.memory import state_bytes as state_bytes
 from layout_optax.roles import ParamLayout as ParamLayout
 from layout_optax.roles import resolve_layout as resolve_layout
@@ -11,9 +13,11 @@ from layout_optax.sharding import state_shardings as state_shardings
 __version__ = "0.1.0"  # pyproject.toml and CITATION.cff carry it too; a test compares them
 
 __all__ = [
+    "MemoryReport",
     "ParamLayout",
     "describe",
     "infer_layout",
+    "memory_report",
     "resolve_layout",
     "state_bytes",
     "state_shardings",

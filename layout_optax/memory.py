@@ -1,9 +1,11 @@
-"""How many bytes an optimizer's state takes, leaf by leaf, without allocating any of it."""
+"""How many bytes parameters and an optimizer's state take, leaf by leaf, without allocating any of it."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +14,8 @@ import jax
 import numpy as np
 import optax
 
-from layout_optax.roles import PyTree, is_empty, path_string
+from layout_optax.roles import LayoutLike, PyTree, flatten_with_layout, is_empty, path_string
+from layout_optax.sharding import state_shardings
 
 
 def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> int:
@@ -60,6 +63,175 @@ class StateLeaf:
     field: str
     value: Any
     place: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryBytes:
+    """Bytes of parameters and of optimizer state; sums with ``+``.
+
+    Gradients are not counted: they have the parameters' shapes, and their dtype in most training steps.
+
+    Attributes:
+      parameters: bytes of the parameters.
+      state: bytes of the optimizer's state.
+    """
+
+    parameters: int = 0
+    state: int = 0
+
+    def __add__(self, other: MemoryBytes) -> MemoryBytes:
+        return MemoryBytes(self.parameters + other.parameters, self.state + other.state)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryRow:
+    """One parameter with the state that it gets, or all state that belongs to none.
+
+    Attributes:
+      path: the parameter's path; ``"(shared)"`` for state that belongs to no parameter (step counts).
+      role: its role; ``"other"`` if its layout says that it is not ours, ``"shared"`` without a parameter.
+      shape: its shape.
+      dtype: its dtype's name.
+      total: bytes over all devices, copies counted once.
+      state: the arrays of its state, as shapes (with shardings, if there are any).
+      total: bytes over all devices, copies counted once.
+      per_device: bytes on each device.
+    """
+
+    path: str
+    role: str
+    shape: tuple[int, ...]
+    dtype: str
+    state: tuple[StateLeaf, ...]
+    total: MemoryBytes
+    per_device: MemoryBytes
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """What `memory_report` finds.
+
+    Attributes:
+      rows: one for each parameter in the tree's order, then one for shared state if there is any.
+      devices: number of devices of the mesh; 1 without shardings.
+    """
+
+    rows: tuple[MemoryRow, ...]
+    devices: int = 1
+
+    @property
+    def total(self) -> MemoryBytes:
+        """Bytes over all devices, copies counted once."""
+        return functools.reduce(operator.add, (row.total for row in self.rows), MemoryBytes())
+
+    @property
+    def per_device(self) -> MemoryBytes:
+        """Bytes on each device: a named sharding gives all of them the same."""
+        return functools.reduce(operator.add, (row.per_device for row in self.rows), MemoryBytes())
+
+    @property
+    def by_role(self) -> dict[str, MemoryReport]:
+        """The report of each role, in the order in which roles occur."""
+        roles = dict.fromkeys(row.role for row in self.rows)
+        return {
+            role: MemoryReport(tuple(row for row in self.rows if row.role == role), self.devices)
+            for role in roles
+        }
+
+    def __str__(self) -> str:
+        """Bytes by role and in all."""
+        lines = [f"{'role':<10} {'parameters':>16} {'state':>16} {'state a device':>16}"]
+        for role, part in [*self.by_role.items(), ("total", self)]:
+            numbers = (part.total.parameters, part.total.state, part.per_device.state)
+            lines.append(f"{role:<10} " + " ".join(f"{number:>16,}" for number in numbers))
+        return "\n".join(lines)
+
+
+def memory_report(
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    shardings: PyTree = None,
+    *,
+    layout: LayoutLike = None,
+) -> MemoryReport:
+    """Bytes of every parameter and of the state that ``tx`` gives it, by role and device.
+
+    By abstract evaluation of ``tx.init`` only: seconds for any size, and no device of the mesh need exist
+    (`jax.sharding.AbstractMesh`). Activations and temporaries of a step are not part of it.
+
+    Args:
+      tx: any optax transformation.
+      params: a pytree of arrays or `jax.ShapeDtypeStruct`.
+      shardings: as `state_shardings` takes them: a tree, or prefix tree, of `jax.sharding.NamedSharding` on
+        one mesh. None: everything on one device.
+      layout: where roles come from, as every transformation takes it; None infers.
+
+    Returns:
+      A `MemoryReport` of rows, with totals, totals by role and bytes per device.
+
+    Raises:
+      ValueError: for a leaf that no layout rule explains, or a sharding that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+      >>> params = {"embed": {"embedding": jax.ShapeDtypeStruct((1000, 64), jnp.float32)}}
+      >>> sharding = NamedSharding(AbstractMesh((8,), ("fsdp",)), PartitionSpec(None, "fsdp"))
+      >>> report = memory_report(optax.adamw(1e-3), params, {"embed": sharding})
+      >>> report.total.state, report.per_device.state
+      (512004, 64004)
+      >>> report.by_role["embedding"].per_device
+      MemoryBytes(parameters=32000, state=64000)
+      >>> print(report)
+      role             parameters            state   state a device
+      embedding           256,000          512,000           64,000
+      shared                    0                4                4
+      total               256,000          512,004           64,004
+    """
+
+    def init(params: PyTree) -> tuple[PyTree, PyTree]:
+        return params, tx.init(params)
+
+    shapes, state = jax.eval_shape(init, params)
+    devices = 1
+    if shardings is not None:
+        both = optax.GradientTransformation(init, optax.identity().update)  # init is all it needs
+        found = state_shardings(both, params, shardings)
+        shapes, state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            (shapes, state),
+            found,
+        )
+        devices = jax.tree.leaves(found)[0].mesh.size
+    by_owner: dict[str | None, list[StateLeaf]] = {}
+    for kept in state_leaves(state, params):
+        by_owner.setdefault(kept.owner, []).append(kept)
+    leaves = flatten_with_layout(layout, shapes)
+    rows = []
+    for path, found, leaf in zip(leaves.paths, leaves.layouts, leaves.leaves, strict=True):
+        if not is_empty(leaf):
+            role = "other" if found is None else found.role
+            rows.append(_row(path, role, leaf, by_owner.get(path, [])))
+    if None in by_owner:
+        rows.append(_row("(shared)", "shared", None, by_owner[None]))
+    return MemoryReport(tuple(rows), devices)
+
+
+def _row(path: str, role: str, parameter: Any, state: list[StateLeaf]) -> MemoryRow:
+    own = [] if parameter is None else [parameter]
+    total, per_device = (
+        MemoryBytes(sum(map(count, own)), sum(count(kept.value) for kept in state))
+        for count in (leaf_bytes, _device_bytes)
+    )
+    shape, dtype = ((), "") if parameter is None else (parameter.shape, parameter.dtype.name)
+    return MemoryRow(path, role, tuple(shape), dtype, tuple(state), total, per_device)
+
+
+def _device_bytes(leaf: Any) -> int:
+    """Bytes of a shape on each device of its sharding's mesh."""
+    if getattr(leaf, "sharding", None) is None:
+        return leaf_bytes(leaf)
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
 
 
 def state_leaves(state: PyTree, params: PyTree) -> list[StateLeaf]:
