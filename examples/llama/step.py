@@ -1,7 +1,8 @@
 """One training step as a pure function of arrays: gradients, clipping, update. No files, no clocks.
 
-The peak learning rate is an operand, not a constant, so that a search over rates compiles once. What
-the step is made from (`StepSettings`) is static.
+A step whose loss or gradient is not finite changes neither parameters nor optimizer state. The peak
+learning rate is an operand, not a constant, so that a search over rates compiles once. What the step is
+made from is static.
 """
 
 from __future__ import annotations
@@ -26,26 +27,30 @@ class TrainState(NamedTuple):
     Attributes:
         params: The parameters.
         opt_state: The optimizer's state.
-        step: int32 scalar, the number of steps taken.
+        step: int32 scalar, the number of steps taken, skipped ones included.
+        skipped: int32 scalar, the number of steps whose update was skipped.
     """
 
     params: Params
     opt_state: Any
     step: jax.Array
+    skipped: jax.Array
 
 
 class StepMetrics(NamedTuple):
-    """What every step reports, on the device: float32 scalars.
+    """What every step reports, on the device: scalars, float32 but for the last.
 
     Attributes:
         loss: Mean loss of the step's tokens, before the update.
         grad_norm: Global norm of the gradient, before clipping.
         learning_rate: The rate of this step's update.
+        skipped: Whether the update was skipped since loss or norm is not finite, a bool.
     """
 
     loss: jax.Array
     grad_norm: jax.Array
     learning_rate: jax.Array
+    skipped: jax.Array
 
 
 class StepRecord(NamedTuple):
@@ -85,7 +90,7 @@ def warmup_cosine(steps: int, warmup_steps: int, final_fraction: float) -> optax
 def init_state(params: Params, make_optimizer: MakeOptimizer) -> TrainState:
     """The state before the first step; the learning rate does not matter to it."""
     tx = make_optimizer(optax.constant_schedule(0.0))
-    return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
+    return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def make_train_step(
@@ -121,12 +126,15 @@ def make_train_step(
         tx = make_optimizer(lambda count: peak * schedule(count))
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(
-            loss, grad_norm, jnp.asarray(peak * schedule(state.step), jnp.float32)
-        )
         record = StepRecord(state.params, updates, gradients, state.opt_state, opt_state)
         numbers = {} if statistics is None else statistics(record)
-        return TrainState(params, opt_state, state.step + 1), metrics, numbers
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        params, opt_state = _either(finite, (params, opt_state), (state.params, state.opt_state))
+        # The optimizer counts the updates it made, and takes its rate from that count.
+        rate = jnp.asarray(peak * schedule(state.step - state.skipped), jnp.float32)
+        skipped = state.skipped + jnp.logical_not(finite)
+        metrics = StepMetrics(loss, grad_norm, rate, jnp.logical_not(finite))
+        return TrainState(params, opt_state, state.step + 1, skipped), metrics, numbers
 
     return train_step
 
@@ -182,6 +190,15 @@ def accumulated_gradients(
     weight = jnp.where(total_weight > 0, total_weight, 1.0)
     gradients = jax.tree.map(lambda s, p: (s / weight).astype(jnp.result_type(p)), sums, params)
     return total_loss / weight, gradients
+
+
+def _either(condition: jax.Array, new: Any, old: Any) -> Any:
+    """The new tree or the old one.
+
+    A select and not a branch: it joins the loops that write the new arrays, into the donated old ones, so
+    that no second copy is needed and the arithmetic before it stays as it is.
+    """
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
 def make_evaluation(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, jax.Array]]:

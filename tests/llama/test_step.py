@@ -235,3 +235,29 @@ def test_record_fields_are_what_the_optimizer_saw():
     _, _, numbers = step(init_state(PARAMS, optax.sgd), TOKENS, 0.1)
     assert float(numbers["gradient_norm"]) == pytest.approx(0.5, rel=1e-5)
     np.testing.assert_allclose(seen["updates"]["w"], -0.1 * seen["gradients"]["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad):
+    def loss(params, tokens):
+        poison = jnp.where(tokens[0, 0] < 0, bad, 1.0)
+        value, count = quadratic(params, jnp.abs(tokens))
+        return poison * value, count
+
+    schedule = warmup_cosine(steps=10, warmup_steps=4, final_fraction=0.0)
+    step = jax.jit(make_train_step(loss, optax.adam, schedule, clip_norm=1.0), donate_argnums=0)
+    clean, poisoned = (init_state(jax.tree.map(jnp.copy, PARAMS), optax.adam) for _ in range(2))
+    rates = []
+    for _ in range(2):
+        clean, _, _ = step(clean, TOKENS, 0.1)
+    for tokens in (TOKENS, -TOKENS - 1, -TOKENS - 1, TOKENS):
+        poisoned, metrics, _ = step(poisoned, tokens, 0.1)
+        rates.append((float(metrics.learning_rate), bool(metrics.skipped)))
+        assert bool(metrics.skipped) != math.isfinite(metrics.loss)
+    for one, other in zip(*map(jax.tree.leaves, (clean[:2], poisoned[:2])), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (int(poisoned.step), int(poisoned.skipped)) == (4, 2)
+    # The rate goes on where the last update left it, as the optimizer's own count does.
+    assert [skipped for _, skipped in rates] == [False, True, True, False]
+    np.testing.assert_allclose(rates[-1][0], 0.1 * schedule(1), rtol=1e-6)
+    assert rates[1][0] == rates[3][0]
