@@ -26,6 +26,7 @@ from rich.console import Console
 
 from examples.llama.comparison import Row, make_row, markdown_table, rich_table, with_times
 from examples.llama.data import Dataset, prepare_data, train_iterator
+from examples.llama.distributed import start_devices
 from examples.llama.metrics import (
     CONFIG,
     METRICS,
@@ -106,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = tyro.cli(CompareConfig, args=arguments, prog="python -m examples.llama.compare")
     console = Console()
     try:
+        config = start_devices(config)
         comparison = Comparison(config, console=console)
     except ValueError as error:
         Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)

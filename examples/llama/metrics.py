@@ -33,6 +33,7 @@ class MetricsWriter:
     Args:
         folder: The run's folder; made if it is missing.
         tensorboard: Write event files into `folder/tensorboard` too.
+        active: Write at all; of several processes one does.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -42,13 +43,16 @@ class MetricsWriter:
     [{'kind': 'train', 'step': 1, 'loss': 2.5, 'grad_norm': 'Infinity'}]
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool = True):
+    def __init__(self, folder: Path, *, tensorboard: bool = True, active: bool = True):
+        self._file: TextIO | None = None
+        self._events = None
+        if not active:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
         if path.exists():
             path.replace(path.with_suffix(path.suffix + ".old"))
-        self._file: TextIO = path.open("w", encoding="utf-8")
-        self._events = None
+        self._file = path.open("w", encoding="utf-8")
         if tensorboard:
             from tensorboardX import SummaryWriter  # protobuf is slow to import
 
@@ -59,6 +63,8 @@ class MetricsWriter:
 
     def write(self, kind: str, step: int, numbers: Mapping[str, float]) -> None:
         """Writes one line: what kind of numbers, after which step, and the numbers by name."""
+        if self._file is None:
+            return
         line = {"kind": kind, "step": step, **jsonable(numbers)}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
@@ -69,7 +75,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes the files."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 

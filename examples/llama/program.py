@@ -20,6 +20,7 @@ import optax
 
 from examples.llama.batches import check_batch
 from examples.llama.blocks import unconstrained
+from examples.llama.distributed import share_of_batch
 from examples.llama.loss import automatic_chunk, next_token_loss
 from examples.llama.model import abstract, apply, create, structure
 from examples.llama.optimizers import damper_arguments, make_optimizer
@@ -108,6 +109,26 @@ class Program:
         """Bytes that AdamW's state would take for this model."""
         tx = make_optimizer("adamw", optax.constant_schedule(0.0))
         return state_bytes(tx, self.abstract_params)
+
+    def share_of_batch(self) -> dict[str, int]:
+        """Which share of each batch this process reads, as the data's functions take it."""
+        if self.placement is None:
+            return {"process_index": 0, "process_count": 1}
+        index, count = share_of_batch(self.placement.batch, self.settings.batch_size)
+        return {"process_index": index, "process_count": count}
+
+    def describe_mesh(self) -> dict[str, Any] | None:
+        """The mesh and what is not split on it, fit for JSON; None without a mesh."""
+        return None if self.placement is None else self.placement.describe()
+
+    def notes(self) -> list[str]:
+        """What whoever starts a run should know about its devices."""
+        if self.placement is not None:
+            return [f"Note: {note}." for note in self.placement.notes]
+        devices = jax.devices()
+        if len(devices) > 1 and devices[0].platform != "cpu":
+            return [f"Note: one of {len(devices)} devices is used; --mesh fsdp=* uses them all."]
+        return []
 
     @cached_property
     def state_shardings(self) -> Any:

@@ -35,7 +35,8 @@ class RunSummary:
         heldout_tokens: Number of these tokens.
         heldout_step: Step of that evaluation.
         parameters: Number of parameters.
-        optimizer_state_bytes: Bytes of the optimizer's state.
+        optimizer_state_bytes: Bytes of the optimizer's state, over all devices without copies.
+        device_state_bytes: Bytes of it that one device holds, or None in files from before there were meshes.
         adamw_state_bytes: Bytes that AdamW's would take.
         tokens_per_second: Tokens over the time of training, without compiling and evaluating.
         median_step_seconds: Median over log intervals of the mean time of a step.
@@ -55,6 +56,7 @@ class RunSummary:
     optimizer_state_bytes: int
     adamw_state_bytes: int
     corpus_sha256: str
+    device_state_bytes: int | None = None
     message: str = ""
     steps: int = 0
     tokens: int = 0
@@ -117,6 +119,11 @@ def summary_table(summary: RunSummary) -> Table:
         "parameters": f"{summary.parameters:,}",
         "optimizer state": (
             f"{size(summary.optimizer_state_bytes)} ({summary.state_ratio:.3f} of AdamW's)"
+        ),
+        "optimizer state of a device": size(
+            summary.optimizer_state_bytes
+            if summary.device_state_bytes is None
+            else summary.device_state_bytes
         ),
         "tokens/s": _number(summary.tokens_per_second, ",.0f"),
         "median step": _number(summary.median_step_seconds, ".4f", " s"),

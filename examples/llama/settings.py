@@ -11,6 +11,7 @@ import tyro
 
 from examples.llama.batches import check_batch
 from examples.llama.data import DataConfig
+from examples.llama.distributed import ClusterConfig, DeviceConfig
 from examples.llama.optimizer_options import (
     OPTION_NAMES,
     BiasCorrection,
@@ -37,7 +38,7 @@ RANKS = {"galore_60m": 128, "galore_130m": 256, "galore_350m": 256, "galore_1b":
 
 
 @dataclass(frozen=True)
-class JobConfig:
+class JobConfig(DeviceConfig):
     """What to train on and how long, whichever the optimizer. None: from the protocol or the preset."""
 
     preset: Annotated[str, tyro.conf.arg(help=f"Model shape: {', '.join(PRESETS)}.")] = "demo"
@@ -79,8 +80,6 @@ class JobConfig:
     """Whether the mesh's axes are Auto (the default) or Explicit, where the optimizer sees typed shardings."""
     mesh_strict: bool | None = None
     """Refuse a model that the mesh does not divide, instead of copying that parameter along that axis."""
-    simulate_devices: int | None = None
-    """Act as if this machine's CPU were so many devices."""
     loss_chunk: int | None = None
     """Tokens whose logits exist at once; by default what fits 256 MiB."""
     seed: int = 0
@@ -110,7 +109,7 @@ class JobConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(JobConfig):
+class TrainConfig(JobConfig, ClusterConfig):
     """Trains a Llama with one optimizer. What is not given comes from the protocol and the preset."""
 
     optimizer: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(OPTIMIZERS)}.")] = (

@@ -8,6 +8,7 @@ metrics.jsonl (one line a log interval and an evaluation, flushed at once), summ
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -22,6 +23,7 @@ from rich.console import Console
 
 from examples.llama.clock import StepClock
 from examples.llama.data import Dataset, heldout_batches, prepare_data, train_iterator
+from examples.llama.distributed import abort, agree, finish, is_main, start_devices
 from examples.llama.metrics import (
     CONFIG,
     SUMMARY,
@@ -45,13 +47,20 @@ INTERRUPTED_EXIT, NON_FINITE_EXIT, USAGE_EXIT = 130, 1, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     config = tyro.cli(TrainConfig, args=arguments, prog="python -m examples.llama.train")
-    console = Console()
     try:
-        run = Run(config, console=console)
+        config = start_devices(config)
+        console = Console(quiet=not is_main())
+        run = prepared(config, console)
     except (ValueError, FileExistsError) as error:
         Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
         return USAGE_EXIT
-    summary = run.train()
+    try:
+        summary = run.train()
+        finish()
+    except Exception:
+        if jax.process_count() > 1:
+            abort()
+        raise
     console.print(summary_table(summary))
     console.print(f"Written to {config.out}", highlight=False, soft_wrap=True)
     if summary.message:
@@ -65,8 +74,20 @@ def train(config: TrainConfig, **arguments: Any) -> RunSummary:
     return Run(config, **arguments).train()
 
 
+def prepared(config: TrainConfig, console: Console) -> Run:
+    """A run that every process can begin with the same settings and data; see `Run` for the errors."""
+    run, problem = None, None
+    try:
+        run = Run(config, console=console)
+    except (ValueError, FileExistsError) as error:
+        problem = error
+    agree(problem, "" if run is None else run.identity())
+    assert run is not None
+    return run
+
+
 class Run:
-    """One training run, checked and ready to start.
+    """One training run, checked and ready to start; fine-tuning derives its own from it.
 
     Args:
         config: What was asked for.
@@ -80,6 +101,9 @@ class Run:
         ValueError: The configuration, the data or the batch cannot be used.
         FileExistsError: The folder holds a finished run and `overwrite` is not set.
     """
+
+    module = "examples.llama.train"
+    """The module whose command line this is."""
 
     def __init__(
         self,
@@ -96,17 +120,9 @@ class Run:
         check_folder(config.out, overwrite=config.overwrite)
         self.dataset = prepare_data(data_config(config, settings)) if dataset is None else dataset
         check_vocabulary(self.dataset, settings)
-        self.batches = train_iterator(
-            self.dataset, settings.batch_size, settings.seq_len, settings.seed
-        )
-        self.heldout = heldout_batches(
-            self.dataset,
-            settings.batch_size // settings.accumulate,
-            settings.seq_len,
-            settings.eval_batches * settings.accumulate,
-        )
         served = program is not None and program.serves(settings)
         self.program = program if program is not None and served else Program(settings)
+        self.batches, self.heldout = self._open_batches()
         self.console = console or Console()
         self.name = name or settings.optimizer
         self.summary = RunSummary(
@@ -119,9 +135,32 @@ class Run:
             planned_steps=settings.steps,
             parameters=self.program.parameter_count(),
             optimizer_state_bytes=self.program.state_bytes(),
+            device_state_bytes=self.program.state_bytes_per_device(),
             adamw_state_bytes=self.program.adamw_state_bytes(),
             corpus_sha256=self.dataset.corpus_sha256,
         )
+
+    def _open_batches(self) -> tuple[Any, list[np.ndarray]]:
+        """The iterator of training batches and the batches held out; of both this process's share."""
+        settings, share = self.settings, self.program.share_of_batch()
+        batches = train_iterator(
+            self.dataset, settings.batch_size, settings.seq_len, settings.seed, **share
+        )
+        heldout = heldout_batches(
+            self.dataset,
+            settings.batch_size // settings.accumulate,
+            settings.seq_len,
+            settings.eval_batches * settings.accumulate,
+            **share,
+        )
+        return batches, heldout
+
+    def identity(self) -> str:
+        """What must be the same in all processes of a run: settings, data and versions."""
+        known = versions()
+        del known["platform"]
+        parts = {"settings": self.settings, "data": self.dataset.describe(), "versions": known}
+        return json.dumps(jsonable(parts), sort_keys=True)
 
     def train(self) -> RunSummary:
         """Trains to the end, to a loss that is not finite, or to an interrupt from the keyboard.
@@ -130,10 +169,14 @@ class Run:
         """
         config, summary = self.config, self.summary
         started = time.perf_counter()
-        (config.out / SUMMARY).unlink(missing_ok=True)
-        self._write_config()
+        main = is_main()
+        if main:
+            (config.out / SUMMARY).unlink(missing_ok=True)
+            self._write_config()
+        for note in self.program.notes():
+            self.console.print(note, markup=False, highlight=False, soft_wrap=True)
         with (
-            MetricsWriter(config.out, tensorboard=config.tensorboard) as writer,
+            MetricsWriter(config.out, tensorboard=config.tensorboard, active=main) as writer,
             make_progress(self.console, self.name, summary.planned_steps) as progress,
         ):
             try:
@@ -144,7 +187,8 @@ class Run:
             except KeyboardInterrupt:
                 summary.message = f"Interrupted after step {summary.steps}."
             summary.total_seconds = time.perf_counter() - started
-            write_json(config.out / SUMMARY, summary.to_dict())
+            if main:
+                write_json(config.out / SUMMARY, summary.to_dict())
         return summary
 
     def _loop(self, writer: MetricsWriter, progress: Progress) -> None:
@@ -243,8 +287,9 @@ class Run:
                 "config": jsonable(self.config),
                 "settings": jsonable(self.settings),
                 "data": self.dataset.describe(),
+                "mesh": self.program.describe_mesh(),
                 "versions": versions(),
-                "command": command_line("examples.llama.train"),
+                "command": command_line(self.module),
             },
         )
 
