@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
@@ -68,12 +67,15 @@ def weights():
 
 
 def specs():
-    return jax.tree.map(lambda names: P(*names), SPECS, is_leaf=lambda node: isinstance(node, tuple))
+    return jax.tree.map(
+        lambda names: P(*names), SPECS, is_leaf=lambda node: isinstance(node, tuple)
+    )
 
 
 def batch(seed, mesh=None):
-    """Tokens, int32 of shape (8, 6), sharded along the batch."""
-    tokens = np.random.default_rng(100 + seed).integers(0, VOCABULARY, (8, 6), np.int32)
+    """Tokens that can be foretold, int32 of shape (8, 6), sharded along the batch."""
+    starts = np.random.default_rng(100 + seed).permutation(VOCABULARY)[:8]
+    tokens = np.asarray((starts[:, None] + 3 * np.arange(6)) % VOCABULARY, np.int32)
     return tokens if mesh is None else jax.device_put(tokens, NamedSharding(mesh, P("fsdp")))
 
 
@@ -133,7 +135,9 @@ def on_one_device(optimizer):
 
     @jax.jit
     def step(params, state, tokens):
-        loss, grads = jax.value_and_grad(lambda p: cross_entropy(forward(p, tokens), tokens))(params)
+        loss, grads = jax.value_and_grad(lambda p: cross_entropy(forward(p, tokens), tokens))(
+            params
+        )
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
@@ -175,9 +179,9 @@ def check(build, optimizer, kind, folder, *, same_numbers=True, expected_specs=N
     with jax.set_mesh(other):
         moved = build(other, OPTIMIZERS[optimizer]())
         moved.tree = restore(folder, moved.tree)
-        chex.assert_trees_all_equal(
-            jax.tree.map(np.asarray, moved.tree), jax.tree.map(np.asarray, saved)
-        )
+        # Leaf by leaf: a train state of Flax holds its optimizer, and no two are equal.
+        for leaf, was in zip(jax.tree.leaves(moved.tree), jax.tree.leaves(saved), strict=True):
+            np.testing.assert_array_equal(leaf, was)
         check_shardings(moved, other, specs() if expected_specs is None else expected_specs)
         if (optimizer, kind) == FIRST[1]:  # another mesh is another compilation
             continued = [moved.step(batch(seed, other)) for seed in range(5, 10)]
@@ -223,5 +227,5 @@ def _state_spec(field, owner, spec):
         return P(None, spec[columns])
     if field == "magnitude" and len(spec) == 2:  # one number a column
         return P(spec[columns])
-    assert field in ("mu", "nu", "full", "magnitude"), field
+    assert field in ("mu", "nu", "full", "magnitude", "acc_grads", "z"), field
     return spec

@@ -66,7 +66,7 @@ def shardings_of(state, mesh, tx):
 
     ``nn.get_partition_spec`` alone would call the optimizer's state replicated, having no boxes to read.
     """
-    found = nn.logical_to_mesh_sharding(nn.get_partition_spec(state), mesh, RULES)
+    found = nn.spmd.logical_to_mesh_sharding(nn.get_partition_spec(state), mesh, RULES)
     return found.replace(opt_state=state_shardings(tx, state.params, found.params))
 
 
