@@ -119,7 +119,7 @@ def bytes_accessed(function: Callable[..., Any], *args: Any, library_fusions: bo
       True
     """
 
-    def unrolled(lower, upper, body, value):
+    def unrolled(lower, upper, body, value, **_):  # optax passes fori_loop an `unroll`
         for index in range(int(lower), int(upper)):
             value = body(jnp.int32(index), value)
         return value
