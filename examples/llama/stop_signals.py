@@ -1,0 +1,54 @@
+"""SIGTERM and Ctrl-C as a wish that the training loop asks about between steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class StopSignals:
+    """Turns the first signal into a flag; the second one ends the process at once, as it always does.
+
+    A context manager. Outside the main thread, where Python allows no handlers, it changes nothing. Of several
+    processes SIGTERM is left to JAX's preemption service, which makes all of them stop after the
+    same step.
+
+    Args:
+        terminate: Catch SIGTERM too; without checkpoints there is nothing to gain from it.
+
+    Attributes:
+        received: The signal, or None.
+    """
+
+    def __init__(self, *, terminate: bool):
+        self.received: signal.Signals | None = None
+        self._signals = [signal.SIGINT]
+        if terminate and jax.process_count() == 1:
+            self._signals.append(signal.SIGTERM)
+        self._sync = terminate and jax.process_count() > 1
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {sig: signal.signal(sig, self._receive) for sig in self._signals}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for sig, handler in self._previous.items():
+            signal.signal(sig, handler)  # pyright: ignore[reportArgumentType]
+
+    def should_stop(self, step: int) -> bool:
+        """Whether to stop after a step; of several processes all are told the same."""
+        if self._sync and multihost_utils.reached_preemption_sync_point(step):
+            self.received = signal.SIGTERM
+        return self.received is not None
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        # Now and not at the second signal: that one may come while C++ runs and Python does not.
+        for sig in self._previous:
+            signal.signal(sig, signal.SIG_DFL)
