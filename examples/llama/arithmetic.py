@@ -3,7 +3,8 @@
     python -m examples.llama.arithmetic --seed 0 --count 1000 --out problems.jsonl
 
 A problem has one to three steps over small numbers; its response states every step and ends in
-"The answer is: N", the form of MetaMathQA. `arithmetic_text` states facts and short stories without questions, for pretraining.
+"The answer is: N", the form of MetaMathQA. `arithmetic_text` states facts and short stories without questions,
+to pretrain on.
 """
 
 from __future__ import annotations

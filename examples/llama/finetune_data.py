@@ -196,7 +196,7 @@ def pack_rows(lengths: Sequence[int], room: int, *, packed: bool = True) -> list
     Only the last 64 open rows are looked at, so that the time is linear.
 
     >>> pack_rows([5, 4, 3, 6, 2], room=8)
-    [[0, 2], [1], [3, 4]]
+    [[0, 2], [1, 4], [3]]
     >>> pack_rows([5, 3], room=8, packed=False)
     [[0], [1]]
     """
