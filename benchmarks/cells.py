@@ -34,6 +34,9 @@ class Cells:
         dataset: Prepared data to use instead of reading it.
         common: Fields of `TrainConfig` that all runs share.
 
+    Attributes:
+        steps_run: Steps of the cells that were run rather than found.
+
     Raises:
         ValueError: A file holds runs on other data.
     """
@@ -55,6 +58,7 @@ class Cells:
         self.stored = self._read(path)
         self._others = [cell for other in also for cell in self._read(other)["cells"]]
         self._programs: dict[tuple[str, int], Program] = {}
+        self.steps_run = 0
 
     def find(self, key: str, rate: float, steps: int, seed: int = 0) -> dict[str, Any] | None:
         """A cell, or None if it has not been run."""
@@ -66,6 +70,7 @@ class Cells:
         cell = self.find(key, rate, steps, seed)
         if cell is None:
             cell = self._run(key, rate, steps, seed)
+            self.steps_run += steps
             self.stored["cells"].append(cell)
             write_json(self.path, self.stored)
         return float(cell["heldout_loss"]) if cell["status"] == "finished" else math.inf
