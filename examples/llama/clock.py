@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
+from typing import Any
 
 
 class StepClock:
@@ -56,6 +58,30 @@ class StepClock:
         seconds, steps = self._interval_start
         self._interval_start = (self.seconds, self.steps)
         return self.seconds - seconds, self.steps - steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """What has been timed so far, fit for JSON; not the running stretch."""
+        return {
+            "seconds": self.seconds,
+            "steps": self.steps,
+            "interval_start": list(self._interval_start),
+            "ordinary": self._ordinary,
+            "others": self._others,
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> StepClock:
+        """A clock that goes on from what `to_dict` gave.
+
+        >>> StepClock.from_dict(StepClock().to_dict()).steps
+        0
+        """
+        clock = cls()
+        clock.seconds, clock.steps = stored["seconds"], stored["steps"]
+        seconds, steps = stored["interval_start"]
+        clock._interval_start = (seconds, steps)
+        clock._ordinary, clock._others = list(stored["ordinary"]), list(stored["others"])
+        return clock
 
     def median(self) -> float | None:
         """Median over stretches of the mean time of an ordinary step; of any where none was plain."""

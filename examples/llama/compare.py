@@ -67,6 +67,9 @@ from examples.llama.variants import (
 REFERENCE = "adamw"
 """The optimizer that state and step time are measured against."""
 
+ENDED = ("finished", "non_finite")
+"""Statuses of runs that need not be made again: they reached their end, or there is none."""
+
 UNTUNED_START = 1e-3
 """Where a search begins that finds no rate in the table."""
 
@@ -222,7 +225,7 @@ class Comparison:
         )
         self._programs[name] = run.program
         summary = run.train()
-        if summary.status == "interrupted":
+        if summary.status not in ENDED:
             raise KeyboardInterrupt
         if summary.message:
             self._say(f"{name}: {summary.message}")
@@ -234,7 +237,7 @@ class Comparison:
         if summary is None or found is None or not (folder / METRICS).exists():
             return None
         same = same_json(found, {**found, **self._identity(settings)})
-        if summary["status"] == "interrupted" or not same:
+        if summary["status"] not in ENDED or not same:
             return None
         return RunSummary.from_dict(summary)
 
@@ -398,6 +401,7 @@ class Comparison:
             overwrite=True,
             statistics_every=0,
             tensorboard=False,
+            checkpoint_every=0,
         )
 
     def _start_rates(self) -> dict[str, tuple[float, str]]:

@@ -28,12 +28,14 @@ class MetricsWriter:
 
     Every line is flushed when it is written, so that a crash loses nothing. The lines of an earlier run
     in the folder are kept beside the new ones under the suffix `.old`; its event files are removed,
-    since TensorBoard would mix the two.
+    since TensorBoard would mix the two. A run that goes on from a checkpoint keeps what was written up to its
+    step, and nothing else: neither what came after nor a line that a crash cut short.
 
     Args:
         folder: The run's folder; made if it is missing.
         tensorboard: Write event files into `folder/tensorboard` too.
         active: Write at all; of several processes one does.
+        keep_until: Step up to which the lines of the folder are kept and gone on from; None: of none.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -43,23 +45,35 @@ class MetricsWriter:
     [{'kind': 'train', 'step': 1, 'loss': 2.5, 'grad_norm': 'Infinity'}]
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool = True, active: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool = True,
+        active: bool = True,
+        keep_until: int | None = None,
+    ):
         self._file: TextIO | None = None
         self._events = None
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
-        if path.exists():
+        if keep_until is not None:
+            _truncate(folder, keep_until)
+        elif path.exists():
             path.replace(path.with_suffix(path.suffix + ".old"))
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("w" if keep_until is None else "a", encoding="utf-8")
         if tensorboard:
             from tensorboardX import SummaryWriter  # protobuf is slow to import
 
             events = folder / "tensorboard"
-            for old in events.glob("events.out.tfevents.*"):
-                old.unlink()
-            self._events = SummaryWriter(str(events))
+            if keep_until is None:
+                for old in events.glob("events.out.tfevents.*"):
+                    old.unlink()
+                self._events = SummaryWriter(str(events))
+            else:
+                self._events = SummaryWriter(str(events), purge_step=keep_until + 1)
 
     def write(self, kind: str, step: int, numbers: Mapping[str, float]) -> None:
         """Writes one line: what kind of numbers, after which step, and the numbers by name."""
@@ -73,6 +87,11 @@ class MetricsWriter:
                 self._events.add_scalar(f"{kind}/{name}", value, step)
             self._events.flush()
 
+    def sync(self) -> None:
+        """Waits until the lines so far are on disk: a checkpoint must not outlive them."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Closes the files."""
         if self._file is not None:
@@ -85,6 +104,14 @@ class MetricsWriter:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _truncate(folder: Path, step: int) -> None:
+    """Leaves the lines up to a step; after a crash there is the old file or the new one."""
+    path = folder / METRICS
+    lines = read_metrics(folder) if path.exists() else []
+    kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+    _replace(path, "".join(kept))
 
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -106,8 +133,12 @@ def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file in one piece: after a crash there is the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    part.write_text(json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from examples.llama.progress import duration
 
-Status = Literal["finished", "interrupted", "non_finite"]
+Status = Literal["finished", "interrupted", "preempted", "non_finite", "save_failed"]
 
 
 @dataclass
@@ -29,6 +29,7 @@ class RunSummary:
         seed: Seed of parameters and data order.
         steps: Steps taken.
         planned_steps: Steps asked for.
+        skipped: Of which so many changed nothing, their loss or gradient not being finite.
         tokens: Tokens trained on.
         train_loss: Mean loss of the last log interval, or None before the first.
         heldout_loss: Mean loss over the held-out tokens at the last evaluation, or None.
@@ -59,6 +60,7 @@ class RunSummary:
     device_state_bytes: int | None = None
     message: str = ""
     steps: int = 0
+    skipped: int = 0
     tokens: int = 0
     train_loss: float | None = None
     heldout_loss: float | None = None
@@ -109,7 +111,8 @@ def summary_table(summary: RunSummary) -> Table:
     table.add_column("result")
     table.add_column("value", justify="right")
     rows = {
-        "steps": f"{summary.steps:,} of {summary.planned_steps:,}",
+        "steps": f"{summary.steps:,} of {summary.planned_steps:,}"
+        + (f" ({summary.skipped:,} skipped)" if summary.skipped else ""),
         "tokens": f"{summary.tokens:,}",
         "peak learning rate": f"{summary.learning_rate:g} ({summary.rate_source})",
         "last training loss": _number(summary.train_loss, ".4f"),

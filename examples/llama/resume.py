@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from examples.llama.checkpoint_config import MIGRATIONS
-from examples.llama.checkpoints import CheckpointError, Checkpoints
+from examples.llama.checkpoints import CheckpointError, Checkpoints, checkpoint_steps
 from examples.llama.metrics import jsonable
 from examples.llama.migrations import migrate_layers, migrate_ranks
 from examples.llama.program import Program
@@ -98,7 +98,7 @@ def check_same_run(
 def restore_newest(
     checkpoints: Checkpoints,
     program: Program,
-    data: Mapping[str, Any],
+    asked: Mapping[str, Any],
     migrations: Sequence[str],
     say: Callable[[str], None],
 ) -> tuple[TrainState, dict[str, Any]] | None:
@@ -109,7 +109,7 @@ def restore_newest(
     Args:
         checkpoints: The run's checkpoints.
         program: What will go on; on a mesh its arrays go where it wants them, from whatever mesh.
-        data: `Dataset.describe` of the run.
+        asked: What the run is, from `describe_run`.
         migrations: Names of `MIGRATIONS` that were asked for.
         say: Shows a line.
 
@@ -125,7 +125,6 @@ def restore_newest(
     for step in steps:
         try:
             record = checkpoints.record(step)
-            asked = describe_run(program.settings, data)
             changed = check_same_run(record["run"], asked, migrations, checkpoints.out)
             state = _restored(checkpoints, step, program, changed)
         except CheckpointError as error:
@@ -141,6 +140,25 @@ def restore_newest(
             "the run over"
         )
     return None
+
+
+def check_folder_holds(out: Path, asked: Mapping[str, Any], migrations: Sequence[str]) -> None:
+    """Refuses a folder whose newest readable checkpoint is of another run; before anything is compiled.
+
+    Raises:
+        ResumeError: It is.
+        SchemaError: It is of another schema.
+    """
+    if not checkpoint_steps(out):
+        return
+    with Checkpoints(out) as checkpoints:
+        for step in checkpoints.steps():
+            try:
+                record = checkpoints.record(step)
+            except CheckpointError:
+                continue
+            check_same_run(record["run"], asked, migrations, checkpoints.out)
+            return
 
 
 def target(program: Program) -> TrainState:

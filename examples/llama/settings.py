@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from examples.llama.batches import check_batch
+from examples.llama.checkpoint_config import CheckpointConfig
+from examples.llama.checkpoint_config import check as check_checkpoints
 from examples.llama.data import DataConfig
 from examples.llama.distributed import ClusterConfig, DeviceConfig
 from examples.llama.optimizer_options import (
@@ -109,7 +111,7 @@ class JobConfig(DeviceConfig):
 
 
 @dataclass(frozen=True)
-class TrainConfig(JobConfig, ClusterConfig):
+class TrainConfig(JobConfig, CheckpointConfig, ClusterConfig):
     """Trains a Llama with one optimizer. What is not given comes from the protocol and the preset."""
 
     optimizer: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(OPTIMIZERS)}.")] = (
@@ -166,9 +168,9 @@ class TrainConfig(JobConfig, ClusterConfig):
     damping: float | None = None
     """Damping of the inverses in LoRA-Pre's factor step."""
     out: Path = Path("runs/train")
-    """Folder for config.json, metrics.jsonl, summary.json and the TensorBoard files."""
+    """Folder for config.json, metrics.jsonl, summary.json, checkpoints and the TensorBoard files."""
     overwrite: bool = False
-    """Replace a finished run in that folder."""
+    """Replace the run in that folder, with its checkpoints."""
     statistics_every: int | None = None
     """Steps between statistics of updates, damper and factors, a multiple of log_every; by default log_every,
     0 for none."""
@@ -256,6 +258,7 @@ def resolve(config: TrainConfig, model: LlamaConfig | None = None) -> Settings:
     >>> settings.batch_size, settings.warmup_steps, settings.clip_norm
     (16, 5, 1.0)
     """
+    check_checkpoints(config)
     shape = preset(config.preset) if model is None else model
     if config.vocab_size is not None:
         shape = dataclasses.replace(shape, vocab_size=config.vocab_size)

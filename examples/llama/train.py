@@ -3,16 +3,19 @@
     python -m examples.llama.train --preset demo --optimizer sage_hybrid --steps 400 --out runs/sage
 
 The folder then holds config.json (what was asked, what it came to, versions, the corpus and its hash),
-metrics.jsonl (one line a log interval and an evaluation, flushed at once), summary.json and TensorBoard files.
+metrics.jsonl (one line a log interval and an evaluation, flushed at once), summary.json, checkpoints and
+TensorBoard files. Stopped by SIGTERM, Ctrl-C or a crash, the same command with `--resume` goes on.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import shutil
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,14 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from examples.llama.clock import StepClock
+from examples.llama.checkpoint_config import parse_migrations
+from examples.llama.checkpoints import (
+    FOLDER,
+    Checkpoints,
+    SaveError,
+    SchemaError,
+    checkpoint_steps,
+)
 from examples.llama.data import Dataset, heldout_batches, prepare_data, train_iterator
 from examples.llama.distributed import abort, agree, finish, is_main, start_devices
 from examples.llama.metrics import (
@@ -34,14 +44,32 @@ from examples.llama.metrics import (
     versions,
     write_json,
 )
+from examples.llama.migrations import MigrationError
 from examples.llama.presets import LlamaConfig
 from examples.llama.program import Program
-from examples.llama.progress import Progress, make_progress
-from examples.llama.report import RunSummary, perplexity, summary_table
+from examples.llama.progress import make_progress
+from examples.llama.recorder import NonFiniteLossError, Recorder
+from examples.llama.report import RunSummary, summary_table
+from examples.llama.resume import (
+    ResumeError,
+    check_folder_holds,
+    describe_run,
+    differences,
+    restore_newest,
+)
 from examples.llama.settings import Settings, TrainConfig, data_config, resolve
-from examples.llama.step import StepMetrics
+from examples.llama.step import TrainState
+from examples.llama.stop_signals import StopSignals
 
-INTERRUPTED_EXIT, NON_FINITE_EXIT, USAGE_EXIT = 130, 1, 2
+INTERRUPTED_EXIT, USAGE_EXIT = 130, 2
+EXIT_CODES = {
+    "finished": 0,
+    "preempted": 0,
+    "interrupted": INTERRUPTED_EXIT,
+    "non_finite": 1,
+    "save_failed": 1,
+}
+"""What the process returns for each status of a run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         summary = run.train()
         finish()
+    except (ResumeError, SchemaError, MigrationError) as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
+        return USAGE_EXIT
     except Exception:
         if jax.process_count() > 1:
             abort()
@@ -65,8 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(f"Written to {config.out}", highlight=False, soft_wrap=True)
     if summary.message:
         Console(stderr=True).print(summary.message, markup=False, soft_wrap=True)
-    codes = {"finished": 0, "interrupted": INTERRUPTED_EXIT, "non_finite": NON_FINITE_EXIT}
-    return codes[summary.status]
+    return EXIT_CODES[summary.status]
 
 
 def train(config: TrainConfig, **arguments: Any) -> RunSummary:
@@ -99,7 +129,7 @@ class Run:
 
     Raises:
         ValueError: The configuration, the data or the batch cannot be used.
-        FileExistsError: The folder holds a finished run and `overwrite` is not set.
+        FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` is set.
     """
 
     module = "examples.llama.train"
@@ -117,9 +147,15 @@ class Run:
     ):
         self.config = config
         self.settings = settings = resolve(config, model)
-        check_folder(config.out, overwrite=config.overwrite)
+        check_folder(config.out, overwrite=config.overwrite, resume=config.resume)
         self.dataset = prepare_data(data_config(config, settings)) if dataset is None else dataset
         check_vocabulary(self.dataset, settings)
+        self.migrations = parse_migrations(config.migrate)
+        if config.resume:
+            check_folder_holds(config.out, self.describe(), self.migrations)
+        self.checkpoint_every = (
+            settings.eval_every if config.checkpoint_every is None else config.checkpoint_every
+        )
         served = program is not None and program.serves(settings)
         self.program = program if program is not None and served else Program(settings)
         self.batches, self.heldout = self._open_batches()
@@ -162,123 +198,173 @@ class Run:
         parts = {"settings": self.settings, "data": self.dataset.describe(), "versions": known}
         return json.dumps(jsonable(parts), sort_keys=True)
 
+    def describe(self) -> dict[str, Any]:
+        """What must be the same when a run goes on from a checkpoint."""
+        return describe_run(self.settings, self.dataset.describe())
+
     def train(self) -> RunSummary:
-        """Trains to the end, to a loss that is not finite, or to an interrupt from the keyboard.
+        """Trains to the end, to too many steps that are not finite, to a signal or to a save that fails.
 
         Whichever it is, the summary of what was reached is written and returned.
+
+        Raises:
+            ResumeError: None of the checkpoints to resume from is whole, or they are of another run.
+            SchemaError: They are of another schema.
+            MigrationError: They do not have what the migration needs.
         """
         config, summary = self.config, self.summary
-        started = time.perf_counter()
-        main = is_main()
-        if main:
-            (config.out / SUMMARY).unlink(missing_ok=True)
-            self._write_config()
+        started, main = time.perf_counter(), is_main()
         for note in self.program.notes():
-            self.console.print(note, markup=False, highlight=False, soft_wrap=True)
-        with (
-            MetricsWriter(config.out, tensorboard=config.tensorboard, active=main) as writer,
-            make_progress(self.console, self.name, summary.planned_steps) as progress,
-        ):
+            self._say(note)
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopSignals(terminate=self.checkpoint_every > 0))
+            checkpoints = self._open_checkpoints()
+            restored = self._restore(checkpoints)
+            if main:
+                (config.out / SUMMARY).unlink(missing_ok=True)
+                self._write_config()
+            writer = stack.enter_context(
+                MetricsWriter(
+                    config.out,
+                    tensorboard=config.tensorboard,
+                    active=main,
+                    keep_until=None if restored is None else restored[1]["step"],
+                )
+            )
+            progress = stack.enter_context(
+                make_progress(self.console, self.name, summary.planned_steps)
+            )
+            recorder = Recorder(
+                summary, self.settings, config.max_skipped, writer, progress, self.name
+            )
+            if restored is not None:
+                recorder.go_on_from(restored[1]["progress"])
+            before = summary.total_seconds
+
+            def save(state: TrainState) -> None:
+                if checkpoints is not None:
+                    summary.total_seconds = before + time.perf_counter() - started
+                    writer.sync()
+                    evaluated = summary.heldout_step == summary.steps
+                    loss = summary.heldout_loss if evaluated else None
+                    checkpoints.save(state, self._record(recorder), loss)
+
             try:
-                self._loop(writer, progress)
-                summary.status = "finished"
+                try:
+                    self._loop(recorder, stop, save, None if restored is None else restored[0])
+                finally:
+                    if checkpoints is not None:
+                        checkpoints.close()
+                self._conclude(stop)
             except NonFiniteLossError as error:
-                summary.status, summary.message = "non_finite", str(error)
+                left = checkpoint_steps(config.out)
+                last = f" The last checkpoint is that of step {left[0]}." if left else ""
+                summary.status, summary.message = "non_finite", f"{error}{last}"
+            except SaveError as error:
+                summary.status, summary.message = "save_failed", f"{error} Free space and --resume."
             except KeyboardInterrupt:
                 summary.message = f"Interrupted after step {summary.steps}."
-            summary.total_seconds = time.perf_counter() - started
+            summary.total_seconds = before + time.perf_counter() - started
             if main:
                 write_json(config.out / SUMMARY, summary.to_dict())
         return summary
 
-    def _loop(self, writer: MetricsWriter, progress: Progress) -> None:
+    def _loop(
+        self,
+        recorder: Recorder,
+        stop: StopSignals,
+        save: Callable[[TrainState], None],
+        state: TrainState | None,
+    ) -> None:
+        """Trains from a state, or from the beginning, to the last step or to a signal."""
         settings, program, summary = self.settings, self.program, self.summary
+        if summary.steps >= settings.steps:
+            return
         compiled_before = program.compile_seconds
         program.compile(detailed=settings.statistics_every > 0)
-        summary.compile_seconds = program.compile_seconds - compiled_before
-        state = program.init(settings.seed)
-        clock = StepClock()
-        pending: list[StepMetrics] = []
-        clock.start()
-        for step in range(1, settings.steps + 1):
+        summary.compile_seconds += program.compile_seconds - compiled_before
+        state = program.init(settings.seed) if state is None else state
+        recorder.clock.start()
+        for step in range(summary.steps + 1, settings.steps + 1):
             detailed = settings.statistics_every > 0 and step % settings.statistics_every == 0
-            if detailed and pending:
+            if detailed:
                 # So that the median step time is that of ordinary steps.
-                jax.block_until_ready(pending[-1])
-                clock.stop(ordinary=True)
-                clock.start()
+                recorder.split()
             state, metrics, numbers = program.step(
                 state, next(self.batches), settings.learning_rate, detailed=detailed
             )
-            pending.append(metrics)
-            clock.count()
-            evaluates = step % settings.eval_every == 0 or step == settings.steps
-            if step % settings.log_every and not evaluates:
+            recorder.add(metrics)
+            last, stops = step == settings.steps, stop.should_stop(step)
+            evaluates = step % settings.eval_every == 0 or last
+            logs = step % settings.log_every == 0 or evaluates
+            saves = self.checkpoint_every > 0 and (step % self.checkpoint_every == 0 or last)
+            if not (logs or saves or stops):
                 continue
-            fetched, numbers = jax.device_get((pending, numbers))  # waits for the device
-            clock.stop(ordinary=not detailed)
-            pending = []
-            self._record(step, fetched, numbers, clock, writer, progress)
+            recorder.fetch(step, ordinary=not detailed)
+            if logs:
+                recorder.write(numbers)
             if evaluates:
-                self._evaluate(step, state.params, writer, progress)
-            clock.start()
+                recorder.evaluated(*program.evaluate(state.params, self.heldout))
+            # After a step that failed the parameters may be what is wrong: the older checkpoint stays.
+            if (saves and not recorder.skipped_in_row) or stops:
+                save(state)
+            if stops:
+                break
+            recorder.clock.start()
 
-    def _record(
-        self,
-        step: int,
-        fetched: Sequence[StepMetrics],
-        numbers: dict[str, np.ndarray],
-        clock: StepClock,
-        writer: MetricsWriter,
-        progress: Progress,
-    ) -> None:
-        """Checks and writes what the steps since the last log line reported."""
-        settings, summary = self.settings, self.summary
-        first = step - len(fetched) + 1
-        for offset, metrics in enumerate(fetched):
-            if not math.isfinite(metrics.loss) or not math.isfinite(metrics.grad_norm):
-                summary.steps = first + offset
-                summary.tokens = summary.steps * settings.tokens_per_step
-                values = {name: float(value) for name, value in metrics._asdict().items()}
-                writer.write("non_finite", summary.steps, values)
-                raise NonFiniteLossError(summary.steps, metrics, settings)
-        seconds, steps = clock.interval()
-        seconds_left = (settings.steps - step) * clock.seconds / clock.steps
-        summary.steps, summary.tokens = step, step * settings.tokens_per_step
-        summary.train_loss = float(np.mean([metrics.loss for metrics in fetched]))
-        summary.tokens_per_second = summary.tokens / clock.seconds
-        summary.median_step_seconds = clock.median()
-        last = fetched[-1]
-        line = {
-            "loss": summary.train_loss,
-            "loss_last": float(last.loss),
-            "grad_norm": float(last.grad_norm),
-            "learning_rate": float(last.learning_rate),
-            "tokens": summary.tokens,
-            "tokens_per_second": settings.tokens_per_step * steps / seconds,
-            "seconds": clock.seconds,
+    def _open_checkpoints(self) -> Checkpoints | None:
+        config = self.config
+        if config.overwrite and not config.resume and is_main():
+            shutil.rmtree(config.out / FOLDER, ignore_errors=True)
+        if not (self.checkpoint_every or (config.resume and checkpoint_steps(config.out))):
+            return None
+        return Checkpoints(config.out, keep_last=config.keep_last, keep_best=config.keep_best)
+
+    def _restore(self, checkpoints: Checkpoints | None) -> tuple[TrainState, dict[str, Any]] | None:
+        """The state and record to go on from, if there is one; the batches go on from there too."""
+        if checkpoints is None or not self.config.resume:
+            return None
+        found = restore_newest(
+            checkpoints, self.program, self.describe(), self.migrations, self._say
+        )
+        if found is None:
+            self._say(f"{self.name}: no checkpoint in {self.config.out}, training begins")
+            return None
+        _, record = found
+        self.batches.set_state(record["data_iterator"])
+        self._say(f"{self.name}: resumed from step {record['step']}")
+        if changes := differences(record["versions"], jsonable(versions())):
+            self._say(f"Since then: {'; '.join(map(str, changes))}.")
+        return found
+
+    def _record(self, recorder: Recorder) -> dict[str, Any]:
+        """What a checkpoint holds beside the train state."""
+        return {
+            "run": self.describe(),
+            "settings": self.settings,
+            "data": self.dataset.describe(),
+            "mesh": self.program.describe_mesh(),
+            "versions": versions(),
+            "data_iterator": self.batches.get_state(),
+            "progress": recorder.to_dict(),
         }
-        writer.write("train", step, line)
-        if numbers:
-            writer.write("statistics", step, {key: float(v) for key, v in numbers.items()})
-        progress.update(
-            step,
-            loss=line["loss"],
-            tokens_per_second=line["tokens_per_second"],
-            rate=line["learning_rate"],
-            remaining=seconds_left,
-        )
 
-    def _evaluate(self, step: int, params: Any, writer: MetricsWriter, progress: Progress) -> None:
+    def _conclude(self, stop: StopSignals) -> None:
+        """Says in the summary how the run ended: at its last step, or at a signal before it."""
         summary = self.summary
-        loss, tokens = self.program.evaluate(params, self.heldout)
-        summary.heldout_loss, summary.heldout_tokens, summary.heldout_step = loss, tokens, step
-        line = {"loss": loss, "perplexity": perplexity(loss), "tokens": summary.tokens}
-        writer.write("heldout", step, line)
-        progress.note(
-            f"{self.name} step {step}: held-out loss {loss:.4f}, "
-            f"perplexity {line['perplexity']:.3f}"
-        )
+        if summary.steps >= self.settings.steps:
+            summary.status = "finished"
+            return
+        saved = f", saved. The same command with --resume goes on from there, in {self.config.out}"
+        saved = saved if self.checkpoint_every else ""
+        if stop.received == signal.SIGTERM:
+            summary.status = "preempted"
+            summary.message = f"SIGTERM: stopped after step {summary.steps}{saved}."
+        else:
+            summary.message = f"Interrupted after step {summary.steps}{saved}."
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _write_config(self) -> None:
         write_json(
@@ -294,28 +380,23 @@ class Run:
         )
 
 
-class NonFiniteLossError(FloatingPointError):
-    """The loss or the gradient is NaN or infinite."""
-
-    def __init__(self, step: int, metrics: StepMetrics, settings: Settings):
-        super().__init__(
-            f"Step {step}: the loss is {float(metrics.loss):.4g} and the gradient's norm "
-            f"{float(metrics.grad_norm):.4g} at learning rate {float(metrics.learning_rate):.3g} "
-            f"(peak {settings.learning_rate:g}). Stopped; a lower --learning-rate or a longer "
-            "--warmup-fraction may help."
-        )
-
-
-def check_folder(folder: Path, *, overwrite: bool) -> None:
-    """Refuses a folder that holds a finished run.
+def check_folder(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
+    """Refuses a folder that holds a finished run, or checkpoints of one that is not.
 
     Raises:
-        FileExistsError: It does, and `overwrite` is not set.
+        FileExistsError: It does, and neither `overwrite` nor `resume` is set.
     """
+    if overwrite or resume:
+        return
     summary = read_json(folder / SUMMARY)
-    if summary is not None and summary.get("status") == "finished" and not overwrite:
+    if summary is not None and summary.get("status") == "finished":
         raise FileExistsError(
             f"{folder} holds a finished run; give another --out, or --overwrite to replace it."
+        )
+    if steps := checkpoint_steps(folder):
+        raise FileExistsError(
+            f"{folder} holds a run with checkpoints up to step {steps[0]}; --resume goes on, "
+            "--overwrite replaces it."
         )
 
 

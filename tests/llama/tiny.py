@@ -61,6 +61,7 @@ def config(out: Path, **fields: Any) -> TrainConfig:
         "log_every": 2,
         "statistics_every": 0,
         "tensorboard": False,
+        "checkpoint_every": 0,
     }
     return TrainConfig(out=out, **{**defaults, **fields})
 
