@@ -1,0 +1,89 @@
+"""The snippets of docs/compatibility.md run, and show what the page says of them."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from layout_optax.boxes import is_box
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "compatibility.md"
+PREAMBLE, *SECTIONS = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)
+SECTIONS = {section.split("\n")[0]: section for section in SECTIONS}
+
+
+def code(text):
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def run(title):
+    """Executes the page's first snippet and then those of a section; returns what they defined."""
+    names = {"__name__": f"page:{title}"}
+    for snippet in code(PREAMBLE) + code(SECTIONS[title]):
+        exec(compile(snippet, f"{PAGE.name}, {title}", "exec", dont_inherit=True), names)
+    return names
+
+
+def check_boxless_and_sharded(state):
+    """No box in the state, and at least one array of it on eight different shards."""
+    leaves = jax.tree.leaves(state, is_leaf=is_box)
+    assert not any(map(is_box, leaves))
+    shards = [{str(shard.index) for shard in leaf.addressable_shards} for leaf in leaves]
+    assert max(map(len, shards)) == 8
+
+
+LOOPS = [title for title, section in SECTIONS.items() if "losses" in "".join(code(section))]
+
+
+def test_every_section_with_code_is_run():
+    with_code = {title for title, section in SECTIONS.items() if code(section)}
+    assert with_code == {*LOOPS, "MaxText-shaped parameters", "Checkpoints"}
+    assert len(LOOPS) == 7
+
+
+@pytest.mark.parametrize("title", LOOPS)
+def test_a_loop_learns_with_sharded_state(title):
+    names = run(title)
+    losses = names["losses"]
+    assert losses[-1] < losses[0]
+    if "optimizer" in names:
+        from flax import nnx
+
+        check_boxless_and_sharded(nnx.as_pure(names["optimizer"].opt_state))
+    else:
+        state = names["state"]
+        check_boxless_and_sharded(getattr(state, "opt_state", state))
+
+
+def test_maxtext_shaped_parameters(capsys):
+    places = run("MaxText-shaped parameters")["state_places"]
+    table = capsys.readouterr().out
+    assert "MaxText, layers on axis 1" in table
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): sharding.spec
+        for path, sharding in jax.tree_util.tree_flatten_with_path(places)[0]
+    }
+    (mu,) = [
+        spec for path, spec in found.items() if path.endswith("mu/params/token_embedder/embedding")
+    ]
+    assert mu == P("tensor", "fsdp")
+    assert not any("wi_0" in path or "query" in path for path in found)  # SinkGD keeps nothing
+
+
+def test_checkpoint_on_another_mesh():
+    names = run("Checkpoints")
+    restored = names["restored"]
+    assert jax.tree.structure(restored["opt_state"]) == jax.tree.structure(names["state"])
+    for leaf, was in zip(
+        jax.tree.leaves(restored),
+        jax.tree.leaves({"params": names["params"], "opt_state": names["state"]}),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(leaf, was)
+        assert leaf.sharding.mesh == names["mesh"]
+    check_boxless_and_sharded(restored["opt_state"])
