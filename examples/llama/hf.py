@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +17,8 @@ from jax.typing import DTypeLike
 
 from examples.llama.model import Params, abstract
 from examples.llama.presets import LlamaConfig, RopeScaling
+from examples.llama.subtrees import select
+from layout_optax.roles import path_string
 
 TENSORS: dict[str, tuple[str, bool]] = {
     "embed_tokens/embedding": ("model.embed_tokens.weight", False),
@@ -100,6 +102,7 @@ def load_params(
     *,
     shardings: Any = None,
     dtype: DTypeLike = np.float32,
+    wanted: Callable[[str], bool] | None = None,
 ) -> Params:
     """Reads a checkpoint's parameters into the pure dict of `examples.llama.model.create`.
 
@@ -115,6 +118,7 @@ def load_params(
         scan_layers: Which form of the dict to fill.
         shardings: A `jax.sharding.Sharding` for every leaf of the dict, or None.
         dtype: Dtype of the parameters; other floating dtypes are converted.
+        wanted: Which paths to read; the dict then holds these alone. All when None.
 
     Returns:
         Nested dict of `jax.Array` with these shardings; without them, of NumPy arrays.
@@ -124,12 +128,15 @@ def load_params(
         ValueError: A tensor is missing, unknown or of another shape; the message names it.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract(config, scan_layers=scan_layers))
-    wanted = [shardings] * len(leaves) if shardings is None else tree.flatten_up_to(shardings)
+    places = [shardings] * len(leaves) if shardings is None else tree.flatten_up_to(shardings)
     sources = [_Source(path, leaf.shape, config.num_layers) for path, leaf in leaves]
+    arrays = []
     with _Tensors(Path(folder)) as tensors:
         _check(tensors, sources, config)
-        arrays = []
-        for source, sharding in zip(sources, wanted, strict=True):
+        for source, sharding in zip(sources, places, strict=True):
+            if wanted is not None and not wanted(source.path):
+                arrays.append(None)
+                continue
             read = partial(source.read, tensors, np.dtype(dtype))
             if sharding is None:
                 arrays.append(read(tuple(slice(None) for _ in source.shape)))
@@ -137,7 +144,7 @@ def load_params(
                 arrays.append(jax.make_array_from_callback(source.shape, sharding, read))
                 # Before the next one is read, so that not two are on the host at a time.
                 jax.block_until_ready(arrays[-1])
-    return tree.unflatten(arrays)
+    return select(tree.unflatten(arrays), wanted or (lambda _: True))
 
 
 def tensor_names(path: str, num_layers: int) -> tuple[list[str], bool, bool]:
@@ -168,9 +175,9 @@ class _Source:
     """Where one parameter comes from."""
 
     def __init__(self, path: Any, shape: tuple[int, ...], num_layers: int):
-        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        self.path = path_string(path)
         self.shape = shape
-        self.names, self.stacked, self.transposed = tensor_names(path, num_layers)
+        self.names, self.stacked, self.transposed = tensor_names(self.path, num_layers)
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:

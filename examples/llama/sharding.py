@@ -34,6 +34,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "norm": (),
+    "adapter": (),
     "layers": (),
 }
 """The mesh axes that a named dimension is split over."""
@@ -47,6 +48,8 @@ DIMENSIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("layers/mlp/down_proj/kernel", ("mlp", "embed")),
     ("(layers/(input|post_attention)_layer)?norm/scale", ("norm",)),
     ("lm_head/kernel", ("embed", "vocab")),
+    ("layers/.*/lora/lora_[ab]", ("adapter", "adapter")),
+    ("layers/.*/magnitude", ("adapter",)),
 )
 """Pattern of a parameter's path (without the layer's number) and the names of its dimensions."""
 
