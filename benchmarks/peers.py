@@ -9,6 +9,7 @@ import jax
 import optax
 
 import sage_optax
+from benchmarks import baselines
 from examples.llama.optimizer_options import OptimizerOptions
 from examples.llama.optimizers import OptimizerEntry, register_optimizer
 from layout_optax import resolve_layout
@@ -41,7 +42,48 @@ def factored_tables(learning_rate: Any, options: OptimizerOptions) -> optax.Grad
     )
 
 
+def apollo(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
+    """APOLLO on matrices, AdamW on the rest."""
+    return baselines.apollo(learning_rate, **_low_rank(options))
+
+
+def apollo_mini(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
+    """APOLLO-Mini, of rank 1, on matrices, AdamW on the rest."""
+    return baselines.apollo_mini(learning_rate, **_low_rank(options))
+
+
+def fira(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
+    """Fira on matrices, AdamW on the rest; `scale` is its alpha (0.25)."""
+    given = _low_rank(options)
+    if "scale" in given:
+        given["alpha"] = given.pop("scale")
+    return baselines.fira(learning_rate, **given)
+
+
 PEERS = {
+    "apollo": OptimizerEntry(
+        "APOLLO",
+        apollo,
+        state="two moments of a random projection, 2 max r numbers a matrix; two moments for the rest",
+        description="A gradient scaled channel by channel as Adam scales its random projection.",
+        options=("b1", "b2", "eps", "scale", "rank", "update_gap"),
+        has_rank=True,
+    ),
+    "apollo_mini": OptimizerEntry(
+        "APOLLO-Mini",
+        apollo_mini,
+        state="two moments of one random projection, 2 max numbers a matrix; two moments for the rest",
+        description="APOLLO at rank 1 with one scale a matrix.",
+        options=("b1", "b2", "eps", "scale", "update_gap"),
+    ),
+    "fira": OptimizerEntry(
+        "Fira",
+        fira,
+        state="a projection of the smaller side and two moments on the larger; two moments for the rest",
+        description="GaLore with what lies outside the projection, scaled as Adam scales what lies inside.",
+        options=("b1", "b2", "eps", "scale", "rank", "update_gap"),
+        has_rank=True,
+    ),
     "factored_tables": OptimizerEntry(
         "Factored tables",
         factored_tables,
@@ -57,6 +99,14 @@ def register_peers() -> None:
     """Adds the peers to the example's registry; calling it again does nothing."""
     for name, entry in PEERS.items():
         register_optimizer(name, entry)
+
+
+def _low_rank(options: OptimizerOptions) -> dict[str, Any]:
+    return {
+        **options.only("b1", "b2", "eps", "scale", "rank", "update_gap"),
+        "weight_decay": options.weight_decay,
+        "weight_decay_mask": options.decay_mask(),
+    }
 
 
 def _table_matrix_or_vector(params: Any) -> Any:
