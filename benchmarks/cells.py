@@ -22,6 +22,7 @@ from examples.llama.variants import Variant, parse_variant
 
 _ANY_RATE = 1e-2
 """The rate of the configuration that says which data is meant."""
+_QUIET = {"preset": "demo", "statistics_every": 0, "tensorboard": False, "checkpoint_every": 0}
 
 
 class Cells:
@@ -107,7 +108,7 @@ class Cells:
         self, key: str, rate: float, steps: int, seed: int, out: str = "unused"
     ) -> TrainConfig:
         return TrainConfig(
-            **{"preset": "demo", "statistics_every": 0, "tensorboard": False, **self.common},
+            **{**_QUIET, **self.common},
             **parse_variant(key).fields(),
             steps=steps,
             eval_every=-(-steps // 3),  # an evaluation costs as much as five steps
