@@ -32,6 +32,7 @@ class OptimizerEntry:
         description: What it is, in a line.
         options: The names of `OPTION_NAMES` it takes.
         needs_unscanned: Whether it can only do without stacked layers.
+        needs_auto_mesh: Whether it fails on a mesh of Explicit axes.
         has_rank: Whether it needs a rank; the preset gives one by default.
         int8_momentum: Whether its `mu_dtype` may be int8.
     """
@@ -42,6 +43,7 @@ class OptimizerEntry:
     description: str
     options: tuple[str, ...] = ()
     needs_unscanned: bool = False
+    needs_auto_mesh: bool = False
     has_rank: bool = False
     int8_momentum: bool = False
 
@@ -234,6 +236,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         description="optax.contrib.muon on matrices, layer by layer, at update rms `scale` (0.2), with "
         "its AdamW on the rest.",
         options=("b1", "b2", "scale"),
+        needs_auto_mesh=True,
     ),
     "galore": OptimizerEntry(
         "GaLore",
@@ -243,6 +246,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         description="optax.contrib.galore on matrices, AdamW on the rest; needs unstacked layers.",
         options=("b1", "b2", "eps", "scale", "rank", "update_gap"),
         needs_unscanned=True,
+        needs_auto_mesh=True,
         has_rank=True,
     ),
     "sage_hybrid": OptimizerEntry(

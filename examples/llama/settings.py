@@ -392,6 +392,8 @@ def _mesh(config: TrainConfig) -> dict[str, Any]:
                 raise ValueError(f"{name} needs a mesh; give --mesh too, fsdp=* for all devices")
         return {}
     parse_mesh(config.mesh)
+    if config.mesh_mode == "explicit" and optimizer_entry(config.optimizer).needs_auto_mesh:
+        raise ValueError(f"{config.optimizer} fails on Explicit axes; give --mesh-mode auto")
     mode, strict = _or(config.mesh_mode, "auto"), _or(config.mesh_strict, False)
     return {"mesh": config.mesh, "mesh_mode": mode, "mesh_strict": strict}
 
