@@ -63,7 +63,7 @@ def subscripts(layout: ParamLayout, ndim: int) -> tuple[str, str, str]:
     return letters, without(layout.column_axes), without(layout.row_axes)
 
 
-def _named_sharding(x: Any) -> NamedSharding | None:
+def named_sharding(x: Any) -> NamedSharding | None:
     """The named sharding of an array, shape or tracer, on whatever kind of mesh, else None."""
     traced = isinstance(x, Tracer)
     # Arrays and shapes know their concrete mesh, which an eager computation needs.
@@ -80,7 +80,7 @@ def _project(sharding: NamedSharding, ndim: int, axes: Sequence[int]) -> NamedSh
 
 def sharding_without(x: Any, axes: Sequence[int]) -> NamedSharding | None:
     """The projection on the axes that stay of a sharding whose mesh axes are Explicit, or None."""
-    sharding = _named_sharding(x)
+    sharding = named_sharding(x)
     if sharding is None:
         return None
     if any(kind != AxisType.Explicit for kind in sharding.mesh.axis_types):
@@ -102,7 +102,7 @@ def zeros_without(param: Any, axes: Sequence[int], dtype: Any) -> jax.Array:
     shape = shape_without(param.shape, axes)
     if isinstance(param, Tracer):
         return jnp.zeros(shape, dtype, out_sharding=sharding_without(param, axes))
-    sharding = _named_sharding(param)
+    sharding = named_sharding(param)
     projected = None if sharding is None else _project(sharding, len(param.shape), axes)
     return jnp.zeros(shape, dtype, device=projected)
 

@@ -81,10 +81,11 @@ def state_shardings(
         with jax.sharding.use_abstract_mesh(twin):
             state = jax.eval_shape(tx.init, abstract)
     except Exception as error:
-        error.add_note(
-            "state_shardings evaluates tx.init on a mesh of Explicit axes. If the error is one of "
-            "sharding, wrap that part of init in jax.sharding.auto_axes."
-        )
+        if "shard" in str(error).lower():
+            error.add_note(
+                "state_shardings evaluates tx.init on a mesh of Explicit axes, which refuses it. Wrap that "
+                "part of init in jax.sharding.auto_axes."
+            )
         raise
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf)), state)
 

@@ -16,6 +16,7 @@ from lorapre_optax._rank import RankLike
 from lorapre_optax._recommended import RECOMMENDED
 from lorapre_optax._routing import Others, route_matrices
 from lorapre_optax._tracking import InitialSubspace, Tracking, as_updates, initialiser
+from lorapre_optax._whole import orthogonalize_whole
 
 
 def scale_by_lorapre_muon(
@@ -34,6 +35,7 @@ def scale_by_lorapre_muon(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
+    whole_matrices: bool = False,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon's direction from a low-rank accumulator: Algorithm 2, from the previous factors.
@@ -61,6 +63,9 @@ def scale_by_lorapre_muon(
       initial_subspace: see `low_rank_ema`.
       factor_dtype: see `low_rank_ema`.
       full_rank_fallback: see `low_rank_ema`.
+      whole_matrices: on a mesh, stack equal matrices, spread the stack over the devices and iterate on whole
+        matrices there, instead of on sharded ones: two exchanges of each shard in place of several
+        a step. A mesh axis that divides no stack is gathered, which repeats work on its devices.
       layout: see `layout_optax.ParamLayout`; None infers it. Leaves that are not ours pass through.
 
     Returns:
@@ -97,11 +102,19 @@ def scale_by_lorapre_muon(
         moments, state = accumulate(
             leaves, state, tracking, mu, nesterov=nesterov, gamma=gamma, residual=residual
         )
-        directions = []
-        for leaf_layout, m in zip(leaves.layouts, moments, strict=True):
-            if leaf_layout is None or m is None or leaf_layout.role == "vector":
-                directions.append(m)
-                continue
+        directions, matrices = list(moments), []
+        for i, (leaf_layout, m) in enumerate(zip(leaves.layouts, moments, strict=True)):
+            if leaf_layout is not None and m is not None and leaf_layout.role != "vector":
+                matrices.append((i, leaf_layout, m))
+        layouts, ms = [each[1] for each in matrices], [each[2] for each in matrices]
+        steps, offset = at(ns_steps, before), at(eps, before)
+        if whole_matrices:
+            found = orthogonalize_whole(ms, layouts, steps, offset)
+        else:
+            found = [
+                orthogonalize(m, each, steps, offset) for each, m in zip(layouts, ms, strict=True)
+            ]
+        for (i, leaf_layout, m), direction in zip(matrices, found, strict=True):
             fan_out, fan_in = (
                 math.prod(m.shape[axis] for axis in axes)
                 for axes in (leaf_layout.row_axes, leaf_layout.column_axes)
@@ -109,8 +122,7 @@ def scale_by_lorapre_muon(
             factor = math.sqrt(max(1.0, fan_out / max(fan_in, 1)))
             if consistent_rms is not None:
                 factor = math.sqrt(max(fan_in, fan_out)) * at(consistent_rms, before)
-            direction = orthogonalize(m, leaf_layout, at(ns_steps, before), at(eps, before))
-            directions.append(direction * (factor * at(scale, before)))
+            directions[i] = direction * (factor * at(scale, before))
         return as_updates(leaves, directions), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -133,6 +145,7 @@ def lorapre_muon(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
+    whole_matrices: bool = False,
     weight_decay: Number = 0.0,
     weight_decay_mask: Any = None,
     adam_b1: Number = 0.9,
@@ -169,6 +182,7 @@ def lorapre_muon(
       initial_subspace: see `low_rank_ema`.
       factor_dtype: see `low_rank_ema`.
       full_rank_fallback: see `low_rank_ema`.
+      whole_matrices: see `scale_by_lorapre_muon`.
       weight_decay: decoupled, times the learning rate of the role.
       weight_decay_mask: tree of booleans, or a callable from parameters to one; None decays everything.
       adam_b1: b1 of AdamW on the rest.
@@ -213,6 +227,7 @@ def lorapre_muon(
         initial_subspace=initial_subspace,
         factor_dtype=factor_dtype,
         full_rank_fallback=full_rank_fallback,
+        whole_matrices=whole_matrices,
         layout=layout,
     )
     table = None

@@ -20,7 +20,10 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(
-    x: jax.Array, layout: ParamLayout, steps: jax.Array | int = 5, eps: jax.Array | float = 1e-8
+    x: jax.Array,
+    layout: ParamLayout,
+    steps: jax.Array | int = 5,
+    eps: jax.Array | float = 1e-8,
 ) -> jax.Array:
     """About the nearest matrix with orthonormal rows or columns, per batch index.
 
@@ -51,12 +54,16 @@ def orthogonalize(
     gram = kept + "".join(second.values())
     square = f"{kept + ''.join(third.values())},{rename(kept, third) + ''.join(second.values())}"
     sharding = sharding_without(x, ())
-    replicated = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+    batch_only = None  # S is whole on every device, but for its batch axes
+    if sharding is not None:
+        parts = dict(zip(names, sharding.spec, strict=True))
+        spec = [None if names.find(letter) in (-1, *core) else parts[letter] for letter in gram]
+        batch_only = NamedSharding(sharding.mesh, PartitionSpec(*spec))
     a, b, c = COEFFICIENTS
 
     def iterate(_, y):
-        s = jnp.einsum(f"{names},{rename(names, second)}->{gram}", y, y, out_sharding=replicated)
-        polynomial = b * s + c * jnp.einsum(f"{square}->{gram}", s, s, out_sharding=replicated)
+        s = jnp.einsum(f"{names},{rename(names, second)}->{gram}", y, y, out_sharding=batch_only)
+        polynomial = b * s + c * jnp.einsum(f"{square}->{gram}", s, s, out_sharding=batch_only)
         equation = f"{gram},{rename(names, second)}->{names}"
         return a * y + jnp.einsum(equation, polynomial, y, out_sharding=sharding)
 

@@ -26,8 +26,6 @@ FLIPS = {
     "sage_hybrid",
     "lion_hybrid",
 }
-# The SPMD partitioner does the same at every level of code generation; this one halves the compile time.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 def paths_of(name, in_context=False):
@@ -46,7 +44,7 @@ def on_one_device(name, in_context):
     tx, paths = TRANSFORMATIONS[name](), paths_of(name, in_context)
     params = grid.draw(paths, 0)
     state = tx.init(params)
-    step = jax.jit(tx.update, compiler_options=QUICK)
+    step = jax.jit(tx.update, compiler_options=grid.quick())
     updates = []
     for g in gradients(paths):
         update, state = step(g, state, params)
@@ -101,7 +99,7 @@ def test_equals_one_device(name, kind, in_context):
         at_init, found = types(state), []
         # Explicit types find their way alone; an Auto mesh is told.
         options = {} if kind == "explicit" else {"out_shardings": (placed, shardings)}
-        step = jax.jit(tx.update, compiler_options=QUICK, **options)
+        step = jax.jit(tx.update, compiler_options=grid.quick(), **options)
         for g in grads:
             update, state = step(g, state, params)
             found.append(update)

@@ -1,0 +1,154 @@
+"""Newton-Schulz on whole matrices: on a mesh they are spread over the devices instead of cut into pieces.
+
+The iteration multiplies matrices five times over, and on sharded ones every product moves something as large
+as the matrix. Here the matrices move once: equal ones are stacked, mesh axes go from the matrix axes to the
+stack (one at a time, each an all-to-all of a shard's size), every device iterates on matrices of its own
+without another word, and the mesh axes go back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from layout_optax.axes import named_sharding
+from layout_optax.roles import ParamLayout
+from lorapre_optax._newton_schulz import orthogonalize
+
+Parts = list[tuple[str, ...]]
+"""The mesh axes on each axis of an array."""
+
+
+def orthogonalize_whole(
+    xs: Sequence[jax.Array],
+    layouts: Sequence[ParamLayout],
+    steps: jax.Array | int = 5,
+    eps: jax.Array | float = 1e-8,
+) -> list[jax.Array]:
+    """`orthogonalize` of many parameters, every matrix whole on some device.
+
+    A mesh axis that divides no stack is gathered: its devices repeat each other's work. Without a mesh
+    this is `orthogonalize` one by one.
+
+    Args:
+      xs: float32 or wider, any number of row, column and batch axes each.
+      layouts: their layouts with non-negative axes.
+      steps: number of iterations.
+      eps: see `orthogonalize`.
+
+    Returns:
+      Arrays like ``xs``, on Explicit mesh axes with their shardings.
+    """
+    results: list[jax.Array | None] = [None] * len(xs)
+    for group in _groups(xs, layouts):
+        members = [xs[i] for i in group]
+        layout = layouts[group[0]]
+        if named_sharding(members[0]) is None or len(group) == 1:
+            for i in group:
+                results[i] = _spread(xs[i], layout, steps, eps)
+            continue
+        above = ParamLayout(
+            layout.role,
+            tuple(axis + 1 for axis in layout.row_axes),
+            tuple(axis + 1 for axis in layout.column_axes),
+        )
+        stack = _spread(jnp.stack(members), above, steps, eps)
+        for position, i in enumerate(group):
+            results[i] = jax.lax.index_in_dim(stack, position, keepdims=False)
+    return [result for result in results if result is not None]
+
+
+def _groups(xs: Sequence[jax.Array], layouts: Sequence[ParamLayout]) -> Iterator[list[int]]:
+    """Positions of arrays that can be stacked: of one layout, shape, dtype and sharding."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, (x, layout) in enumerate(zip(xs, layouts, strict=True)):
+        groups.setdefault((layout, x.shape, x.dtype, named_sharding(x)), []).append(i)
+    yield from groups.values()
+
+
+def _spread(x: jax.Array, layout: ParamLayout, steps: Any, eps: Any) -> jax.Array:
+    """Orthogonalises with the mesh axes moved to the batch axes, and moves them back."""
+    sharding = named_sharding(x)
+    if sharding is None:
+        return orthogonalize(x, layout, steps, eps)
+    kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    # The spec in a traced type tells of Explicit axes only.
+    movable = AxisType.Explicit if AxisType.Explicit in kinds.values() else AxisType.Auto
+    known = not isinstance(x, Tracer) or movable == AxisType.Explicit
+    parts = _parts(sharding, x.ndim) if known else [()] * x.ndim
+    sizes = {
+        name: size
+        for name, size in sharding.mesh.shape.items()
+        if kinds[name] == movable and size > 1
+    }
+    if not sizes or (known and not any(parts)):
+        return orthogonalize(x, layout, steps, eps)
+    path, touched = _moves(parts, x.shape, layout.batch_axes(x.ndim), sizes)
+
+    def place(y: jax.Array, parts: Parts, free: bool) -> jax.Array:
+        spec = [names or None for names in parts]
+        if known:
+            target = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+            put = jax.sharding.reshard if isinstance(y, Tracer) else jax.device_put
+            return put(y, target)
+        if free:  # what is not said here XLA finds in the step before or after
+            spec = [
+                names if axis in touched else PartitionSpec.UNCONSTRAINED
+                for axis, names in enumerate(spec)
+            ]
+        return jax.lax.with_sharding_constraint(
+            y, NamedSharding(sharding.mesh, PartitionSpec(*spec))
+        )
+
+    for position, each in enumerate(path[1:], start=1):
+        x = place(x, each, free=position < len(path) - 1)
+    whole = PartitionSpec(*(names or None for names in path[-1]))
+    # Without this frame XLA would find work for an axis that a matrix is gathered over.
+    x = jax.shard_map(
+        lambda x, steps, eps: orthogonalize(x, layout, steps, eps),
+        mesh=sharding.mesh,
+        in_specs=(whole, PartitionSpec(), PartitionSpec()),
+        out_specs=whole,
+        axis_names=set(sizes),
+    )(x, jnp.asarray(steps), jnp.asarray(eps))
+    for each in reversed(path[:-1]):
+        x = place(x, each, free=True)
+    return x
+
+
+def _parts(sharding: NamedSharding, ndim: int) -> Parts:
+    spec = tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
+    return [part if isinstance(part, tuple) else (part,) if part else () for part in spec]
+
+
+def _moves(
+    parts: Parts, shape: Sequence[int], batch: Sequence[int], sizes: dict[str, int]
+) -> tuple[list[Parts], set[int]]:
+    """The placements from the present one to whole matrices, and the batch axes that get mesh axes.
+
+    One mesh axis moves at a time, the largest first, since XLA moves several at once by gathering all.
+    """
+    path, touched = [list(parts)], set()
+    pieces = list(shape)
+    for axis in batch:
+        for name in parts[axis]:
+            pieces[axis] //= sizes.get(name, 1)
+    placed = {name for axis in batch for name in parts[axis]}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        target = next((axis for axis in batch if pieces[axis] % sizes[name] == 0), None)
+        if name in placed or target is None:
+            continue
+        now = [tuple(other for other in names if other != name) for names in path[-1]]
+        now[target] = (*now[target], name)
+        pieces[target] //= sizes[name]
+        touched.add(target)
+        path.append(now)
+    last = [names if axis in batch else () for axis, names in enumerate(path[-1])]
+    if last != path[-1] or len(path) == 1:
+        path.append(last)
+    return path, touched

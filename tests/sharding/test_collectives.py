@@ -1,0 +1,74 @@
+"""No update moves anything of a parameter's size, counted on the compiled program."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import collectives as benchmark
+from benchmarks.hlo import moved
+from layout_optax import state_shardings
+from tests.sharding import grid
+
+# Elements for the leaf of 1024 x 2048 at rank 16 on 2 x 4 devices, from what has to be summed:
+# a shard has 512 rows and 512 columns, so factors of 16 x 512 each and Gram matrices of 16 x 16.
+THIN = 2 * 16 * 512 + 2 * 16 * 16 + 16
+LIMITS = {
+    "SAGE": 512 + 16,
+    "SAGE, int8 momentum": 2 * 512 + 16,
+    "SinkGD, 5 iterations": 6 * (512 + 512) + 16,
+    "one low-rank moment": THIN,
+    "LoRA-Pre Adam, the paper's": 2 * THIN,
+    "LoRA-Pre Adam, recommended": 5 * THIN,  # and the search for a first subspace
+    "LoRA-Pre Lion": THIN,
+}
+
+
+@pytest.mark.parametrize("kind", benchmark.KINDS)
+@pytest.mark.parametrize("name", LIMITS)
+def test_only_vectors_and_factors_move(name, kind):
+    found = benchmark.measure(benchmark.CASES[name], benchmark.KINDS[kind])
+    assert 0 < found["elements"] <= LIMITS[name]
+    assert {each["kind"] for each in found["operations"]} == {"all-reduce"}  # nothing is gathered
+    if name.startswith("SinkGD"):
+        loops = [each for each in found["operations"] if each["times"] == 5]
+        assert sum(each["elements"] for each in loops) == 1024
+
+
+@pytest.mark.parametrize("kind", benchmark.KINDS)
+def test_muon_on_whole_matrices_moves_each_shard_four_times(kind):
+    name = "8 layers: LoRA-Pre Muon, whole matrices"
+    found = benchmark.measure(benchmark.CASES[name], benchmark.KINDS[kind])
+    exchanged = [each for each in found["operations"] if each["kind"] != "all-reduce"]
+    assert [each["kind"] for each in exchanged] == ["all-to-all"] * 4
+    assert {each["elements"] for each in exchanged} == {found["parameter"] // 8}
+    assert found["elements"] <= found["parameter"] // 2 + 8 * THIN
+
+
+@pytest.mark.parametrize("kind", grid.KINDS)
+@pytest.mark.parametrize("name", ["scale_by_sinkhorn", "scale_by_lorapre_adam"])
+def test_every_kind_of_parameter(name, kind):
+    """The grid's parameters, sixteen times as wide: a few per cent of them move, none as a whole."""
+    tx, paths, mesh = grid.DIRECTIONS[name](), grid.square_paths(), grid.mesh_of(kind)
+    placed = grid.shardings(paths, mesh)
+
+    def wide(path):
+        shape = grid.PARAMETERS[path.partition("/")[2]][0]
+        return jax.ShapeDtypeStruct(tuple(n * 16 if n >= 16 else n for n in shape), jnp.float32)
+
+    plain = {path: wide(path) for path in paths}
+    shardings = state_shardings(tx, plain, placed)
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    params = jax.tree.map(place, plain, placed)
+    state = jax.tree.map(place, jax.eval_shape(tx.init, plain), shardings)
+    step = jax.jit(tx.update, out_shardings=(placed, shardings), compiler_options=grid.quick())
+    total = sum(x.size for x in plain.values())
+    assert 0 < moved(step.lower(params, state, params).compile().as_text()) <= 0.06 * total
+
+
+def test_the_benchmark_writes_its_page(tmp_path):
+    benchmark.main(["--cases", "SAGE", "--output", str(tmp_path)])
+    page = (tmp_path / "collectives.md").read_text()
+    assert "| SAGE | Explicit |" in page
+    assert "python -m benchmarks.collectives --cases SAGE" in page
