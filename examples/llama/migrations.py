@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from examples.llama.optimizers import optimizer_entry
 from examples.llama.settings import Settings
@@ -63,7 +64,7 @@ def migrate_layers(state: Any, like: Any) -> Any:
                 found = found[int(match[2])]
         elif path in layers and sorted(layers[path]) == list(range(len(layers[path]))):
             parts = [layers[path][i] for i in range(len(layers[path]))]
-            found = parts[0] if parts[0].shape == wanted.shape else jnp.stack(parts)
+            found = parts[0] if parts[0].shape == wanted.shape else _stack(parts)
         else:
             raise MigrationError(
                 f"'{path}' is not in the checkpoint, in neither form of its layers"
@@ -106,6 +107,11 @@ def migrate_ranks(state: TrainState, settings: Settings, like: TrainState) -> Tr
 
 def _stacked_path(path: str) -> str:
     return _LAYER.sub(r"\1layers", path)
+
+
+def _stack(parts: list[Any]) -> Any:
+    """NumPy arrays stay NumPy."""
+    return np.stack(parts) if isinstance(parts[0], np.ndarray) else jnp.stack(parts)
 
 
 def _checked(found: Any, wanted: jax.ShapeDtypeStruct, path: str) -> Any:
