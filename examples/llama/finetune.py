@@ -44,7 +44,6 @@ from examples.llama.subtrees import trainable_patterns
 from examples.llama.train import EXIT_CODES, USAGE_EXIT, Run
 
 ADAPTERS = ("lora", "rslora", "dora")
-TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,6 @@ class FinetuneRun(Run):
             },
         }
         write_json(path, fields)
-        self.base.tokenizer.save(str(self.config.out / TOKENIZER))
 
 
 def finetune(config: FinetuneConfig, **arguments: Any) -> RunSummary:
@@ -289,21 +287,31 @@ def trainer_config(config: FinetuneConfig, steps: int) -> TrainConfig:
     )
 
 
-def template_of(config: Any, model: Model) -> Template:
-    """The template that a configuration names; the chat template is the tokenizer's."""
-    if config.template == "chat":
-        folder = config.tokenizer or model.hub_folder or model.folder
-        return chat_template(folder)
-    return prompt_template(
-        config.template, query=config.query_field, response=config.response_field
-    )
+def template_of(
+    model: Model,
+    name: str,
+    tokenizer: str | None = None,
+    *,
+    query: str | None = None,
+    response: str | None = None,
+) -> Template:
+    """A template by name; `chat` is that of the model's tokenizer, or of the one given."""
+    if name == "chat":
+        return chat_template(tokenizer or model.hub_folder or model.folder)
+    return prompt_template(name, query=query, response=response)
 
 
 def instruction_data(config: FinetuneConfig, model: Model) -> InstructionData:
     """Reads and tokenizes the data of a configuration."""
     return prepare_instructions(
         read_records(config.data, split=config.split, limit=config.limit),
-        template_of(config, model),
+        template_of(
+            model,
+            config.template,
+            config.tokenizer,
+            query=config.query_field,
+            response=config.response_field,
+        ),
         model.tokenizer,
         seq_len=config.seq_len,
         end_id=model.stop_ids[0] if model.stop_ids else None,

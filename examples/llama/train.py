@@ -62,6 +62,7 @@ from examples.llama.step import TrainState
 from examples.llama.stop_signals import StopSignals
 
 INTERRUPTED_EXIT, USAGE_EXIT = 130, 2
+TOKENIZER = "tokenizer.json"
 EXIT_CODES = {
     "finished": 0,
     "preempted": 0,
@@ -378,6 +379,8 @@ class Run:
                 "command": command_line(self.module),
             },
         )
+        # So that the run can be generated from and fine-tuned without its data.
+        self.dataset.tokenizer.save(str(self.config.out / TOKENIZER))
 
 
 def check_folder(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
