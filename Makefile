@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 LIBRARY_TESTS := layout_optax sage_optax lorapre_optax tests/layout tests/sage $(wildcard tests/lorapre)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-library lint format wheel plan bench-sinkhorn bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality clean
+.PHONY: help setup demo test test-library lint format wheel plan bench-sinkhorn bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality faults clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -80,6 +80,9 @@ bench-faithfulness: $(READY) ## Low-rank beside exact momentum over a run of the
 
 bench-quality: $(READY) ## Every optimizer at its tuned rate on the same tokens (hours in all; goes on where it stopped)
 	@$(BIN)/python -m benchmarks.quality $(ARGS)
+
+faults: $(READY) ## Kill, damage and starve a small run many times; the table of what survives (a few minutes)
+	@$(BIN)/python -m tests.faults.kill $(ARGS)
 
 clean: ## Remove environments, caches and outputs
 	rm -rf .venv-* build out .pytest_cache .ruff_cache .hypothesis

@@ -248,4 +248,4 @@ def _digest(record: Mapping[str, Any]) -> str:
 def _brief(error: BaseException) -> str:
     """The first line of an error, and its kind."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:500]}" if lines else type(error).__name__

@@ -33,7 +33,7 @@ class Job:
         checkpoint_every: Steps between checkpoints.
         optimizer: Its name.
         pace: Seconds to wait in each step.
-        limit_from: Step from which files cannot grow beyond `limit_bytes`, or None.
+        limit_from: Step after which files cannot grow beyond `limit_bytes`, or None.
         limit_bytes: See there.
     """
 
@@ -71,6 +71,8 @@ def train(job: Job) -> None:
         def slow_step(state, *arguments, **options):
             time.sleep(job.pace)
             if job.limit_from is not None and int(state.step) >= job.limit_from:
+                while list(job.out.glob("checkpoints/*tmp*")):  # what was begun before is let be
+                    time.sleep(0.01)
                 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
                 resource.setrlimit(resource.RLIMIT_FSIZE, (job.limit_bytes, hard))
             return step(state, *arguments, **options)

@@ -21,13 +21,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(folder):
-    job = harness.make_job(folder, "undisturbed", steps=40, pace=0.0)
+    job = harness.make_job(folder, "undisturbed", steps=40, optimizer="adamw", pace=0.0)
     assert harness.run_to_end(job) == 0, job.log.read_text()
     return job
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(folder, undisturbed):
-    job = harness.make_job(folder, "killed", steps=40, pace=0.03)
+    job = harness.make_job(folder, "killed", steps=40, optimizer="adamw", pace=0.03)
     kills = harness.killed_run(job, seed=3, random_kills=1, save_kills=2)
     assert all(kill.exit_code == -9 and kill.step > kill.resumed_from for kill in kills)
     assert sum(kill.in_save for kill in kills) >= 2
@@ -38,7 +38,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(folder
 def test_a_disk_that_is_full_ends_the_run_with_a_clear_error_and_the_old_checkpoint(
     folder, undisturbed
 ):
-    job = harness.make_job(folder, "full", steps=40, pace=0.0, limit_from=10)
+    job = harness.make_job(folder, "full", steps=40, optimizer="adamw", pace=0.0, limit_from=10)
     assert harness.run_to_end(job) == 1, job.log.read_text()
     text = job.log.read_text()
     assert "The checkpoint of step 12 could not be written to" in text
@@ -51,7 +51,7 @@ def test_a_disk_that_is_full_ends_the_run_with_a_clear_error_and_the_old_checkpo
 
 
 def test_damage_is_found_in_a_new_process_too(folder, undisturbed):
-    job = harness.make_job(folder, "undisturbed", steps=40, pace=0.0)
+    job = harness.make_job(folder, "undisturbed", steps=40, optimizer="adamw", pace=0.0)
     before = harness.result(job), harness.lines(job)
     DAMAGES["one flipped bit"](job.out, 40)
     assert harness.run_to_end(job) == 0
