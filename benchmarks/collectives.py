@@ -55,11 +55,9 @@ def _stacked(make: Callable[[], optax.GradientTransformation], on_explicit: bool
     return Case(make, *STACK, on_explicit)
 
 
-def _optax_muon_on_a_stack() -> optax.GradientTransformation:
-    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    return optax.contrib.scale_by_muon(
-        weight_dimension_numbers={"layers": {"kernel": numbers}},
-    )
+def _optax_muon(name: str, first: int) -> optax.GradientTransformation:
+    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=first, output_axis=first + 1)
+    return optax.contrib.scale_by_muon(weight_dimension_numbers={name: {"kernel": numbers}})
 
 
 CASES: Mapping[str, Case] = {
@@ -76,7 +74,7 @@ CASES: Mapping[str, Case] = {
     "LoRA-Pre Muon, whole matrices": Case(
         lambda: lorapre.scale_by_lorapre_muon(RANK, whole_matrices=True)
     ),
-    "optax Muon": Case(optax.contrib.scale_by_muon, on_explicit=False),
+    "optax Muon": Case(lambda: _optax_muon("up", 0), on_explicit=False),
     "optax GaLore, a step with SVD": Case(
         lambda: (
             optax.contrib.scale_by_galore(RANK, update_proj_gap=1)
@@ -89,7 +87,7 @@ CASES: Mapping[str, Case] = {
     "8 layers: LoRA-Pre Muon, whole matrices": _stacked(
         lambda: lorapre.scale_by_lorapre_muon(RANK, whole_matrices=True)
     ),
-    "8 layers: optax Muon": _stacked(_optax_muon_on_a_stack, on_explicit=False),
+    "8 layers: optax Muon": _stacked(lambda: _optax_muon("layers", 1), on_explicit=False),
 }
 
 
