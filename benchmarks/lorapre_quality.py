@@ -227,9 +227,8 @@ LoRA-Pre SinkGD with the other three options, at the rate found with the gradien
 
 ## Damping
 
-Relative damping of the r x r systems ({STEPS} steps). LoRA-Pre Adam with all four options at
-{FIXED_RATE:g}, LoRA-Pre Muon
-with AdamW on the table at Muon's rate:
+Relative damping of the r x r systems ({STEPS} steps). LoRA-Pre Adam with all four options
+at {FIXED_RATE:g}, LoRA-Pre Muon with AdamW on the table at Muon's rate:
 
 {table(["optimizer, damping", *ranks], _dampings(cells))}
 """

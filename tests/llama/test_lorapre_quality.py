@@ -70,3 +70,13 @@ def test_committed_figures():
     sinkgd = best[quality.variant(quality._SINKGD, 3, quality.TOGETHER)]
     assert sinkgd["state_ratio"] < 0.01
     assert sinkgd["heldout_perplexity"] < best["adamw"]["heldout_perplexity"]
+
+
+def test_committed_figures_are_why_the_gradient_start_is_recommended():
+    cells = json.loads(RESULTS.read_text())["cells"]
+    loss = {(cell["variant"], cell["learning_rate"]): cell["heldout_loss"] for cell in cells}
+    for gradient, normal in quality.table_starts().values():
+        ours = min(value for (key, _), value in loss.items() if key == gradient)
+        theirs = [value for (key, _), value in loss.items() if key == normal]
+        assert theirs, normal
+        assert ours < min(theirs)
