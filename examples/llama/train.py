@@ -14,8 +14,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -251,11 +251,8 @@ class Run:
                     checkpoints.save(state, self._record(recorder), loss)
 
             try:
-                try:
+                with _closing(checkpoints):
                     self._loop(recorder, stop, save, None if restored is None else restored[0])
-                finally:
-                    if checkpoints is not None:
-                        checkpoints.close()
                 self._conclude(stop)
             except NonFiniteLossError as error:
                 left = checkpoint_steps(config.out)
@@ -381,6 +378,20 @@ class Run:
         )
         # So that the run can be generated from and fine-tuned without its data.
         self.dataset.tokenizer.save(str(self.config.out / TOKENIZER))
+
+
+@contextmanager
+def _closing(checkpoints: Checkpoints | None) -> Iterator[None]:
+    """Closes the checkpoints at the end, unless that could mean to wait for a process that is gone."""
+    try:
+        yield
+    except BaseException as error:
+        alone = jax.process_count() == 1 or isinstance(error, NonFiniteLossError)
+        if checkpoints is not None and alone:
+            checkpoints.close()
+        raise
+    if checkpoints is not None:
+        checkpoints.close()
 
 
 def check_folder(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
