@@ -40,10 +40,11 @@ def test_only_vectors_and_factors_move(name, kind):
 def test_muon_on_whole_matrices_moves_each_shard_four_times(kind):
     name = "8 layers: LoRA-Pre Muon, whole matrices"
     found = benchmark.measure(benchmark.CASES[name], benchmark.KINDS[kind])
-    exchanged = [each for each in found["operations"] if each["kind"] != "all-reduce"]
-    assert [each["kind"] for each in exchanged] == ["all-to-all"] * 4
-    assert {each["elements"] for each in exchanged} == {found["parameter"] // 8}
-    assert found["elements"] <= found["parameter"] // 2 + 8 * THIN
+    large = [each for each in found["operations"] if each["elements"] >= found["parameter"] // 100]
+    assert [(each["kind"], each["times"]) for each in large] == [("all-to-all", 1)] * 4
+    assert {each["elements"] for each in large} == {found["parameter"] // 8}
+    # The rest is factors; on an Auto mesh some of the stack's sharding spreads to them.
+    assert found["elements"] <= found["parameter"] // 2 + 8 * 3 * THIN
 
 
 @pytest.mark.parametrize("kind", grid.KINDS)

@@ -67,8 +67,9 @@ def test_in_the_optimizer(kind):
     params = grid.draw(paths, 0)
     plain = scale_by_lorapre_muon(4, layout=grid.LAYOUT)
     whole = scale_by_lorapre_muon(4, whole_matrices=True, layout=grid.LAYOUT)
-    expected, _ = jax.jit(plain.update)(params, plain.init(params))
-    alone, _ = jax.jit(whole.update)(params, whole.init(params))
+    options = {"compiler_options": grid.quick()}
+    expected, _ = jax.jit(plain.update, **options)(params, plain.init(params))
+    alone, _ = jax.jit(whole.update, **options)(params, whole.init(params))
     on_mesh = jax.device_put(params, placed)
     state = whole.init(on_mesh)
     found, _ = jax.jit(whole.update, out_shardings=(placed, None), compiler_options=grid.quick())(
