@@ -25,9 +25,8 @@ RATE = 1e-2
 FACTORIES = {
     "sage_hybrid": (sage_optax.sage_hybrid, {}, sage_optax.STATIC_ARGS),
     "lorapre_adamw": (lorapre_optax.lorapre_adamw, {"rank": 2}, lorapre_optax.STATIC_ARGS),
-    "lorapre_sinkgd": (lorapre_optax.lorapre_sinkgd, {"rank": 2}, lorapre_optax.STATIC_ARGS),
 }
-each_family = pytest.mark.parametrize("name", ["sage_hybrid", "lorapre_adamw"])
+each_family = pytest.mark.parametrize("name", FACTORIES)
 
 
 @functools.cache
@@ -93,12 +92,11 @@ def test_multi_steps_takes_the_mean_of_the_gradients(name):
 
 
 @each_family
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_apply_if_finite_skips_counts_and_goes_on_as_if_nothing_had_been(name, bad):
+def test_apply_if_finite_skips_counts_and_goes_on_as_if_nothing_had_been(name):
     tx = optax.apply_if_finite(unboxed(make(name)), 3)
     step = jitted(tx)
     good = [boxed(gradients(seed)) for seed in (1, 2)]
-    spoilt = jax.tree.map(lambda g: g.at[0].set(bad), good[0])
+    spoilt = good[0] | {"norm": jax.tree.map(lambda g: g.at[0].set(np.nan), good[0]["norm"])}
 
     params, state = step(boxed(start()), tx.init(boxed(start())), good[0])
     skipped, after = step(params, state, spoilt)
@@ -127,7 +125,7 @@ def test_inject_hyperparams_lets_the_rate_be_set_between_steps(name):
     chex.assert_trees_all_equal(still, boxed(params))
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@each_family
 def test_schedule_free_averages_what_our_optimizer_proposes(name):
     """The three sequences of schedule-free learning, by hand, from the updates that our optimizer gives at y.
 

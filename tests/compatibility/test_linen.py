@@ -113,7 +113,7 @@ class LinenRun:
         return self.tree.opt_state
 
 
-@runs.over(runs.FIRST + runs.SECOND)
+@runs.over(runs.FIRST)
 def test_train_save_restore_continue(optimizer, kind, tmp_path):
     runs.check(LinenRun, optimizer, kind, tmp_path)
 

@@ -70,7 +70,7 @@ class ObjectRun:
         return nnx.as_pure(self.optimizer.opt_state)
 
 
-@runs.over(runs.FIRST + runs.SECOND)
+@runs.over(runs.FIRST)
 def test_train_save_restore_continue(optimizer, kind, tmp_path):
     runs.check(ObjectRun, optimizer, kind, tmp_path)
 
