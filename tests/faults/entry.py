@@ -70,7 +70,7 @@ def train(job: Job) -> None:
 
         def slow_step(state, *arguments, **options):
             time.sleep(job.pace)
-            if job.limit_from is not None and int(state.step) >= job.limit_from:
+            if int(state.step) == job.limit_from:
                 while list(job.out.glob("checkpoints/*tmp*")):  # what was begun before is let be
                     time.sleep(0.01)
                 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
