@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 LIBRARY_TESTS := layout_optax sage_optax lorapre_optax tests/layout tests/sage $(wildcard tests/lorapre)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-library lint format wheel plan bench-sinkhorn bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality faults clean
+.PHONY: help setup demo demo-distributed test test-library lint format wheel plan bench-sinkhorn bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality faults clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -34,6 +34,9 @@ demo: $(READY) ## Train a small Llama with AdamW, Lion-Hybrid and SAGE-Hybrid on
 	@echo "== finished runs in out/demo are kept (make demo ARGS=--no-resume starts over)"
 	@$(BIN)/python -m examples.llama.compare --preset demo --steps 150 --time-budget 8 --out out/demo \
 		--optimizers adamw,lion_hybrid,sage_hybrid,sage_hybrid_int8 $(ARGS)
+
+demo-distributed: $(READY) ## Train the demo in two processes of four simulated devices; compare with one process
+	@$(BIN)/python -m examples.llama.demo_distributed $(ARGS)
 
 test: $(READY) ## Run all tests: formulas, golden vectors, properties, the example (<= 10 minutes)
 	@echo "== Running all tests on Python $(VERSION)"

@@ -1,0 +1,213 @@
+"""Trains the demo in several processes on this machine and compares with one process on the same mesh.
+
+    python -m examples.llama.demo_distributed
+
+Two processes with four simulated CPU devices each find each other over loopback, read their own share of every
+batch and train as one. The same run is made by one process of eight devices; the losses must agree. The folder
+then holds comparison.json, the two runs and the output of each process.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from examples.llama.launch import Command, LaunchError, free_port, run_together
+from examples.llama.metrics import (
+    CONFIG,
+    SUMMARY,
+    command_line,
+    read_json,
+    read_metrics,
+    write_json,
+)
+from examples.llama.optimizers import OPTIMIZERS
+
+FAILED_EXIT = 1
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Trains the demo in several processes on this machine and in one, and compares the losses."""
+
+    optimizer: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(OPTIMIZERS)}.")] = (
+        "sage_hybrid"
+    )
+    steps: int = 40
+    """Optimizer steps."""
+    processes: int = 2
+    """Number of processes."""
+    devices: int = 4
+    """Simulated CPU devices of each."""
+    mesh: str = "data=2,fsdp=2,tensor=2"
+    """Sizes of the mesh's axes."""
+    batch_size: int = 16
+    """Sequences of one step."""
+    seq_len: int = 128
+    """Predicted tokens of a sequence."""
+    compared_steps: int = 20
+    """The losses of so many steps must agree."""
+    tolerance: float = 1e-5
+    """Largest relative difference that counts as agreement."""
+    time_limit: float = 900.0
+    """Seconds that each of the two runs may take."""
+    out: Path = Path("out/distributed")
+    """Folder for the comparison, the runs and the logs."""
+    options: tuple[str, ...] = ()
+    """Further options of examples.llama.train, in one piece each: --options=--seed=1."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The losses of one step and how far they are apart, as a share of the first."""
+
+    step: int
+    one: float
+    several: float
+
+    @property
+    def difference(self) -> float:
+        """|several - one| / |one|."""
+        return abs(self.several - self.one) / abs(self.one)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    config = tyro.cli(DemoConfig, args=arguments, prog="python -m examples.llama.demo_distributed")
+    console = Console()
+    one, several = config.out / "one", config.out / "several"
+    total = config.processes * config.devices
+    try:
+        if not 1 <= config.compared_steps <= config.steps:
+            raise ValueError(
+                f"compared_steps must be in 1..{config.steps} (--steps), got {config.compared_steps}"
+            )
+        console.print(f"One process of {total} devices, mesh {config.mesh}", highlight=False)
+        _train(config, console, one, 1, total)
+        console.print(
+            f"{config.processes} processes of {config.devices} devices each, the same mesh",
+            highlight=False,
+        )
+        _train(config, console, several, config.processes, config.devices)
+    except (ValueError, LaunchError) as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
+        return FAILED_EXIT
+    steps = compare_losses(one, several, config.compared_steps)
+    worst = max(step.difference for step in steps)
+    agree = worst <= config.tolerance
+    summaries = [read_json(folder / SUMMARY) for folder in (one, several)]
+    write_json(
+        config.out / "comparison.json",
+        {
+            "config": config,
+            "steps": [{"difference": step.difference, **vars(step)} for step in steps],
+            "largest_difference": worst,
+            "agree": agree,
+            "heldout_loss": [summary["heldout_loss"] for summary in summaries],
+            "mesh": read_json(several / CONFIG)["mesh"],
+            "versions": read_json(several / CONFIG)["versions"],
+            "command": command_line("examples.llama.demo_distributed"),
+        },
+    )
+    console.print(comparison_table(steps, config.processes))
+    for name, summary in zip(
+        ("one process", f"{config.processes} processes"), summaries, strict=True
+    ):
+        console.print(
+            f"{name}: held-out loss {summary['heldout_loss']:.6f} after {summary['steps']} steps, "
+            f"{summary['tokens_per_second']:,.0f} tokens/s",
+            highlight=False,
+        )
+    verdict = "agree" if agree else "DO NOT agree"
+    console.print(
+        f"The losses of the first {len(steps)} steps {verdict}: they differ by at most {worst:.2e} "
+        f"(allowed {config.tolerance:g}). Written to {config.out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0 if agree else FAILED_EXIT
+
+
+def compare_losses(one: Path, several: Path, count: int) -> list[Step]:
+    """The losses of the first steps of two runs, side by side.
+
+    Raises:
+        ValueError: A run has fewer steps.
+    """
+    losses = [
+        {line["step"]: line["loss_last"] for line in read_metrics(folder, "train")}
+        for folder in (one, several)
+    ]
+    for folder, found in zip((one, several), losses, strict=True):
+        if set(range(1, count + 1)) - found.keys():
+            raise ValueError(f"{folder} does not hold the losses of steps 1 to {count}")
+    return [Step(step, losses[0][step], losses[1][step]) for step in range(1, count + 1)]
+
+
+def comparison_table(steps: Sequence[Step], processes: int) -> Table:
+    """Losses and differences for the terminal."""
+    table = Table(title=f"Loss of each step: one process and {processes}")
+    for name in ("step", "one process", f"{processes} processes", "relative difference"):
+        table.add_column(name, justify="right")
+    for step in steps:
+        table.add_row(
+            str(step.step), f"{step.one:.7f}", f"{step.several:.7f}", f"{step.difference:.1e}"
+        )
+    return table
+
+
+def _train(config: DemoConfig, console: Console, out: Path, processes: int, devices: int) -> None:
+    """One run of the trainer, in one process or several."""
+    options = {
+        "preset": "demo",
+        "optimizer": config.optimizer,
+        "steps": config.steps,
+        "batch-size": config.batch_size,
+        "seq-len": config.seq_len,
+        "mesh": config.mesh,
+        "simulate-devices": devices,
+        "eval-every": config.steps,
+        "eval-batches": 2,
+        "log-every": 1,
+        "statistics-every": 0,
+        "out": out,
+    }
+    if processes > 1:
+        options |= {"coordinator": f"127.0.0.1:{free_port()}", "processes": processes}
+    arguments = [sys.executable, "-m", "examples.llama.train", "--overwrite", "--no-tensorboard"]
+    arguments += [f"--{name}={value}" for name, value in options.items()]
+    commands = [
+        Command(
+            f"process {i}",
+            [*arguments, *([f"--process-id={i}"] if processes > 1 else []), *config.options],
+            config.out / f"{out.name}.{i}.log",
+        )
+        for i in range(processes)
+    ]
+    for path in ("metrics.jsonl", SUMMARY):
+        (out / path).unlink(missing_ok=True)
+    with console.status("starting") as status:
+
+        def show() -> None:
+            if (out / "metrics.jsonl").exists():
+                lines = read_metrics(out, "train")
+                status.update(f"step {lines[-1]['step'] if lines else 0} of {config.steps}")
+
+        run_together(
+            commands,
+            time_limit=config.time_limit,
+            # The devices are simulated on the CPU, also where there are others.
+            environment={"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"},
+            on_tick=show,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""The trainer's command line with the tiny model and corpus, for tests that start processes of their own."""
+
+from __future__ import annotations
+
+import sys
+
+from examples.llama import settings
+from examples.llama import train as train_module
+from tests.llama import tiny
+
+
+def main() -> int:
+    """Takes the trainer's options."""
+    settings.PRESETS["tiny"] = tiny.MODEL
+    train_module.prepare_data = lambda config: tiny.dataset()
+    defaults = {
+        "preset": "tiny",
+        "optimizer": "adamw",
+        "learning-rate": "1e-2",
+        "steps": "8",
+        "batch-size": "8",
+        "seq-len": "16",
+        "eval-every": "8",
+        "eval-batches": "2",
+        "log-every": "1",
+        "statistics-every": "0",
+    }
+    arguments = [f"--{name}={value}" for name, value in defaults.items()]
+    return train_module.main([*arguments, "--no-tensorboard", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
