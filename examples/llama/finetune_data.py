@@ -27,6 +27,8 @@ from examples.llama.instructions import Part, Template
 TOKENS, LEARNED, DOCUMENTS = 0, 1, 2
 """Rows of axis 1 of a batch."""
 
+_EPOCHS = 1_000_000
+
 
 @dataclass(frozen=True)
 class Example:
@@ -249,13 +251,14 @@ def instruction_iterator(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator[np.ndarray]:
-    """Endless training batches; the rows' order changes with each epoch. Else as `train_iterator`.
+    """Training batches of a million epochs, each in another order. Else as `train_iterator`.
 
     Raises:
         DataError: The rows do not fill one batch, or the batch does not divide.
     """
     source = _checked_rows(data.train, data, "training", batch_size, seq_len, process_count)
-    rows = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
+    # Not endless: grain counts, and batches of 1 of an endless set are more than an index holds.
+    rows = grain.MapDataset.source(source).shuffle(seed=seed).repeat(_EPOCHS)
     batches = rows[process_index::process_count].batch(batch_size // process_count)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=1)))
 
