@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -151,7 +153,7 @@ def test_a_mesh_gives_the_losses_of_one_device(name, mesh, fields):
         detailed = "accumulate" in fields
         state = made.init(0)
         batches = train_iterator(tiny.dataset(), 8, 16, 0)
-        steps = []
+        steps, numbers = [], {}
         for _ in range(STEPS):
             state, metrics, numbers = made.step(state, next(batches), RATE, detailed=detailed)
             steps.append(float(metrics.loss))
@@ -167,28 +169,40 @@ def test_a_mesh_gives_the_losses_of_one_device(name, mesh, fields):
         np.testing.assert_allclose(statistics[1][key], value, rtol=2e-3, atol=1e-6, err_msg=key)
 
 
-def test_a_step_compiles_once_and_the_state_stays_where_it_was():
-    made, events = program("sage_hybrid"), []
+@contextlib.contextmanager
+def compiles_counted():
+    events = []
 
     def listen(event, duration, **_):
         if event == "/jax/core/compile/backend_compile_duration":
             events.append(duration)
 
-    tokens = np.zeros((8, 17), np.int32)
-    made.compile()
-    state = made.init(0)
-    state, _, _ = made.step(state, tokens, RATE)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        for _ in range(3):
-            state, _, _ = made.step(state, tokens, RATE)
-        assert not events
-        again = Program(made.settings)
-        again.abstract_state  # noqa: B018 - tracing it compiles nothing, but takes its time here
-        again.compile()
-        assert len(events) == 1
+        yield events
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """AdamW's program on the cube and the number of compiles that its step took."""
+    made = Program(settings("adamw"))
+    with compiles_counted() as events:
+        made.compile()
+    return made, len(events)
+
+
+def test_a_step_compiles_once_and_the_state_stays_where_it_was(compiled):
+    made, compiles = compiled
+    assert compiles == 1
+    tokens = np.zeros((8, 17), np.int32)
+    state = made.init(0)
+    state, _, _ = made.step(state, tokens, RATE)
+    with compiles_counted() as events:
+        for _ in range(3):
+            state, _, _ = made.step(state, tokens, RATE)
+    assert not events
     held = 0
     for leaf, sharding in zip(
         jax.tree.leaves(state), jax.tree.leaves(made.state_shardings), strict=True
@@ -199,11 +213,11 @@ def test_a_step_compiles_once_and_the_state_stays_where_it_was():
         }
     for leaf in jax.tree.leaves(state.opt_state):
         held += leaf.addressable_shards[0].data.nbytes
-    assert held == made.state_bytes_per_device() < 0.5 * made.state_bytes()
+    assert held == made.state_bytes_per_device() < 0.27 * made.state_bytes()
 
 
 def test_no_device_ever_holds_a_whole_parameter_at_the_start():
-    placement = program("sage_hybrid").placement
+    placement = Placement(parse_mesh(CUBE))
     shapes = abstract(UNTIED)
     text = (
         jax.jit(
@@ -219,9 +233,9 @@ def test_no_device_ever_holds_a_whole_parameter_at_the_start():
         assert whole not in text
 
 
-def test_only_weights_are_gathered_and_only_over_fsdp():
-    made = program("sage_hybrid")
-    text = made._step.as_text()
+def test_only_weights_are_gathered_and_only_over_fsdp(compiled):
+    step: Any = compiled[0]._step
+    text = step.as_text()
     gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
     assert gathered
     # The largest is half of the embedding, whose features meet; activations of 8 x 16 tokens never do.
