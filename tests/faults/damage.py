@@ -11,9 +11,14 @@ from examples.llama.checkpoints import FOLDER
 
 
 def array_file(out: Path, step: int) -> Path:
-    """The largest file of a checkpoint's arrays."""
-    files = [p for p in (out / FOLDER / str(step) / "state").rglob("*") if p.is_file()]
+    """The largest file with the numbers of a checkpoint's arrays."""
+    files = [p for p in (out / FOLDER / str(step) / "state").rglob("d/*") if p.is_file()]
     return max(files, key=lambda path: path.stat().st_size)
+
+
+def every_file(out: Path, step: int) -> list[Path]:
+    """All files of a checkpoint."""
+    return [p for p in sorted((out / FOLDER / str(step)).rglob("*")) if p.is_file()]
 
 
 def truncate(out: Path, step: int) -> None:
@@ -24,7 +29,11 @@ def truncate(out: Path, step: int) -> None:
 
 def flip(out: Path, step: int, at: float = 0.66) -> None:
     """Changes one bit of the largest file."""
-    path = array_file(out, step)
+    flip_file(array_file(out, step), at)
+
+
+def flip_file(path: Path, at: float) -> None:
+    """Changes one bit of a file, at a share of its length."""
     data = bytearray(path.read_bytes())
     data[int(at * len(data))] ^= 0x10
     path.write_bytes(bytes(data))
@@ -40,6 +49,12 @@ def empty(out: Path, step: int) -> None:
     folder = out / FOLDER / str(step) / "state"
     shutil.rmtree(folder)
     folder.mkdir()
+
+
+def cut_metadata(out: Path, step: int) -> None:
+    """Cuts the description of the arrays in half."""
+    path = out / FOLDER / str(step) / "state" / "_METADATA"
+    os.truncate(path, path.stat().st_size // 2)
 
 
 def remove_record(out: Path, step: int) -> None:
@@ -60,6 +75,7 @@ DAMAGES = {
     "one flipped bit near the front": lambda out, step: flip(out, step, 0.02),
     "file missing": remove,
     "all arrays missing": empty,
+    "description of the arrays cut in half": cut_metadata,
     "record missing": remove_record,
     "record changed": change_record,
 }
