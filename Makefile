@@ -10,10 +10,12 @@ VERSION := $(shell $(INTERPRETER) -c 'import sys; print("%d.%d" % sys.version_in
 VENV ?= .venv-$(VERSION)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-LIBRARY_TESTS := layout_optax sage_optax lorapre_optax tests/layout tests/sage $(wildcard tests/lorapre)
+DOCS_READY := $(VENV)/.ready-docs
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+LIBRARY_TESTS := layout_optax sage_optax lorapre_optax tests/layout tests/sage tests/lorapre tests/sharding tests/compatibility
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-distributed test test-library lint format wheel plan bench-sinkhorn bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality faults clean
+.PHONY: help setup demo demo-distributed test test-library lint format wheel plan bench-sinkhorn bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality faults figures docs docs-serve clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -86,6 +88,22 @@ bench-quality: $(READY) ## Every optimizer at its tuned rate on the same tokens 
 
 faults: $(READY) ## Kill, damage and starve a small run many times; the table of what survives (a few minutes)
 	@$(BIN)/python -m tests.faults.kill $(ARGS)
+
+figures: $(READY) ## Measure and draw the pictures of the explained pages (two short runs of the demo)
+	@$(BIN)/python -m benchmarks.figures $(ARGS)
+
+$(DOCS_READY): $(READY)
+	@echo "== Adding what the documentation needs to $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+docs: $(DOCS_READY) ## Build the documentation strictly, notebooks and link check included, into build/site
+	@$(MKDOCS) build --strict
+	@$(BIN)/python tools/docs/check_site.py build/site
+
+docs-serve: $(DOCS_READY) ## Show the documentation at http://127.0.0.1:8000, and again after every change
+	@$(MKDOCS) serve
 
 clean: ## Remove environments, caches and outputs
 	rm -rf .venv-* build out .pytest_cache .ruff_cache .hypothesis
