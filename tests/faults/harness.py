@@ -58,19 +58,22 @@ def run_to_end(job: Job) -> int:
     return process.exitcode
 
 
-def kill_once(job: Job, generator: random.Random, *, in_save: bool, delay: float) -> Kill:
-    """Starts the job, lets it take a step at least, and kills it.
+def kill_once(job: Job, generator: random.Random, *, in_save: bool, steps: tuple[int, int]) -> Kill:
+    """Starts the job, lets it take a random number of steps, and kills it.
+
+    The moment is counted in steps and not in seconds, so that a busy machine makes no difference.
 
     Args:
         job: The run.
         generator: Source of the moment.
         in_save: Wait for a checkpoint that is being written, and kill within it.
-        delay: Most seconds between the first step and the kill.
+        steps: Least and most steps to let it take.
     """
+    count = generator.randint(*steps)
     job.log.write_text("")
     process = start(job)
     began = time.monotonic()
-    while not (steps := _steps(job.log)):
+    while len(taken := _steps(job.log)) < count:
         _check_alive(process, began, job)
         time.sleep(0.002)
     if in_save:
@@ -79,7 +82,7 @@ def kill_once(job: Job, generator: random.Random, *, in_save: bool, delay: float
             time.sleep(0.0005)
         time.sleep(generator.uniform(0, 0.01))
     else:
-        time.sleep(generator.uniform(0, delay))
+        time.sleep(generator.uniform(0, 2 * job.pace))
     alive = process.is_alive()
     process.kill()
     process.join(PATIENCE)
@@ -87,14 +90,16 @@ def kill_once(job: Job, generator: random.Random, *, in_save: bool, delay: float
         raise AssertionError(f"the run had ended by itself ({process.exitcode})")
     found = re.search(r"resumed from step (\d+)", job.log.read_text())
     return Kill(
-        step=max(_steps(job.log), default=steps[-1]),
+        step=max(_steps(job.log), default=taken[-1]),
         resumed_from=int(found[1]) if found else 0,
         in_save=bool(_unfinished(job.out)),
         exit_code=process.exitcode,
     )
 
 
-def killed_run(job: Job, seed: int, random_kills: int, save_kills: int) -> list[Kill]:
+def killed_run(
+    job: Job, seed: int, random_kills: int, save_kills: int, steps: tuple[int, int]
+) -> list[Kill]:
     """Kills one run many times, at random moments and inside saves in random order, then lets it end.
 
     A kill that came when the save was just done counts as one at a random moment and is made up for.
@@ -105,7 +110,7 @@ def killed_run(job: Job, seed: int, random_kills: int, save_kills: int) -> list[
     kills = []
     while plan:
         wanted = plan.pop(0)
-        kills.append(kill_once(job, generator, in_save=wanted, delay=0.5))
+        kills.append(kill_once(job, generator, in_save=wanted, steps=steps))
         if wanted and not kills[-1].in_save:
             plan.append(True)
         if len(kills) > 3 * (random_kills + save_kills):

@@ -38,9 +38,9 @@ class FaultConfig:
 
     seed: int = 0
     """Seed of the moments."""
-    random_kills: int = 10
+    random_kills: int = 8
     """Kills at random moments."""
-    save_kills: int = 6
+    save_kills: int = 4
     """Kills while a checkpoint is being written."""
     demo: Annotated[bool, tyro.conf.arg(help="Also save the demo preset's state.")] = True
     """Measure checkpoints of the demo preset too."""
@@ -92,11 +92,14 @@ def _kills(
     folder: Path, undisturbed: harness.Job, config: FaultConfig, kills: list[harness.Kill]
 ) -> Iterator[Row]:
     job = harness.make_job(folder, "killed", steps=STEPS, pace=0.02)
-    kills += harness.killed_run(job, config.seed, config.random_kills, config.save_kills)
+    kills += harness.killed_run(
+        job, config.seed, config.random_kills, config.save_kills, steps=(1, 20)
+    )
     outcome = _same(job, undisturbed)
     inside = sum(kill.in_save for kill in kills)
     assert len(kills) >= 10
     assert inside >= 2
+    assert max(kill.resumed_from for kill in kills) > STEPS // 10
     yield Row("kill -9 of a training run", len(kills), f"resumed each time; {outcome}")
     yield Row("of these while a checkpoint was being written", inside, "the one before was used")
 
