@@ -144,8 +144,8 @@ def page(data: Mapping[str, Any]) -> str:
             "of them); embedding, head and norms are frozen. Bytes are of one device. Trained, frozen and "
             "optimizer state are sums over shards; arguments (these and the batch), temporaries (gradients, "
             "activations, gathered weights) and all (arguments, results that reuse no argument, temporaries) "
-            "are XLA's own figures for its CPU backend, which keeps some of what is bfloat16 in float32: a GPU "
-            "or TPU has fewer temporaries.",
+            "are XLA's own figures for its CPU backend, which keeps some of what is bfloat16 in float32; other "
+            "backends will differ in them.",
             "",
             table(header, rows),
             "",
