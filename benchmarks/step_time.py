@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import resource
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -51,16 +53,19 @@ def measure_update(preset: str, dtype: str, key: str, pairs: int, compiles: int)
     params, grads = random_tree(update.params, 0.02), random_tree(update.params, 1e-3, seed=1)
     states = [jax.jit(one.tx.init)(params) for one in (update, baseline)]
     times: tuple[list[float], list[float]] = ([], [])
+    faults: tuple[list[int], list[int]] = ([], [])
     first = 0.0
     for number in range(pairs + 1):
         for which in (0, 1) if number % 2 else (1, 0):
             jax.block_until_ready((params, states[which]))
+            faults_before = _page_faults()
             started = time.perf_counter()
             params, states[which] = functions[which](params, states[which], grads)
             jax.block_until_ready((params, states[which]))
             elapsed = time.perf_counter() - started
             if number:
                 times[which].append(elapsed)
+                faults[which].append(_page_faults() - faults_before)
             elif which == 0:
                 first = elapsed
     return {
@@ -71,6 +76,9 @@ def measure_update(preset: str, dtype: str, key: str, pairs: int, compiles: int)
         "parameters": update.parameter_count,
         "time": Paired(*times).summary(),
         "first_step_seconds": first,
+        "page_faults": statistics.median(faults[0]),
+        "baseline_page_faults": statistics.median(faults[1]),
+        "temporary_bytes": functions[0].memory_analysis().temp_size_in_bytes,
         "compile_ratio": ratio,
         "compile_seconds": seconds,
         "baseline_compile_seconds": baseline_seconds,
@@ -145,6 +153,11 @@ def _available_bytes() -> int:
             if line.startswith("MemAvailable"):
                 return 1024 * int(line.split()[1])
     return 2**62
+
+
+def _page_faults() -> int:
+    """Pages that the process was given so far: XLA:CPU takes a step's temporaries from the system anew."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _bytes(update: Update) -> int:

@@ -64,11 +64,15 @@ Aims, on a CPU: SAGE-Hybrid at most {TARGETS["sage_hybrid"]}, LoRA-Pre Adam at r
             ]
             if kind == "train":
                 row.insert(6, f"{cell['tokens_per_second']:,.0f}")
+            else:
+                row.insert(8, f"{cell['page_faults'] / 1000:.1f}")
             rows.append(row)
         header = ["optimizer", "rank", "pairs", "ms", "AdamW, ms", "ratio", "quartiles"]
         header += ["compile", "load"]
         if kind == "train":
             header.insert(6, "tokens/s")
+        else:
+            header.insert(8, "page faults, thousands")
         title = "update and apply" if kind == "update" else "the trainer's step"
         parts.append(f"## {preset}, {dtype}, {title}, {device}\n\n{table(header, rows)}\n")
         galore = [cell for cell in cells if cell["variant"].startswith("galore")]
