@@ -15,7 +15,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 LIBRARY_TESTS := layout_optax sage_optax lorapre_optax tests/layout tests/sage tests/lorapre tests/sharding tests/compatibility
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-distributed test test-library lint format wheel plan bench-sinkhorn bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality faults figures docs docs-serve clean
+.PHONY: help setup demo demo-distributed test test-library lint format wheel plan bench-sinkhorn bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality bench-finetuning bench-lowering faults figures docs docs-serve clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -82,6 +82,12 @@ bench-lorapre: $(READY) ## Train the demo with LoRA-Pre's ranks and options (abo
 
 bench-faithfulness: $(READY) ## Low-rank beside exact momentum over a run of the demo (about five minutes)
 	@$(BIN)/python -m benchmarks.faithfulness $(ARGS)
+
+bench-finetuning: $(READY) ## Fine-tune a small Llama with every method: exact match and costs (cells are kept)
+	@$(BIN)/python -m benchmarks.finetuning $(ARGS)
+
+bench-lowering: $(READY) ## Compile Llama-3.1-8B's fine-tuning steps from shapes alone: bytes of a device
+	@$(BIN)/python -m benchmarks.lowering $(ARGS)
 
 bench-quality: $(READY) ## Every optimizer at its tuned rate on the same tokens (hours in all; goes on where it stopped)
 	@$(BIN)/python -m benchmarks.quality $(ARGS)
