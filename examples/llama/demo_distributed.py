@@ -4,16 +4,16 @@
 
 Two processes with four simulated CPU devices each find each other over loopback, read their own share of every
 batch and train as one. The same run is made by one process of eight devices; the losses must agree. The folder
-then holds comparison.json, the two runs and the output of each process.
+then holds comparison.json and .md, the two runs and the output of each process.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -24,6 +24,7 @@ from examples.llama.metrics import (
     CONFIG,
     SUMMARY,
     command_line,
+    jsonable,
     read_json,
     read_metrics,
     write_json,
@@ -103,19 +104,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     worst = max(step.difference for step in steps)
     agree = worst <= config.tolerance
     summaries = [read_json(folder / SUMMARY) for folder in (one, several)]
-    write_json(
-        config.out / "comparison.json",
-        {
-            "config": config,
-            "steps": [{"difference": step.difference, **vars(step)} for step in steps],
-            "largest_difference": worst,
-            "agree": agree,
-            "heldout_loss": [summary["heldout_loss"] for summary in summaries],
-            "mesh": read_json(several / CONFIG)["mesh"],
-            "versions": read_json(several / CONFIG)["versions"],
-            "command": command_line("examples.llama.demo_distributed"),
-        },
-    )
+    result = {
+        "config": config,
+        "steps": [{"difference": step.difference, **vars(step)} for step in steps],
+        "largest_difference": worst,
+        "agree": agree,
+        "heldout_loss": [summary["heldout_loss"] for summary in summaries],
+        "mesh": read_json(several / CONFIG)["mesh"],
+        "versions": read_json(several / CONFIG)["versions"],
+        "command": command_line("examples.llama.demo_distributed"),
+    }
+    write_json(config.out / "comparison.json", result)
+    (config.out / "comparison.md").write_text(markdown(jsonable(result)), encoding="utf-8")
     console.print(comparison_table(steps, config.processes))
     for name, summary in zip(
         ("one process", f"{config.processes} processes"), summaries, strict=True
@@ -161,6 +161,31 @@ def comparison_table(steps: Sequence[Step], processes: int) -> Table:
             str(step.step), f"{step.one:.7f}", f"{step.several:.7f}", f"{step.difference:.1e}"
         )
     return table
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The content of comparison.json as a page."""
+    config, versions = result["config"], result["versions"]
+    heldout = " and ".join(f"{loss:.6f}" for loss in result["heldout_loss"])
+    verdict = "agree" if result["agree"] else "do NOT agree"
+    lines = [
+        f"# One process and {config['processes']}: the losses of each step",
+        "",
+        f"`{result['command']}`: the demo with {config['optimizer']}, {config['batch_size']} x "
+        f"{config['seq_len']} tokens a step, mesh {config['mesh']}; one process of "
+        f"{config['processes'] * config['devices']} simulated CPU devices, and {config['processes']} of "
+        f"{config['devices']}. JAX {versions['jax']}, Python {versions['python']}.",
+        "",
+        f"The losses {verdict}: they differ by at most {result['largest_difference']:.2e} (allowed "
+        f"{config['tolerance']:g}). Held-out loss after {config['steps']} steps: {heldout}.",
+        "",
+        f"| step | one process | {config['processes']} processes | relative difference |",
+        "|---:|---:|---:|---:|",
+    ]
+    for step in result["steps"]:
+        losses = f"{step['one']:.7f} | {step['several']:.7f}"
+        lines.append(f"| {step['step']} | {losses} | {step['difference']:.1e} |")
+    return "\n".join(lines) + "\n"
 
 
 def _train(config: DemoConfig, console: Console, out: Path, processes: int, devices: int) -> None:

@@ -137,7 +137,8 @@ def test_the_demo_fails_when_the_losses_are_apart(tmp_path, monkeypatch, capsys,
                 writer.write("train", step, {"loss_last": loss})
         summary = {"heldout_loss": 1.0, "steps": config.steps, "tokens_per_second": 10.0}
         (out / SUMMARY).write_text(json.dumps(summary))
-        (out / CONFIG).write_text(json.dumps({"mesh": {}, "versions": {}}))
+        versions = {"jax": "1", "python": "3"}
+        (out / CONFIG).write_text(json.dumps({"mesh": {}, "versions": versions}))
 
     monkeypatch.setattr(demo_distributed, "_train", fake_train)
     code = demo_distributed.main([f"--out={tmp_path}", "--steps=4", "--compared-steps=4"])
@@ -145,6 +146,9 @@ def test_the_demo_fails_when_the_losses_are_apart(tmp_path, monkeypatch, capsys,
     stored = read_json(tmp_path / "comparison.json")
     assert stored["agree"] == (not apart)
     np.testing.assert_allclose(stored["largest_difference"], apart, rtol=1e-6)
+    page = (tmp_path / "comparison.md").read_text()
+    assert ("The losses agree:" in page) == (not apart)
+    assert "| 2 | 2.5000000 | 2.5000000 | 0.0e+00 |" in page
     assert ("DO NOT agree" in capsys.readouterr().out) == bool(apart)
     assert demo_distributed.main([f"--out={tmp_path}", "--steps=4"]) == 1
     assert "compared_steps must be in 1..4" in capsys.readouterr().err
