@@ -55,9 +55,12 @@ class Checkpoints:
         out: The run's folder; the checkpoints are in its folder `checkpoints`.
         keep_last: Number of newest checkpoints to keep.
         keep_best: Number of checkpoints of least held-out loss to keep beside them.
+        read_only: Only read, and leave alone what a run that is going on may be writing just now.
     """
 
-    def __init__(self, out: Path, *, keep_last: int = 2, keep_best: int = 1):
+    def __init__(
+        self, out: Path, *, keep_last: int = 2, keep_best: int = 1, read_only: bool = False
+    ):
         self.out = out.absolute()
         self.folder = self.out / FOLDER
         policies: list[Any] = [checkpoint_managers.LatestN(n=keep_last)]
@@ -72,7 +75,10 @@ class Checkpoints:
             )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
+            save_interval_steps=0 if read_only else 1,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._saving: int | None = None

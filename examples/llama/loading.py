@@ -223,7 +223,7 @@ def _newest_params(folder: Path, program: Program) -> Params:
     """The parameters of the newest whole checkpoint."""
     problems = []
     if checkpoint_steps(folder):
-        with Checkpoints(folder) as checkpoints:
+        with Checkpoints(folder, read_only=True) as checkpoints:
             for step in checkpoints.steps():
                 try:
                     return checkpoints.restore(step, target(program)).params

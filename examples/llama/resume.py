@@ -151,7 +151,7 @@ def check_folder_holds(out: Path, asked: Mapping[str, Any], migrations: Sequence
     """
     if not checkpoint_steps(out):
         return
-    with Checkpoints(out) as checkpoints:
+    with Checkpoints(out, read_only=True) as checkpoints:
         for step in checkpoints.steps():
             try:
                 record = checkpoints.record(step)

@@ -71,7 +71,7 @@ def numbers(folder):
 
 
 def final_state(folder, shared=None, step=None):
-    with Checkpoints(folder, keep_last=99) as checkpoints:
+    with Checkpoints(folder, read_only=True) as checkpoints:
         step = checkpoints.steps()[0] if step is None else step
         return checkpoints.restore(step, target(shared or program()))
 
@@ -612,6 +612,21 @@ def test_a_description_tells_runs_apart_by_what_matters():
         assert describe_run(settings, data) != describe_run(
             dataclasses.replace(settings, **change), data
         )
+
+
+def test_who_only_reads_leaves_alone_what_is_being_written(tmp_path):
+    state = program().init(0)
+    unfinished = tmp_path / FOLDER / "7.orbax-checkpoint-tmp"
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {})
+        checkpoints.wait()
+        unfinished.mkdir()
+        with Checkpoints(tmp_path, read_only=True) as reader:
+            assert reader.steps() == [0]
+            chex.assert_trees_all_equal(reader.restore(0, target(program())), state)
+    assert unfinished.is_dir()
+    with Checkpoints(tmp_path):
+        assert not unfinished.exists()
 
 
 def test_a_folder_that_is_no_checkpoint_is_no_checkpoint(tmp_path):
