@@ -65,10 +65,10 @@ def full_paths() -> list[str]:
     return [f"{spec}/{name}" for spec in SPECS for name in PARAMETERS]
 
 
-def square_paths() -> list[str]:
-    """One cell for each kind of parameter, the four specs in turn."""
+def square_paths(turn: int = 0) -> list[str]:
+    """One cell for each kind of parameter, the four specs in turn; four turns make all cells."""
     specs = list(SPECS)
-    return [f"{specs[i % len(specs)]}/{name}" for i, name in enumerate(PARAMETERS)]
+    return [f"{specs[(i + turn) % len(specs)]}/{name}" for i, name in enumerate(PARAMETERS)]
 
 
 def draw(paths: list[str], seed: int) -> dict[str, jax.Array]:
@@ -110,7 +110,7 @@ def combination() -> optax.GradientTransformation:
     return optax.MultiSteps(chained, 2).gradient_transformation()
 
 
-# One step of one kind of mathematics each: these run on every cell.
+# One step of one kind of mathematics each.
 DIRECTIONS = {
     "scale_by_sage": lambda: sage.scale_by_sage(layout=LAYOUT),
     "scale_by_sage_int8": lambda: sage.scale_by_sage(mu_dtype="int8", layout=LAYOUT),
@@ -121,7 +121,7 @@ DIRECTIONS = {
     "scale_by_lorapre_lion": lambda: lorapre.scale_by_lorapre_lion(RANK, layout=LAYOUT),
     "scale_by_lorapre_muon": lambda: lorapre.scale_by_lorapre_muon(RANK, layout=LAYOUT),
 }
-# Compositions of the above: on one cell for each kind of parameter.
+# Compositions of the above.
 COMPOSITIONS = {
     "sage": lambda: sage.sage(1e-3, layout=LAYOUT),
     "sinkgd": lambda: sage.sinkgd(1e-3, layout=LAYOUT),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from layout_optax.roles import flatten_with_layout
 from tests.sharding import grid
 
 STEPS = 3
+FULL = os.environ.get("SHARDING_GRID") == "full"
 TRANSFORMATIONS = {**grid.DIRECTIONS, **grid.COMPOSITIONS}
 # Signs flip where their argument is at rounding level; a share of the entries that would be no accident.
 FLIPS = {
@@ -28,10 +30,22 @@ FLIPS = {
 }
 
 
-def paths_of(name, in_context=False):
-    """All cells, or one for each kind of parameter; see `grid`."""
-    full = name in grid.DIRECTIONS and not in_context
-    return grid.full_paths() if full else grid.square_paths()
+def cases():
+    """Each transformation in its modes: mesh axes, under `jax.set_mesh` or not, and the turn of the specs.
+
+    The four modes of a direction see the four turns, so that together they see every cell; of the compositions
+    two modes are enough. ``SHARDING_GRID=full`` gives every mode of a direction every cell.
+    """
+    modes = [("explicit", False), ("auto", True), ("explicit", True), ("auto", False)]
+    for name in TRANSFORMATIONS:
+        for turn, (kind, in_context) in enumerate(modes):
+            if turn < 2 or FULL or name in grid.DIRECTIONS:
+                where = kind + ("-set_mesh" if in_context else "")
+                yield pytest.param(name, kind, in_context, turn, id=f"{name}-{where}")
+
+
+def paths_of(name, turn):
+    return grid.full_paths() if FULL and name in grid.DIRECTIONS else grid.square_paths(turn)
 
 
 def gradients(paths):
@@ -39,9 +53,9 @@ def gradients(paths):
 
 
 @functools.cache
-def on_one_device(name, in_context):
+def on_one_device(name, turn):
     """The updates of all steps and the last state."""
-    tx, paths = TRANSFORMATIONS[name](), paths_of(name, in_context)
+    tx, paths = TRANSFORMATIONS[name](), paths_of(name, turn)
     params = grid.draw(paths, 0)
     state = tx.init(params)
     step = jax.jit(tx.update, compiler_options=grid.quick())
@@ -84,11 +98,9 @@ def check_state(state, reference, tolerance):
             assert apart(value, expected) <= tolerance, where
 
 
-@pytest.mark.parametrize("in_context", [False, True], ids=["", "set_mesh"])
-@pytest.mark.parametrize("kind", grid.KINDS)
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_equals_one_device(name, kind, in_context):
-    tx, paths = TRANSFORMATIONS[name](), paths_of(name, in_context)
+@pytest.mark.parametrize(("name", "kind", "in_context", "turn"), list(cases()))
+def test_equals_one_device(name, kind, in_context, turn):
+    tx, paths = TRANSFORMATIONS[name](), paths_of(name, turn)
     mesh = grid.mesh_of(kind)
     placed = grid.shardings(paths, mesh)
     with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
@@ -113,7 +125,7 @@ def test_equals_one_device(name, kind, in_context):
         for path, value in update.items():
             assert value.sharding.is_equivalent_to(placed[path], value.ndim)
     tolerance = 1e-4 if "muon" in name else 1e-5
-    updates, reference = on_one_device(name, in_context and name in grid.DIRECTIONS)
+    updates, reference = on_one_device(name, turn)
     check_updates(name, jax.device_get(found), updates, tolerance)
     check_state(jax.device_get(state), reference, tolerance)
 
