@@ -574,7 +574,7 @@ def test_a_state_is_restored_onto_another_mesh(tmp_path, mode):
 def test_a_run_on_a_mesh_resumes_to_the_same_bits_and_goes_on_without_the_mesh(
     tmp_path, undisturbed
 ):
-    fields = {"mesh": "data=2", "simulate_devices": None}
+    fields = {"mesh": "data=4,fsdp=2"}
     shared = Program(resolve(tiny.config(None, **fields), tiny.MODEL))
     make_run(tmp_path / "whole", shared=shared, **fields).train()
     stop_after(make_run(tmp_path / "a", shared=shared, **fields), 5)
