@@ -42,6 +42,12 @@ Aims, on a CPU: SAGE-Hybrid at most {TARGETS["sage_hybrid"]}, LoRA-Pre Adam at r
 
 {describe_circumstances(content["circumstances"])}
 
+Pages that the system hands out anew during a step stand beside the times: XLA:CPU takes a
+program's temporaries from the system at every call and gives them back, and AdamW has none. A rule
+that reads the old momentum for its direction, as Lion and SAGE do, gets a copy of every donated
+momentum before it is overwritten (the copies are in the compiled program); Sinkhorn's passes and
+Newton-Schulz have temporaries of their own ([memory](memory.md)).
+
 ![ratios](step_time.png)
 """
     ]
@@ -65,7 +71,7 @@ Aims, on a CPU: SAGE-Hybrid at most {TARGETS["sage_hybrid"]}, LoRA-Pre Adam at r
             if kind == "train":
                 row.insert(6, f"{cell['tokens_per_second']:,.0f}")
             else:
-                row.insert(8, f"{cell['page_faults'] / 1000:.1f}")
+                row.insert(8, _thousands(cell.get("page_faults")))
             rows.append(row)
         header = ["optimizer", "rank", "pairs", "ms", "AdamW, ms", "ratio", "quartiles"]
         header += ["compile", "load"]
@@ -137,6 +143,10 @@ def _groups(content: dict[str, Any]) -> list[tuple[tuple[str, ...], list[dict[st
 
 def _place(key: str, order: Sequence[str]) -> int:
     return order.index(key) if key in order else len(order)
+
+
+def _thousands(count: float | None) -> str:
+    return "-" if count is None else f"{count / 1000:.1f}"
 
 
 def _marked(ratio: float, target: float | None) -> str:

@@ -50,7 +50,7 @@ CHANGES = {
     "another bias correction": ("lorapre_adamw", {"bias_correction": "exact"}, None),
     "no residual": ("lorapre_adamw recommended", {"residual": 0.0}, None),
     "another start": ("lorapre_sinkgd", {"initial_subspace": "normal"}, None),
-    "another rank": ("lorapre_muon", {"rank": 2}, None),
+    "another size of Muon's step": ("lorapre_muon", {"scale": 0.1}, None),
 }
 
 
