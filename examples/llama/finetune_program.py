@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from examples.llama.adapters import (
     AdapterSpec,
@@ -194,10 +195,14 @@ class FinetuneProgram(Program):
         )
 
     def _read(self, wanted: Callable[[str], bool] | None = None) -> Params:
-        settings, placement = self.settings, self.placement
-        shardings = None if placement is None else placement.params(self.abstract_model)
-        params = self._load(scan_layers=settings.scan_layers, shardings=shardings, wanted=wanted)
-        return params if placement is not None else jax.tree.map(jnp.asarray, params)
+        if self.placement is not None:
+            shardings = self.placement.params(self.abstract_model)
+        else:
+            # Not by way of a copy on the host: one parameter after the other.
+            first = SingleDeviceSharding(jax.devices()[0])
+            shardings = jax.tree.map(lambda _: first, self.abstract_model)
+        scan_layers = self.settings.scan_layers
+        return self._load(scan_layers=scan_layers, shardings=shardings, wanted=wanted)
 
     def _compiled_step(self, statistics: Any) -> Callable[..., StepOutput]:
         started = time.perf_counter()

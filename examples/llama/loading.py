@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import SingleDeviceSharding
 from tokenizers import Tokenizer
 
 from examples.llama.adapters import AdapterSpec
@@ -19,7 +20,7 @@ from examples.llama.finetune_data import encode_text
 from examples.llama.finetune_program import FinetuneProgram, Tuned
 from examples.llama.hf import load_params, read_config
 from examples.llama.metrics import CONFIG
-from examples.llama.model import Params, stack_layers, structure, unstack_layers
+from examples.llama.model import Params, abstract, stack_layers, structure, unstack_layers
 from examples.llama.optimizer_options import OptimizerOptions
 from examples.llama.presets import LlamaConfig, RopeScaling
 from examples.llama.program import Program
@@ -75,8 +76,8 @@ class Model:
 
     @cached_property
     def params(self) -> Params:
-        """All parameters in the scanned form."""
-        return self.read()
+        """All parameters in the scanned form, on the first device."""
+        return self.read(shardings=on_one_device(abstract(self.config)))
 
     def structure(self, dtype: Any = "float32") -> Any:
         """The structure that `params` fit."""
@@ -128,6 +129,12 @@ def load_model(folder: str | Path, *, tokenizer: str | Path | None = None) -> Mo
     if "settings" not in fields:
         return _hub_model(folder, fields, read_tokenizer)
     return _run_model(folder, fields, read_tokenizer)
+
+
+def on_one_device(params: Params) -> Any:
+    """The sharding of each leaf that puts it on the first device."""
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda _: sharding, params)
 
 
 def settings_from_json(fields: dict[str, Any]) -> Settings:
