@@ -288,14 +288,18 @@ def balance(
 def gram(factor: jax.Array, side: str, names: Letters) -> jax.Array:
     """Gram matrix over everything but batch and rank; replicated, since it is tiny."""
     sharding = sharding_without(factor, ())
-    replicated = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
-    return jnp.einsum(
+    split = None if sharding is None else _batch_sharding(sharding, side, names.batch)
+    found = jnp.einsum(
         f"{side},{side.replace('z', 'Z')}->{names.batch}zZ",
         factor,
         factor,
         precision="highest",
-        out_sharding=replicated,
+        out_sharding=split,
     )
+    if split is None:
+        return found
+    # In a step of its own: else each device gathers the factors of all batch indices.
+    return jax.sharding.reshard(found, NamedSharding(split.mesh, PartitionSpec()))
 
 
 def with_rank(shape: Sequence[int], rank: int) -> tuple[int, ...]:
@@ -329,6 +333,12 @@ def _with_rank_axis(sharding: NamedSharding, spec: Iterable[Any]) -> NamedShardi
     """A sharding on the same mesh with a replicated axis second to last."""
     spec = tuple(spec)
     return NamedSharding(sharding.mesh, PartitionSpec(*spec[:-1], None, spec[-1]))
+
+
+def _batch_sharding(sharding: NamedSharding, side: str, batch: str) -> NamedSharding:
+    """That of an r x r matrix for each batch index, split over batch axes as the factor is."""
+    parts = dict(zip(side, sharding.spec, strict=True))
+    return NamedSharding(sharding.mesh, PartitionSpec(*(parts[axis] for axis in batch), None, None))
 
 
 def core_axes(side: str, batch: str) -> tuple[int, ...]:
