@@ -64,7 +64,9 @@ def test_it_goes_on_where_it_stopped_and_ends_with_nothing_missing(few_rows, tmp
     page = (tmp_path / "quality.md").read_text()
     tables, _, off_best = page.partition("## A rate that is off")
     assert "missing" not in tables
-    assert off_best.count("missing") == 2  # of four multiples, the search ran one and ROBUSTNESS one
+    assert (
+        off_best.count("missing") == 2
+    )  # of four multiples, the search ran one and ROBUSTNESS one
     core, single = quality_report.full_cells(again, few_rows[0]), again.best("lion_hybrid", 3)
     assert [cell["seed"] for cell in core] == [0, 1]
     assert core[0]["heldout_loss"] != core[1]["heldout_loss"]
