@@ -15,7 +15,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 LIBRARY_TESTS := layout_optax sage_optax lorapre_optax tests/layout tests/sage tests/lorapre tests/sharding tests/compatibility
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-distributed test test-library lint format wheel plan bench-sinkhorn bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality bench-finetuning bench-lowering faults figures docs docs-serve clean
+.PHONY: help setup demo demo-distributed test test-library lint format wheel plan bench-sinkhorn bench-collectives bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality bench-finetuning bench-lowering faults figures docs docs-serve clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -76,6 +76,9 @@ bench-memory: $(READY) ## State, temporaries, bytes and compile time of every op
 
 bench-sinkhorn: $(READY) ## Time the Sinkhorn kernel against the plain loop
 	@$(BIN)/python -m benchmarks.sinkhorn $(ARGS)
+
+bench-collectives: $(READY) ## What each update moves between devices, read from the compiled programs
+	@$(BIN)/python -m benchmarks.collectives $(ARGS)
 
 bench-lorapre: $(READY) ## Train the demo with LoRA-Pre's ranks and options (about an hour; finished runs are kept)
 	@$(BIN)/python -m benchmarks.lorapre_quality $(ARGS)
