@@ -171,6 +171,8 @@ def measure(store: Store, work: pathlib.Path, pretrain_steps: int, steps: int, t
             programs[label] = run.program  # type: ignore[assignment]
             started = time.perf_counter()
             summary = run.train()
+            if summary.status not in ("finished", "non_finite"):
+                sys.exit(f"stopped: {summary.message}")
             finished = summary.status == "finished"
             cell["trials"][f"{rate:g}"] = {
                 "loss": summary.heldout_loss if finished else None,

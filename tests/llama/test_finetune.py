@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import numpy as np
@@ -168,7 +169,7 @@ def test_accumulation_equals_the_whole_batch(config, tmp_path):
 
 def test_epochs_count_the_rows(config):
     run = FinetuneRun(config(steps=None, epochs=2.0, packing=False), console=quiet_console())
-    assert run.settings.steps == 2 * 72 // 4
+    assert run.settings.steps == math.ceil(2 * len(run.dataset.train) / 4)
 
 
 def test_a_run_can_start_from_a_run_and_be_exported(config, tmp_path, model):
