@@ -91,7 +91,9 @@ def searches() -> dict[str, float]:
     """The variants whose rate is searched, and where the search starts."""
     found = {variant(_EVERYTHING, rank): 1.2e-2 for rank in (1, 4, 16)}
     found |= {variant(_SINKGD, 3, TOGETHER): 6e-3, CONTROL: FIXED_RATE, "adamw:b2=0.95": 3e-3}
+    found["muon"] = tuned_rate("demo", "muon")[0]
     for rank in RANKS:
+        found[f"lorapre_muon:rank={rank}"] = found["muon"]
         found[variant(_ADAM, rank)] = FIXED_RATE
         found[variant(_ADAM, rank, TOGETHER)] = FIXED_RATE
         found[variant(_SINKGD, rank, TOGETHER)] = 6e-3
@@ -100,9 +102,8 @@ def searches() -> dict[str, float]:
 
 
 def given() -> dict[str, float]:
-    """The variants whose rate is the example's own, searched before; LoRA-Pre Muon takes Muon's."""
-    found = {name: tuned_rate("demo", name)[0] for name in ("adamw", "muon", "sage_hybrid")}
-    return found | {f"lorapre_muon:rank={rank}": found["muon"] for rank in RANKS}
+    """The variants whose rate is the example's own, searched before."""
+    return {name: tuned_rate("demo", name)[0] for name in ("adamw", "sage_hybrid")}
 
 
 def shown() -> list[str]:
@@ -114,7 +115,7 @@ def shown() -> list[str]:
         ours = named.optimizer.startswith("lorapre_")
         return ours, named.optimizer, kind, named.options.get("rank", 0), key
 
-    return sorted([*given(), *searches()], key=place)
+    return sorted({**given(), **searches()}, key=place)
 
 
 def long_runs() -> list[str]:
@@ -142,7 +143,7 @@ def measure(cells: Cells, after: Callable[[], Any]) -> None:
         for damping in DAMPINGS:
             cells.loss(damped(variant(_ADAM, rank, TOGETHER), damping), FIXED_RATE, STEPS)
             muon = f"lorapre_muon:rank={rank}"
-            cells.loss(damped(muon, damping), given()[muon], STEPS)
+            cells.loss(damped(muon, damping), searches()[muon], STEPS)
     after()
     for key in long_runs():
         best = cells.best(key, STEPS)
@@ -193,8 +194,8 @@ def page(cells: Cells, facts: Mapping[str, Any]) -> str:
 The demo Llama (3.3 million parameters, tied table of 8192 x 192), {STEPS} steps of 2048 tokens, the same
 batches and start in every row, one seed; held-out perplexity, exp of the plain mean loss. Rates are searched on
 a grid of factor 2 with runs of full length; "edge": the best is at the end of the grid, a better rate may lie
-outside; "before": [the demo's rates](demo/rates.json), Muon's for LoRA-Pre Muon without `table r`; "not yet":
-one rate was run. {LONG} steps are at the rate found for {STEPS}; a dash is a run that has not been made.
+outside; "before": [the demo's rates](demo/rates.json); "not yet": one rate was run. {LONG} steps are at the rate found for {STEPS}; a dash is a run that has not
+been made.
 
 LoRA-Pre Adam and GaLore work on the matrices, at 0.25 of the rate of the table, which has AdamW (b2 = 0.95 in
 LoRA-Pre's rows; `AdamW b2=0.95 matrix x0.25` is the control: the same with full moments). LoRA-Pre SinkGD
@@ -294,7 +295,7 @@ def _starts(cells: Cells) -> list[list[str]]:
 def _dampings(cells: Cells) -> list[list[str]]:
     rules = {
         "Adam": (lambda rank: variant(_ADAM, rank, TOGETHER), lambda _: FIXED_RATE),
-        "Muon": (lambda rank: f"lorapre_muon:rank={rank}", lambda key: given()[key]),
+        "Muon": (lambda rank: f"lorapre_muon:rank={rank}", lambda key: searches()[key]),
     }
     lines = []
     for label, (key_of, rate_of) in rules.items():

@@ -10,6 +10,7 @@ TensorBoard files. Stopped by SIGTERM, Ctrl-C or a crash, the same command with 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import signal
 import sys
@@ -76,6 +77,8 @@ EXIT_CODES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     config = tyro.cli(TrainConfig, args=arguments, prog="python -m examples.llama.train")
+    # Orbax warns of what is meant: reading a folder without tidying it, a save that waits for the last.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         config = start_devices(config)
         console = Console(quiet=not is_main())
