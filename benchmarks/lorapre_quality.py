@@ -194,7 +194,8 @@ def page(cells: Cells, facts: Mapping[str, Any]) -> str:
 The demo Llama (3.3 million parameters, tied table of 8192 x 192), {STEPS} steps of 2048 tokens, the same
 batches and start in every row, one seed; held-out perplexity, exp of the plain mean loss. Rates are searched on
 a grid of factor 2 with runs of full length; "edge": the best is at the end of the grid, a better rate may lie
-outside; "before": [the demo's rates](demo/rates.json); "not yet": one rate was run. {LONG} steps are at the rate found for {STEPS}; a dash is a run that has not
+outside; "before": [the demo's rates](demo/rates.json); "not yet": one rate was run.
+{LONG} steps are at the rate found for {STEPS}; a dash is a run that has not
 been made.
 
 LoRA-Pre Adam and GaLore work on the matrices, at 0.25 of the rate of the table, which has AdamW (b2 = 0.95 in
