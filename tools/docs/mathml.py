@@ -31,15 +31,18 @@ def on_page_content(content, **arguments):
 def to_mathml(latex, display, page=""):
     """MathML of a formula as it stands in HTML, with ``&amp;`` for ``&``.
 
-    Several lines or an ``&`` make it an aligned array.
+    Several lines or an ``&`` make it an array of two columns that meet at the ``&``.
     """
     text = html.unescape(latex).strip()
     if display == "block" and ("&" in text or r"\\" in text) and r"\begin" not in text:
-        text = rf"\begin{{aligned}}{text}\end{{aligned}}"
+        text = rf"\begin{{array}}{{rl}}{text}\end{{array}}"
     try:
         found = convert(text, display=display)
     except Exception as error:
         raise RuntimeError(f"{page}: no MathML for {text!r}: {error}") from error
+    found = found.replace("<mtable", '<mtable displaystyle="true"')
+    # Browsers that know MathML Core only align by style.
+    found = re.sub(r'<mtd columnalign="(\w+)"', r'<mtd style="text-align: \1"', found)
     if "\\" in re.sub(r"<[^>]*>", "", html.unescape(found)):
         raise RuntimeError(f"{page}: a command is left in {text!r}: {found}")
     return found

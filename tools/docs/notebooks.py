@@ -19,7 +19,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import MarkdownExporter
 
-CODE = ("layout_optax", "sage_optax", "lorapre_optax", "examples")
+CODE = ("layout_optax", "sage_optax", "lorapre_optax")
 CELL_SECONDS = 600
 
 log = logging.getLogger("mkdocs.hooks.notebooks")
@@ -59,10 +59,10 @@ def executed(source, cache, root, code):
             client = NotebookClient(
                 notebook,
                 timeout=CELL_SECONDS,
+                startup_timeout=CELL_SECONDS,
                 kernel_name="python3",
                 resources={"metadata": {"path": folder}},
             )
-            client.create_kernel_manager().transport = "ipc"  # nobody else can listen
             client.execute()
     except CellExecutionError as error:
         raise PluginError(f"{source.name}: {error}") from error
