@@ -145,7 +145,8 @@ def settings_from_json(fields: dict[str, Any]) -> Settings:
 
     >>> from examples.llama.metrics import jsonable
     >>> from examples.llama.settings import TrainConfig, resolve
-    >>> settings = resolve(TrainConfig(optimizer="lorapre_adamw", bound=float("inf")))
+    >>> config = TrainConfig(optimizer="lorapre_adamw", learning_rate=1e-3, bound=float("inf"))
+    >>> settings = resolve(config)
     >>> settings_from_json(jsonable(settings)) == settings
     True
     """
