@@ -388,11 +388,23 @@ def findings(cells: Mapping[str, Any]) -> list[str]:
     apart = max(paper["interval_95"][0], good["interval_95"][0]) > lora["interval_95"][1]
     order = "above" if ours > lora["correct"] else "not above"
     certain = "the intervals are apart" if apart else "the intervals overlap or touch"
-    return [
+    losses = {label: cell["loss"] for label, cell in cells.items() if cell.get("loss") is not None}
+    ranked = ", ".join(f"{x} ({losses[x]:.3f})" for x in sorted(losses, key=losses.__getitem__))
+    highest = max(c["exact_match"]["accuracy"] for c in cells.values() if "exact_match" in c)
+    said = [
         f"The paper finds LoRA-Pre at rank 8 above LoRA at rank 8 (GSM8K, 7B and 8B). Here LoRA-Pre Adam "
         f"solves {paper['correct']} problems with the paper's options, {good['correct']} with the recommended, "
-        f"LoRA {lora['correct']}, of {lora['problems']}: {order}, and {certain}."
+        f"LoRA {lora['correct']}, of {lora['problems']}: {order}, and {certain}. By held-out loss the order "
+        f"of all methods is {ranked}."
     ]
+    if highest < 0.25:
+        said += [
+            "",
+            f"Exact match is at most {100 * highest:.0f} %: so short a run of so small a model learns the form "
+            "of an answer and little of the sums, and the held-out loss tells the methods apart better. The "
+            "experiment says nothing about 7B models.",
+        ]
+    return said
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def test_page_of_the_methods():
     assert "| GaLore r=8 | missing |" in text
     assert "40 problems with the paper's options, 60 with the recommended" in text
     assert "above, and the intervals are apart" in text
+    assert "Exact match is at most" not in text
     cells["LoRA r=8"] = cell(65, [0.55, 0.74])
     assert "not above, and the intervals overlap" in finetuning.page(data)
 
