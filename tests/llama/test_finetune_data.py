@@ -223,7 +223,6 @@ def chat(tmp_path, template=CHAT):
 
 
 def test_chat_learns_every_turn_of_the_assistant(tmp_path):
-    pytest.importorskip("jinja2")
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     messages = [{"role": role, "content": text} for role, text in turns]
     parts = chat(tmp_path)({"messages": messages})
@@ -237,7 +236,6 @@ def test_chat_learns_every_turn_of_the_assistant(tmp_path):
 
 
 def test_chat_that_does_not_fit(tmp_path):
-    pytest.importorskip("jinja2")
     with pytest.raises(DataError, match="refuses the record: no role tool"):
         chat(tmp_path)({"messages": [{"role": "tool", "content": "x"}]})
     with pytest.raises(DataError, match="no list of turns"):
