@@ -40,7 +40,7 @@ demo: $(READY) ## Train a small Llama with AdamW, Lion-Hybrid and SAGE-Hybrid on
 demo-distributed: $(READY) ## Train the demo in two processes of four simulated devices; compare with one process
 	@$(BIN)/python -m examples.llama.demo_distributed $(ARGS)
 
-test: $(READY) ## Run all tests: formulas, golden vectors, properties, the example (<= 10 minutes)
+test: $(READY) ## Run all tests: formulas, golden vectors, properties, meshes, faults, the example (about a quarter of an hour)
 	@echo "== Running all tests on Python $(VERSION)"
 	@$(BIN)/python -m pytest -n auto -q $(ARGS)
 
