@@ -230,7 +230,7 @@ LoRA-Pre SinkGD with the other three options, at the rate found with the gradien
 ## Damping
 
 Relative damping of the r x r systems ({STEPS} steps). LoRA-Pre Adam with all four options
-at {FIXED_RATE:g}, LoRA-Pre Muon with AdamW on the table at Muon's rate:
+at {FIXED_RATE:g}, LoRA-Pre Muon with AdamW on the table at its best rate:
 
 {table(["optimizer, damping", *ranks], _dampings(cells))}
 """
