@@ -167,7 +167,8 @@ def test_without_checkpoints_ctrl_c_still_ends_after_the_step_and_sigterm_is_not
     finally:
         del run.program.step
     assert not any(caught)
-    before = signal.getsignal(signal.SIGINT)  # ignored, where a shell started the tests in the background
+    # Ignored, where a shell started the tests in the background.
+    before = signal.getsignal(signal.SIGINT)
     summary = stop_after(make_run(tmp_path / "b", checkpoint_every=0), 3, signal.SIGINT)
     assert (summary.status, summary.message) == ("interrupted", "Interrupted after step 3.")
     assert signal.getsignal(signal.SIGINT) is before
