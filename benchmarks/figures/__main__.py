@@ -93,8 +93,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 The numbers behind the pictures of [SAGE](../sage.md), [SinkGD](../sinkgd.md) and
 [LoRA-Pre](../lorapre_explained.md): the demo Llama (hidden size 192) trained for {steps} steps, once with
-SAGE-Hybrid (rate {results["learning_rate"]:g}), once with AdamW. Gradients are clipped, as optimizers
-see them.
+SAGE-Hybrid (rate {results["learning_rate"]:g}), once with AdamW. Gradients are clipped, as optimizers see them.
 
 {describe_circumstances(results["circumstances"])}
 

@@ -101,7 +101,7 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
         panel.plot(results["steps"], middle, color=BLUE, label="median of columns")
         panel.plot(results["steps"], least, color=RED, linewidth=1, label="smallest")
         finish(panel, f"Damper H: {title}", "step", "H", ylim=(0, 1.05))
-        panel.legend(fontsize=9, loc="lower right")
+        panel.legend(fontsize=9, loc="lower right" if least[-1] > 0.3 else "center right")
     panel = axes[2]
     for role, colour in (("vector", ORANGE), ("embedding", BLUE)):
         columns = results["columns"][role]

@@ -124,5 +124,5 @@ def summary(results: Mapping[str, Any]) -> list[list[str]]:
         middles = [
             np.median(np.array(results["ranks"][name][str(share)])[half:, 1]) for share in SHARES
         ]
-        rows.append([words, *(f"{value:.0f}" for value in middles)])
+        rows.append([words.replace("|", r"\|"), *(f"{value:.0f}" for value in middles)])
     return rows
