@@ -66,8 +66,8 @@ that operations read and write by XLA's cost analysis, a parameter: loops with a
 rounds are unrolled for it, bodies of other loops count once, and what a library fusion of XLA:CPU
 writes and reads inside does not count. AdamW in float32 needs 28: parameter, gradient and two
 moments are read, three of them written; XLA:CPU reads what its fusions do not share once more. Fusions
-and library calls (LAPACK, matrix products, XLA:CPU's own library) are those of the compiled program. GaLore's row is that of unstacked layers, which it
-needs: its largest parameter is a table.
+and library calls (LAPACK, matrix products, XLA:CPU's own library) are those of the compiled program. GaLore's
+row is that of unstacked layers, which it needs: its largest parameter is a table.
 
 {describe_circumstances(content["circumstances"])}
 """
