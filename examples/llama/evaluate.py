@@ -20,6 +20,7 @@ import tyro
 from rich.console import Console
 
 from examples.llama.answers import AnswerKind, find_answer, same_answer, wilson_interval
+from examples.llama.checkpoints import quiet_orbax
 from examples.llama.documents import DataError
 from examples.llama.finetune import template_of
 from examples.llama.generate import GREEDY, Generator, Sampling, round_up
@@ -265,6 +266,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m examples.llama.evaluate")
+    quiet_orbax()
     try:
         summary = run(config)
     except (ValueError, FileNotFoundError) as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from examples.llama.checkpoints import quiet_orbax
 from examples.llama.hf_write import TOKENIZER_FILES, Dtype, save_folder
 from examples.llama.loading import Model, load_model
 
@@ -82,6 +83,7 @@ def _name_stop_tokens(path: Path, model: Model) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     config = tyro.cli(ExportConfig, args=arguments, prog="python -m examples.llama.export")
+    quiet_orbax()
     try:
         written = export(config)
     except (ValueError, FileNotFoundError, FileExistsError) as error:

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from examples.llama.adapters import TARGETS, AdapterSpec
 from examples.llama.checkpoint_config import CheckpointConfig
+from examples.llama.checkpoints import quiet_orbax
 from examples.llama.distributed import ClusterConfig, abort, agree, finish, start_devices
 from examples.llama.finetune_data import (
     InstructionData,
@@ -325,6 +326,7 @@ def instruction_data(config: FinetuneConfig, model: Model) -> InstructionData:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     config = tyro.cli(FinetuneConfig, args=arguments, prog="python -m examples.llama.finetune")
+    quiet_orbax()
     console, errors = Console(), Console(stderr=True)
     run, problem = None, None
     try:

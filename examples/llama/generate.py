@@ -25,6 +25,7 @@ import tyro
 from rich.console import Console
 
 from examples.llama.blocks import KVCache
+from examples.llama.checkpoints import quiet_orbax
 from examples.llama.model import Params, apply
 
 USAGE_EXIT = 2
@@ -301,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from examples.llama.loading import load_model  # imports the checkpoint library
 
     config = tyro.cli(GenerateConfig, args=arguments, prog="python -m examples.llama.generate")
+    quiet_orbax()
     console = Console()
     try:
         sampling = Sampling(config.temperature, config.top_p, config.seed)

@@ -10,7 +10,6 @@ TensorBoard files. Stopped by SIGTERM, Ctrl-C or a crash, the same command with 
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import signal
 import sys
@@ -32,6 +31,7 @@ from examples.llama.checkpoints import (
     SaveError,
     SchemaError,
     checkpoint_steps,
+    quiet_orbax,
 )
 from examples.llama.data import Dataset, heldout_batches, prepare_data, train_iterator
 from examples.llama.distributed import abort, agree, finish, is_main, start_devices
@@ -77,8 +77,7 @@ EXIT_CODES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     config = tyro.cli(TrainConfig, args=arguments, prog="python -m examples.llama.train")
-    # Orbax warns of what is meant: reading a folder without tidying it, a save that waits for the last.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    quiet_orbax()
     try:
         config = start_devices(config)
         console = Console(quiet=not is_main())
