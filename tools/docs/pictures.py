@@ -10,4 +10,4 @@ _PICTURE = re.compile(r'(?<!">)<img [^>]*?src="([^"]+)"[^>]*>')
 
 def on_page_content(content, **_):
     """Wraps the pictures that are not in a link already."""
-    return _PICTURE.sub(r'<a href="\1">\g<0></a>', content)
+    return _PICTURE.sub(r'<a class="picture" href="\1">\g<0></a>', content)
