@@ -33,7 +33,8 @@ def page(content: dict[str, Any]) -> str:
 `update` and `apply_updates` on a Llama's parameters, jitted, parameters and state donated; and the
 trainer's whole step. Each time is compared with `optax.adamw` on the same tree (stacked layers, but
 unstacked ones for GaLore, which needs them), in turns in one process; the ratio is the median of
-the pairs' ratios, beside it their quartiles. AdamW against itself shows the noise. Compile time:
+the pairs' ratios, beside it their quartiles. AdamW against itself shows the noise. Rows
+are kept from run to run, so that they may be of several runs; each has the load of its own. Compile time:
 tracing, lowering and compiling, median ratio of pairs. Rows with a rank use the preset's published
 one (60M: 128, 350M: 256), in the demo a quarter of the width. GaLore takes new projections (an SVD
 of every matrix) once in 200 steps: that step is not in the ratio, its time stands below the table.

@@ -50,7 +50,7 @@ def test_muon_on_whole_matrices_moves_each_shard_four_times(kind):
 @pytest.mark.parametrize("kind", grid.KINDS)
 @pytest.mark.parametrize("name", ["scale_by_sinkhorn", "scale_by_lorapre_adam"])
 def test_every_kind_of_parameter(name, kind):
-    """The grid's parameters, sixteen times as wide: less than a tenth of them moves."""
+    """The grid's parameters, sixteen times as wide: a small share of them moves."""
     tx, paths, mesh = grid.DIRECTIONS[name](), grid.square_paths(), grid.mesh_of(kind)
     placed = grid.shardings(paths, mesh)
 
@@ -65,7 +65,8 @@ def test_every_kind_of_parameter(name, kind):
     state = jax.tree.map(place, jax.eval_shape(tx.init, plain), shardings)
     step = jax.jit(tx.update, out_shardings=(placed, shardings), compiler_options=grid.quick())
     total = sum(x.size for x in plain.values())
-    assert 0 < moved(step.lower(params, state, params).compile().as_text()) <= 0.1 * total
+    share = {"explicit": 0.04, "auto": 0.07}[kind]
+    assert 0 < moved(step.lower(params, state, params).compile().as_text()) <= share * total
 
 
 def test_the_benchmark_writes_its_page(tmp_path):
