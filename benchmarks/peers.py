@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import sage_optax
@@ -60,7 +61,62 @@ def fira(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransfo
     return baselines.fira(learning_rate, **given)
 
 
+def products(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
+    """What LoRA-Pre Adam cannot do without, and nothing else: no optimizer, but a floor to time.
+
+    Of every matrix and both moments the gradient times one factor, the other factor times the gradient, and
+    the product of the factors: 12 r operations an entry at rank r. AdamW on the rest.
+
+    >>> import jax.numpy as jnp
+    >>> tx = products(1e-2, OptimizerOptions(rank=2))
+    >>> params = {"up": {"kernel": jnp.ones((8, 6))}}
+    >>> jax.tree.map(jnp.shape, tx.update(params, tx.init(params), params)[0])
+    {'up': {'kernel': (8, 6)}}
+    """
+    rank = 1 if options.rank is None else options.rank
+
+    def init(params: Any) -> Any:
+        def factors(leaf: jax.Array) -> Any:
+            *batch, rows, columns = leaf.shape
+            pair = jnp.ones((*batch, rows, rank)), jnp.ones((*batch, rank, columns))
+            return (pair, pair)
+
+        return jax.tree.map(factors, params)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+
+        def step(g: jax.Array, pairs: Any) -> Any:
+            pairs = [(g @ right.mT, left.mT @ g) for left, right in pairs]
+            first, second = (left @ right for left, right in pairs)
+            return first / (1 + jnp.abs(second)), tuple(pairs)
+
+        leaves, tree = jax.tree.flatten(updates)
+        steps = [step(*both) for both in zip(leaves, tree.flatten_up_to(state), strict=True)]
+        return tuple(tree.unflatten(part) for part in zip(*steps, strict=True))
+
+    adam = optax.scale_by_adam()
+    rules: dict[Hashable, optax.GradientTransformation] = {
+        "table": adam,
+        "vector": adam,
+        "matrix": optax.GradientTransformation(init, update),
+    }
+    return optax.chain(
+        optax.partition(rules, _table_matrix_or_vector),
+        optax.add_decayed_weights(options.weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
 PEERS = {
+    "products": OptimizerEntry(
+        "LoRA-Pre Adam's products alone",
+        products,
+        state="two pairs of factors a matrix, two moments for the rest",
+        description="No optimizer: the matrix products that LoRA-Pre Adam takes, to time.",
+        options=("rank",),
+        has_rank=True,
+    ),
     "apollo": OptimizerEntry(
         "APOLLO",
         apollo,

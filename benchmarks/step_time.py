@@ -5,7 +5,8 @@
 
 Every time is a ratio to `optax.adamw` on the same tree, taken in turns in one process. Measured cells are
 kept in step_time.json; started again it goes on, and `--again` measures the named optimizers anew. A cell that
-does not fit in the memory there is is left out with a line that says so.
+does not fit in the memory there is is left out with a line that says so. Freed memory stays with the process,
+as in the trainer; `--allocator default` leaves it to the C library.
 """
 
 from __future__ import annotations
@@ -24,18 +25,22 @@ import jax
 import numpy as np
 
 from benchmarks.common import Paired, circumstances
+from benchmarks.peers import register_peers
 from benchmarks.step_time_page import page, plot
 from benchmarks.updates import VARIANTS, Store, Update, compile_ratio, device_name, random_tree
+from examples.llama.host_memory import keep_freed_memory
 from examples.llama.program import Program
 from examples.llama.settings import TrainConfig, resolve
 from examples.llama.timing import paired_step_times
 from examples.llama.variants import parse_variant
 
-KEYS = ("kind", "preset", "dtype", "variant", "device")
+KEYS = ("kind", "preset", "dtype", "variant", "device", "allocator")
 PAIRS = 20
 
 
-def measure_update(preset: str, dtype: str, key: str, pairs: int, compiles: int) -> dict[str, Any]:
+def measure_update(
+    preset: str, dtype: str, key: str, allocator: str, pairs: int, compiles: int
+) -> dict[str, Any]:
     """Times one optimizer's update and apply beside AdamW's.
 
     Both step the same parameters in turn, so that one copy of them is enough; states are their own.
@@ -69,7 +74,7 @@ def measure_update(preset: str, dtype: str, key: str, pairs: int, compiles: int)
             elif which == 0:
                 first = elapsed
     return {
-        **_names("update", preset, dtype, key),
+        **_names("update", preset, dtype, key, allocator),
         "label": update.label,
         "rank": update.rank,
         "scan_layers": update.scan_layers,
@@ -86,7 +91,9 @@ def measure_update(preset: str, dtype: str, key: str, pairs: int, compiles: int)
     }
 
 
-def measure_training(preset: str, dtype: str, key: str, pairs: int) -> dict[str, Any]:
+def measure_training(
+    preset: str, dtype: str, key: str, allocator: str, pairs: int
+) -> dict[str, Any]:
     """Times the trainer's whole step (gradients, clipping, update) beside AdamW's, and tokens a second.
 
     The dtype is that of the matrix products; the trainer's parameters are float32.
@@ -117,7 +124,7 @@ def measure_training(preset: str, dtype: str, key: str, pairs: int) -> dict[str,
     found = paired_step_times(programs[0], programs[1], batches, pairs)
     timed = Paired(found.seconds, found.reference_seconds).summary()
     return {
-        **_names("train", preset, dtype, key),
+        **_names("train", preset, dtype, key, allocator),
         "label": variant.label,
         "rank": settings.options.rank,
         "scan_layers": settings.scan_layers,
@@ -164,8 +171,8 @@ def _bytes(update: Update) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(update.params))
 
 
-def _names(kind: str, preset: str, dtype: str, key: str) -> dict[str, Any]:
-    names = (kind, preset, dtype, key, device_name())
+def _names(kind: str, preset: str, dtype: str, key: str, allocator: str) -> dict[str, Any]:
+    names = (kind, preset, dtype, key, device_name(), allocator)
     return dict(zip(KEYS, names, strict=True))
 
 
@@ -182,11 +189,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--optimizers", default=",".join(VARIANTS))
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--compiles", type=int, default=3, help="pairs of compilations")
+    parser.add_argument(
+        "--allocator",
+        choices=("keep", "default"),
+        default="keep",
+        help="what becomes of freed memory",
+    )
     parser.add_argument("--again", default="", help="optimizers to measure anew")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/results"))
     options = parser.parse_args(arguments)
     given = sys.argv[1:] if arguments is None else list(arguments)
     command = shlex.join(["python", "-m", "benchmarks.step_time", *given])
+    register_peers()
+    if options.allocator == "keep":
+        keep_freed_memory()
     store = Store(options.out / "step_time.json", KEYS)
     again = options.again.split(",")
     wanted = [("update", name) for name in filter(None, options.presets.split(","))]
@@ -194,14 +210,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind, preset in wanted:
         for dtype in options.dtypes.split(","):
             for key in options.optimizers.split(","):
-                known = store.find(**_names(kind, preset, dtype, key))
+                where = (preset, dtype, key, options.allocator)
+                known = store.find(**_names(kind, *where))
                 if known is not None and key not in again:
                     continue
                 try:
                     if kind == "update":
-                        cell = measure_update(preset, dtype, key, options.pairs, options.compiles)
+                        cell = measure_update(*where, options.pairs, options.compiles)
                     else:
-                        cell = measure_training(preset, dtype, key, options.pairs)
+                        cell = measure_training(*where, options.pairs)
                 except MemoryError as error:
                     print(f"{kind} {preset} {dtype} {key}: left out, {error}", flush=True)
                     continue

@@ -43,17 +43,30 @@ Aims, on a CPU: SAGE-Hybrid at most {TARGETS["sage_hybrid"]}, LoRA-Pre Adam at r
 
 {describe_circumstances(content["circumstances"])}
 
-Pages that the system hands out anew during a step stand beside the times: XLA:CPU takes a
-program's temporaries from the system at every call and gives them back, and AdamW has none. A rule
-that reads the old momentum for its direction, as Lion and SAGE do, gets a copy of every donated
-momentum before it is overwritten (the copies are in the compiled program); Sinkhorn's passes and
-Newton-Schulz have temporaries of their own ([memory](memory.md)).
+Freed memory stays with the process, as in the trainer (`examples/llama/host_memory.py`); tables that say
+"default allocator" leave it to glibc, which gives large blocks back, so that every step faults in pages for its
+temporaries. AdamW has none and does not notice.
+
+What is above its aim, and why:
+
+* **SAGE-Hybrid, tables.** Lion and SAGE read the old momentum for the direction. XLA:CPU writes one
+  result a loop, so direction and momentum are two loops, and the donated momentum is copied before the
+  second overwrites it: 9 arrays are read or written where one loop with two results, as on accelerators,
+  needs 5. AdamW moves 10 on XLA:CPU. The means of SAGE's damper read the gradient once more.
+* **SAGE-Hybrid, matrices.** Sinkhorn reads the gradient twice for its range, writes the squares once and
+  reads them ten times (five iterations). Taking row norms and column sums from one read, block by block,
+  would halve these reads on a CPU but is a chain of small kernels on an accelerator; not done.
+* **LoRA-Pre.** "Products alone" are the matrix products it cannot do without, 12 r operations an entry at
+  rank r for both moments, against AdamW's dozen. A step of the model itself takes six operations an
+  entry and token, so in training they fade with the number of tokens a step.
+* **Compilation.** Nearly all is XLA:CPU's code generation, about a tenth of a second for each leaf with a
+  Sinkhorn loop. It is paid once, beside that of the model's own step (the trainer's tables).
 
 ![ratios](step_time.png)
 """
     ]
     for group, cells in _groups(content):
-        kind, preset, dtype, device = group
+        kind, preset, dtype, device, allocator = group
         rows = []
         for cell in cells:
             timed = cell["time"]
@@ -81,6 +94,7 @@ Newton-Schulz have temporaries of their own ([memory](memory.md)).
         else:
             header.insert(8, "page faults, thousands")
         title = "update and apply" if kind == "update" else "the trainer's step"
+        title += ", default allocator" if allocator == "default" else ""
         parts.append(f"## {preset}, {dtype}, {title}, {device}\n\n{table(header, rows)}\n")
         galore = [cell for cell in cells if cell["variant"].startswith("galore")]
         if kind == "update" and galore:
@@ -94,11 +108,11 @@ Newton-Schulz have temporaries of their own ([memory](memory.md)).
 
 def plot(content: dict[str, Any], path: pathlib.Path) -> None:
     """Draws every ratio as a bar with the quartiles of its pairs, a panel a table."""
-    groups = _groups(content)
+    groups = [group for group in _groups(content) if group[0][-1] == "keep"]
     figure, axes = plt.subplots(
         1, len(groups), figsize=(4.2 * len(groups) + 1.5, 5.2), sharey=False, squeeze=False
     )
-    for axis, ((kind, preset, dtype, device), cells) in zip(axes[0], groups, strict=True):
+    for axis, ((kind, preset, dtype, device, _), cells) in zip(axes[0], groups, strict=True):
         ratios = [cell["time"]["ratio"] for cell in cells]
         spread = [
             [
@@ -128,18 +142,18 @@ def plot(content: dict[str, Any], path: pathlib.Path) -> None:
 
 def _groups(content: dict[str, Any]) -> list[tuple[tuple[str, ...], list[dict[str, Any]]]]:
     """Cells of one table together, in the order of `VARIANTS`."""
-    keys = dict.fromkeys(
-        (cell["kind"], cell["preset"], cell["dtype"], cell["device"]) for cell in content["cells"]
-    )
+    keys = dict.fromkeys(_group(cell) for cell in content["cells"])
     found = []
-    for key in sorted(keys, key=lambda key: (key[3], key[0] == "train", key[1], key[2])):
-        cells = [
-            cell
-            for cell in content["cells"]
-            if (cell["kind"], cell["preset"], cell["dtype"], cell["device"]) == key
-        ]
+    for key in sorted(
+        keys, key=lambda key: (key[4] != "keep", key[3], key[0] == "train", *key[1:3])
+    ):
+        cells = [cell for cell in content["cells"] if _group(cell) == key]
         found.append((key, sorted(cells, key=lambda cell: _place(cell["variant"], VARIANTS))))
     return found
+
+
+def _group(cell: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(cell[key] for key in ("kind", "preset", "dtype", "device", "allocator"))
 
 
 def _place(key: str, order: Sequence[str]) -> int:

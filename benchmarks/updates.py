@@ -42,8 +42,9 @@ VARIANTS = (
     "lorapre_sinkgd",
     "lorapre_muon",
     "lorapre_lion",
+    "products",
 )
-"""What is measured by default; AdamW against itself shows the noise."""
+"""What is measured by default; AdamW against itself shows the noise, `products` LoRA-Pre Adam's floor."""
 
 
 class Update:
@@ -102,15 +103,18 @@ class Update:
         updates, state = self.tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    def compile(self) -> tuple[Any, float]:
+    def compile(self, options: dict[str, str | bool] | None = None) -> tuple[Any, float]:
         """The compiled function, parameters and state donated, and the seconds that it took.
 
         Tracing, lowering and compiling start from nothing at every call.
+
+        Args:
+            options: XLA's, beside those of the environment.
         """
         # A new function, or jit would find the trace of the last one.
         jitted = jax.jit(lambda *args: self.function(*args), donate_argnums=(0, 1))
         started = time.perf_counter()
-        compiled = jitted.lower(self.params, self.state, self.params).compile()
+        compiled = jitted.lower(self.params, self.state, self.params).compile(options)
         return compiled, time.perf_counter() - started
 
 

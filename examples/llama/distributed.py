@@ -16,6 +16,8 @@ import tyro
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from examples.llama.host_memory import keep_freed_memory
+
 HEARTBEAT_SECONDS = 20
 """A process that has not been heard of for so long is dead, and the others end."""
 
@@ -55,6 +57,8 @@ Config = TypeVar("Config", bound=DeviceConfig)
 def start_devices(config: Config) -> Config:
     """Brings up the devices that a configuration asks for; to be called before JAX computes anything.
 
+    Memory that is freed stays with the process (`host_memory`).
+
     Returns:
         The configuration; several processes get a mesh if none was asked for.
 
@@ -62,6 +66,7 @@ def start_devices(config: Config) -> Config:
         ValueError: The options contradict each other, it is too late, or the cluster was not found.
         RuntimeError: The other processes were not found in time.
     """
+    keep_freed_memory()
     cluster = config if isinstance(config, ClusterConfig) else ClusterConfig()
     several = _check(cluster)
     if config.simulate_devices is not None:

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from benchmarks import memory, step_time
+from benchmarks.peers import register_peers
 from benchmarks.updates import Store, Update, operations, random_tree
+from examples.llama.optimizers import OPTIMIZERS
 
 
 def test_an_update_is_the_optimizers():
@@ -70,6 +72,22 @@ def test_memory_refuses_what_does_not_fit():
         step_time.check_memory(2**50)
 
 
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr("examples.llama.optimizers.OPTIMIZERS", dict(OPTIMIZERS))
+    register_peers()
+
+
+@pytest.mark.usefixtures("registry")
+def test_the_floor_takes_three_products_a_moment():
+    """Two operations an entry and rank each, on the matrices; counted by XLA."""
+    update = Update("demo", "products:rank=16")
+    flops = update.compile()[0].cost_analysis()["flops"]
+    matrices = update.parameter_count - 8192 * 192 - 9 * 192
+    assert 12 * 16 * matrices < flops < 12 * 16 * matrices + 40 * update.parameter_count
+
+
+@pytest.mark.usefixtures("registry")
 def test_both_benchmarks_write_their_pages_and_go_on(tmp_path, capsys, monkeypatch):
     arguments = ["--presets", "demo", "--optimizers", "adamw", "--out", str(tmp_path)]
     times = [*arguments, "--train", "", "--pairs", "2", "--compiles", "1"]
@@ -85,6 +103,7 @@ def test_both_benchmarks_write_their_pages_and_go_on(tmp_path, capsys, monkeypat
     assert counted["state_bytes"] == 8 * counted["parameters"] + 4
     assert counted["aliased_bytes"] >= 12 * counted["parameters"]  # parameters and state donated
     assert counted["bytes_accessed"] >= 28 * counted["parameters"]
+    assert counted["temporary_bytes_least"] <= counted["temporary_bytes"]
     assert "| AdamW | - | 25.51 MiB |" in (tmp_path / "memory.md").read_text()
 
     def never(*args):
