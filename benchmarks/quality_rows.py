@@ -54,6 +54,8 @@ ROWS = (
     QualityRow("fira:rank=16", 1e-2),
     QualityRow("sage", 1e-3),
     QualityRow("sinkgd", 2e-2),
+    QualityRow("sage_hybrid:matrix_rate=0.25", 4e-3),
+    QualityRow("lion_hybrid:matrix_rate=0.25", 4e-3),
 )
 
 DAMPERS = ("both", "ema", "none")
