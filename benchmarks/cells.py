@@ -16,8 +16,8 @@ from examples.llama.data import Dataset, prepare_data
 from examples.llama.metrics import jsonable, read_json, read_metrics, write_json
 from examples.llama.presets import LlamaConfig
 from examples.llama.program import Program
-from examples.llama.settings import TrainConfig, data_config, resolve
 from examples.llama.train import Run
+from examples.llama.train_config import TrainConfig, data_config, resolve
 from examples.llama.variants import Variant, parse_variant
 
 _ANY_RATE = 1e-2

@@ -31,8 +31,8 @@ from examples.llama.data import Dataset, prepare_data, train_iterator
 from examples.llama.loss import next_token_loss
 from examples.llama.model import apply, create
 from examples.llama.presets import LlamaConfig
-from examples.llama.settings import TrainConfig, data_config, resolve
 from examples.llama.step import accumulated_gradients, warmup_cosine
+from examples.llama.train_config import TrainConfig, data_config, resolve
 from layout_optax import ParamLayout, infer_layout
 from lorapre_optax import LowRankState, lorapre_metrics, low_rank_ema, low_rank_trace
 

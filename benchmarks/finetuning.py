@@ -37,9 +37,9 @@ from examples.llama.instructions import prompt_template
 from examples.llama.loading import Model, load_model
 from examples.llama.metrics import read_json, write_json
 from examples.llama.presets import LlamaConfig
-from examples.llama.settings import TrainConfig
 from examples.llama.tokenizer import BOS, EOS
 from examples.llama.train import Run
+from examples.llama.train_config import TrainConfig
 from examples.llama.tuning import search_rate
 
 MODEL = LlamaConfig(

@@ -21,7 +21,7 @@ from examples.llama.finetune import FinetuneConfig, trainer_config, tuned
 from examples.llama.finetune_program import FinetuneProgram
 from examples.llama.metrics import read_json, write_json
 from examples.llama.presets import LlamaConfig, preset
-from examples.llama.settings import resolve
+from examples.llama.train_config import resolve
 
 METHODS = ("adamw", "lorapre_adamw", "sage_hybrid", "lora")
 SETTING = {"preset": "llama3.1_8b", "devices": 8, "rows": 8, "seq_len": 512, "rank": 8}

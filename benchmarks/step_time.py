@@ -26,11 +26,11 @@ import numpy as np
 
 from benchmarks.common import Paired, circumstances
 from benchmarks.peers import register_peers
+from benchmarks.programs import trainer_settings
 from benchmarks.step_time_page import page, plot
 from benchmarks.updates import VARIANTS, Store, Update, compile_ratio, device_name, random_tree
 from examples.llama.host_memory import keep_freed_memory
 from examples.llama.program import Program
-from examples.llama.settings import TrainConfig, resolve
 from examples.llama.timing import paired_step_times
 from examples.llama.variants import parse_variant
 
@@ -99,21 +99,9 @@ def measure_training(
     The dtype is that of the matrix products; the trainer's parameters are float32.
     """
     variant = parse_variant(key)
-    optimizers: tuple[dict[str, Any], ...] = (variant.fields(), {"optimizer": "adamw"})
     programs = [
-        Program(
-            resolve(
-                TrainConfig(
-                    preset=preset,
-                    **fields,
-                    learning_rate=1e-5,
-                    compute_dtype="bfloat16" if dtype == "bfloat16" else "float32",
-                    statistics_every=0,
-                    out=pathlib.Path("unused"),
-                )
-            )
-        )
-        for fields in optimizers
+        Program(trainer_settings(preset, optimizer, compute_dtype=dtype))
+        for optimizer in (key, "adamw")
     ]
     settings = programs[0].settings
     rng = np.random.default_rng(0)

@@ -21,7 +21,7 @@ from examples.llama.model import abstract
 from examples.llama.optimizer_options import OptimizerOptions
 from examples.llama.optimizers import make_optimizer, optimizer_entry
 from examples.llama.presets import preset
-from examples.llama.settings import RANKS, parse_rates
+from examples.llama.settings import default_rank, parse_rates
 from examples.llama.variants import Variant, parse_variant
 from layout_optax.memory import tree_bytes
 from layout_optax.roles import ROLES
@@ -74,9 +74,11 @@ class Update:
         self.scan_layers = not entry.needs_unscanned if scan_layers is None else scan_layers
         self.rank = variant.options.get("rank") if entry.has_rank else None
         if entry.has_rank and self.rank is None:
-            self.rank = RANKS.get(preset_name, max(1, model.hidden_size // 4))
+            self.rank = default_rank(preset_name, model)
         self.label = variant.label
-        self.tx = make_optimizer(variant.optimizer, RATE, _options(variant, self.rank))
+        self.tx = make_optimizer(
+            variant.optimizer, RATE, variant_options(variant, self.rank, DECAY)
+        )
         self.params = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)),
             abstract(model, scan_layers=self.scan_layers),
@@ -118,14 +120,20 @@ class Update:
         return compiled, time.perf_counter() - started
 
 
-def _options(variant: Variant, rank: int | None) -> OptimizerOptions:
+def variant_options(variant: Variant, rank: int | None, weight_decay: float) -> OptimizerOptions:
+    """The settings of a variant.
+
+    >>> from examples.llama.variants import parse_variant
+    >>> variant_options(parse_variant("adamw:matrix_rate=0.25"), None, 0.1).role_multipliers
+    {'matrix': 0.25}
+    """
     fields = variant.fields()
     del fields["optimizer"]
     if rank is not None:
         fields["rank"] = rank
     if "role_multipliers" in fields:
         fields["role_multipliers"] = parse_rates(fields["role_multipliers"], ROLES, "role")
-    return OptimizerOptions(weight_decay=DECAY, **fields)
+    return OptimizerOptions(weight_decay=weight_decay, **fields)
 
 
 def random_tree(shapes: Any, size: float, seed: int = 0) -> Any:

@@ -24,7 +24,7 @@ from benchmarks.figures import cosine, damper, sinkhorn, spectrum
 from benchmarks.figures.observe import steps_of
 from examples.llama.data import Dataset
 from examples.llama.presets import LlamaConfig
-from examples.llama.settings import TrainConfig
+from examples.llama.train_config import TrainConfig
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""From packed tokens to batches: windows, the training iterator, held-out batches, and checks."""
+"""From packed tokens to batches: windows, the training iterator, and held-out batches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import grain
 import numpy as np
 
+from examples.llama.batch_checks import check_batch, check_seed
 from examples.llama.documents import DataError
 
 if TYPE_CHECKING:
@@ -131,45 +132,6 @@ def heldout_batches(
     ]
 
 
-def check_batch(
-    batch_size: int, *, processes: int = 1, devices: int = 1, accumulate: int = 1
-) -> None:
-    """Checks that a batch divides into what has to be equal parts.
-
-    Args:
-        batch_size: Sequences of one optimizer step, over all processes.
-        processes: Number of processes that read data.
-        devices: Number of devices, over all processes, that the sequences are spread over.
-        accumulate: Number of parts whose gradients are added up for one step.
-
-    Raises:
-        DataError: If a number is below 1 or the batch does not divide.
-
-    >>> check_batch(8, devices=4, accumulate=2)
-    >>> check_batch(8, devices=3)
-    Traceback (most recent call last):
-        ...
-    examples.llama.documents.DataError: 8 sequences do not divide over 3 devices.
-    """
-    numbers = {"batch_size": batch_size, "processes": processes, "devices": devices}
-    for name, number in (numbers | {"accumulate": accumulate}).items():
-        if number < 1:
-            raise DataError(f"{name} must be at least 1, got {number}.")
-    if batch_size % accumulate:
-        raise DataError(
-            f"A batch of {batch_size} sequences does not divide into {accumulate} accumulation "
-            "steps."
-        )
-    rows = batch_size // accumulate
-    after = f" (a batch of {batch_size} in {accumulate} accumulation steps)"
-    for name, number in (("processes", processes), ("devices", devices)):
-        if rows % number:
-            raise DataError(
-                f"{rows} sequences{after if accumulate > 1 else ''} do not divide over {number} "
-                f"{name}."
-            )
-
-
 def _checked_source(
     tokens: np.ndarray,
     side: str,
@@ -189,9 +151,3 @@ def _checked_source(
             f"at least {batch_size * seq_len + 1} tokens, it has {len(tokens)}."
         )
     return source
-
-
-def check_seed(seed: int) -> None:
-    """Raises DataError for a seed that grain's shuffling does not take."""
-    if not 0 <= seed < 2**32:
-        raise DataError(f"The seed must be in 0..{2**32 - 1}, got {seed}.")

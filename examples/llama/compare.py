@@ -46,15 +46,10 @@ from examples.llama.program import Program
 from examples.llama.progress import duration
 from examples.llama.rank_plot import has_ranks, plot_ranks
 from examples.llama.report import RunSummary
-from examples.llama.settings import (
-    JobConfig,
-    Settings,
-    TrainConfig,
-    data_config,
-    resolve,
-)
+from examples.llama.settings import Settings
 from examples.llama.timing import paired_step_times
 from examples.llama.train import INTERRUPTED_EXIT, USAGE_EXIT, Run
+from examples.llama.train_config import JobConfig, TrainConfig, data_config, resolve
 from examples.llama.tuned_rates import TUNED_RATES, tuned_rate
 from examples.llama.tuning import SearchResult, TrialStore, search_rate
 from examples.llama.variants import (

@@ -17,7 +17,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from examples.llama import tokenizer as tokenization
-from examples.llama.batches import check_batch, check_seed, heldout_batches, train_iterator
+from examples.llama.batch_checks import check_batch, check_seed
+from examples.llama.batches import heldout_batches, train_iterator
 from examples.llama.corpus import DataError, Document, corpus_sha256, load_documents
 
 __all__ = [

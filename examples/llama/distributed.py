@@ -8,11 +8,10 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import jax
 import numpy as np
-import tyro
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
@@ -40,9 +39,8 @@ class DeviceConfig:
 class ClusterConfig(DeviceConfig):
     """Which of several processes this is. All three numbers, `distributed=auto`, or none for one process."""
 
-    coordinator: Annotated[
-        str | None, tyro.conf.arg(help="HOST:PORT of process 0, the same for all processes.")
-    ] = None
+    coordinator: str | None = None
+    """Host and port of process 0, HOST:PORT, the same for all processes."""
     processes: int | None = None
     """Number of processes."""
     process_id: int | None = None

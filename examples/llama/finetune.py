@@ -39,10 +39,10 @@ from examples.llama.metrics import CONFIG, jsonable, read_json, write_json
 from examples.llama.optimizer_options import OptionSet
 from examples.llama.optimizers import OPTIMIZERS, optimizer_entry
 from examples.llama.report import RunSummary, summary_table
-from examples.llama.settings import TrainConfig, resolve
 from examples.llama.sharding import MeshMode
 from examples.llama.subtrees import trainable_patterns
 from examples.llama.train import EXIT_CODES, USAGE_EXIT, Run
+from examples.llama.train_config import TrainConfig, resolve
 
 ADAPTERS = ("lora", "rslora", "dora")
 

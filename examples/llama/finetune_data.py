@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from examples.llama import tokenizer as tokenization
-from examples.llama.batches import check_batch, check_seed
+from examples.llama.batch_checks import check_batch, check_seed
 from examples.llama.documents import DataError
 from examples.llama.instructions import Part, Template
 

@@ -144,7 +144,7 @@ def settings_from_json(fields: dict[str, Any]) -> Settings:
         ValueError: They are of another version of this program.
 
     >>> from examples.llama.metrics import jsonable
-    >>> from examples.llama.settings import TrainConfig, resolve
+    >>> from examples.llama.train_config import TrainConfig, resolve
     >>> config = TrainConfig(optimizer="lorapre_adamw", learning_rate=1e-3, bound=float("inf"))
     >>> settings = resolve(config)
     >>> settings_from_json(jsonable(settings)) == settings

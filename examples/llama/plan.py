@@ -29,7 +29,7 @@ from examples.llama.memory_plan import Planner, PlanRow, recommend
 from examples.llama.metrics import jsonable, write_json
 from examples.llama.presets import PRESETS, LlamaConfig, parameter_count, preset
 from examples.llama.report import size
-from examples.llama.settings import RANKS
+from examples.llama.settings import default_rank
 from examples.llama.sharding import parse_mesh
 from examples.llama.variants import parse_variants
 
@@ -155,7 +155,7 @@ def make_plan(config: PlanConfig) -> Plan:
     model = _model(config)
     rank = config.rank
     if rank is None:
-        rank = RANKS.get(config.preset or "", max(1, model.hidden_size // 4))
+        rank = default_rank(config.preset or "", model)
     mesh = None if config.mesh is None else parse_mesh(config.mesh)
     planner = Planner(model, rank=rank, dtype=config.dtype, mesh=mesh, finetune=config.finetune)
     wanted = config.optimizers or (FINETUNE_OPTIMIZERS if config.finetune else OPTIMIZERS)

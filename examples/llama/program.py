@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from examples.llama.batches import check_batch
+from examples.llama.batch_checks import check_batch
 from examples.llama.blocks import unconstrained
 from examples.llama.distributed import share_of_batch
 from examples.llama.loss import automatic_chunk, next_token_loss

@@ -58,9 +58,10 @@ from examples.llama.resume import (
     differences,
     restore_newest,
 )
-from examples.llama.settings import Settings, TrainConfig, data_config, resolve
+from examples.llama.settings import Settings
 from examples.llama.step import TrainState
 from examples.llama.stop_signals import StopSignals
+from examples.llama.train_config import TrainConfig, data_config, resolve
 
 INTERRUPTED_EXIT, USAGE_EXIT = 130, 2
 TOKENIZER = "tokenizer.json"

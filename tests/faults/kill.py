@@ -25,7 +25,7 @@ from examples.llama.metrics import command_line, versions
 from examples.llama.program import Program
 from examples.llama.report import size
 from examples.llama.resume import target
-from examples.llama.settings import TrainConfig, resolve
+from examples.llama.train_config import TrainConfig, resolve
 from tests.faults import harness
 from tests.faults.damage import DAMAGES
 

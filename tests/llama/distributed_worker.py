@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from examples.llama import settings
 from examples.llama import train as train_module
+from examples.llama.presets import PRESETS
 from tests.llama import tiny
 
 
 def main() -> int:
     """Takes the trainer's options."""
-    settings.PRESETS["tiny"] = tiny.MODEL
+    PRESETS["tiny"] = tiny.MODEL
     train_module.prepare_data = lambda config: tiny.dataset()
     defaults = {
         "preset": "tiny",

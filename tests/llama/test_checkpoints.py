@@ -35,9 +35,9 @@ from examples.llama.model import stack_layers, unstack_layers
 from examples.llama.optimizers import OPTIMIZERS
 from examples.llama.program import Program
 from examples.llama.resume import ResumeError, describe_run, target
-from examples.llama.settings import resolve
 from examples.llama.step import TrainState
 from examples.llama.train import Run
+from examples.llama.train_config import resolve
 from tests.faults.damage import DAMAGES, every_file, flip_file
 from tests.llama import tiny
 

@@ -21,10 +21,10 @@ from examples.llama.model import abstract
 from examples.llama.optimizers import OPTIMIZERS
 from examples.llama.program import Program, _create_params
 from examples.llama.report import RunSummary, summary_table
-from examples.llama.settings import resolve
 from examples.llama.sharding import Placement, mesh_shape, parse_mesh
 from examples.llama.step import init_state
 from examples.llama.train import train
+from examples.llama.train_config import resolve
 from layout_optax.roles import path_string
 from tests.llama import tiny
 

@@ -15,16 +15,17 @@ import numpy as np
 import optax
 import pytest
 
-from examples.llama import settings as settings_module
+from examples.llama import presets
 from examples.llama import train as train_module
 from examples.llama.batches import train_iterator
 from examples.llama.metrics import CONFIG, SUMMARY, read_json, read_metrics
 from examples.llama.model import stack_layers, unstack_layers
 from examples.llama.optimizers import OPTIMIZERS
 from examples.llama.program import Program
-from examples.llama.settings import TrainConfig, default_protocol, resolve
+from examples.llama.settings import default_protocol
 from examples.llama.step import init_state, make_train_step, warmup_cosine
 from examples.llama.train import Run, check_vocabulary, main, train
+from examples.llama.train_config import TrainConfig, resolve
 from tests.llama import tiny
 
 RATES = {"adafactor": 0.3, "sinkgd": 0.2, "lorapre_sgd": 1.0}
@@ -356,7 +357,7 @@ def test_protocols_fill_in_what_is_open_and_yield_to_what_is_given():
 def test_the_command_line_runs_a_job_and_reports_errors_in_one_line(
     tmp_path, monkeypatch, capsys, adamw_program
 ):
-    monkeypatch.setitem(settings_module.PRESETS, "tiny", tiny.MODEL)
+    monkeypatch.setitem(presets.PRESETS, "tiny", tiny.MODEL)
     monkeypatch.setattr(train_module, "prepare_data", lambda config: tiny.dataset())
     monkeypatch.setattr(train_module, "Program", lambda settings: adamw_program)
     options = {

@@ -9,7 +9,7 @@ import pytest
 from examples.llama import variants as variants_module
 from examples.llama.optimizer_options import OPTION_NAMES
 from examples.llama.optimizers import OPTIMIZERS
-from examples.llama.settings import TrainConfig, resolve
+from examples.llama.train_config import TrainConfig, resolve
 from examples.llama.tuned_rates import TUNED_RATES
 from examples.llama.variants import (
     Variant,

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 
 from examples.llama.data import DataConfig, Dataset
 from examples.llama.presets import LlamaConfig
-from examples.llama.settings import TrainConfig
+from examples.llama.train_config import TrainConfig
 
 MODEL = LlamaConfig(
     vocab_size=64,
