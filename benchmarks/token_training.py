@@ -5,8 +5,8 @@
         --optimizers adamw=1e-3,sage_hybrid=1e-3 --dtypes bfloat16
 
 The first command needs the trainer's packages and makes the file from the standard library's text (or
-`--data`); the second needs the file alone. Every optimizer takes its own rate after an `=`. Finished rows are kept in
-token_training.json and not trained again.
+`--data`); the second needs the file alone. Every optimizer takes its own rate after an `=`. Finished rows are
+kept in token_training.json and not trained again.
 """
 
 from __future__ import annotations
