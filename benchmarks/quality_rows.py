@@ -56,6 +56,7 @@ ROWS = (
     QualityRow("sinkgd", 2e-2),
     QualityRow("sage_hybrid:matrix_rate=0.25", 4e-3),
     QualityRow("lion_hybrid:matrix_rate=0.25", 4e-3),
+    QualityRow("sage_hybrid:scale=0.6:sinkhorn_variant=sqrt", 1e-3),
 )
 
 DAMPERS = ("both", "ema", "none")
