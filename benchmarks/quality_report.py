@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from benchmarks.cells import Cells, as_row, perplexity_text
 from benchmarks.common import describe_circumstances, table
+from benchmarks.pareto import Point, plot_pareto
 from benchmarks.quality_rows import (
     DAMPER_RATES,
     DAMPERS,
@@ -30,6 +31,8 @@ from examples.llama.metrics import write_json
 from examples.llama.plots import perplexity_axis, plot_comparison, row_styles, save, write_footer
 from examples.llama.variants import Variant, parse_variant
 
+OURS = ("sage", "sinkgd", "lion_hybrid", "lorapre")
+"""How the names of this repository's optimizers begin."""
 TITLE = f"Demo Llama: {FULL} steps of 2048 tokens"
 
 
@@ -41,6 +44,8 @@ def write_report(cells: Cells, folder: pathlib.Path, facts: Mapping[str, Any]) -
     rows = finished_rows(cells)
     if rows:
         plot_comparison(rows, folder / "quality.png", TITLE, facts["command"])
+        title = f"Perplexity against state. {TITLE}"
+        plot_pareto(points(cells), folder / "quality_pareto.png", title, facts["command"])
     curves = robustness(cells)
     if curves:
         plot_robustness(curves, folder / "quality_rates.png", facts["command"])
@@ -74,6 +79,26 @@ def finished_rows(cells: Cells) -> list[Row]:
     return rows
 
 
+def points(cells: Cells) -> list[Point]:
+    """The finished rows as points of the Pareto plot."""
+    found = []
+    for row in ROWS:
+        runs = [cell for cell in full_cells(cells, row) if cell["status"] == "finished"]
+        if runs:
+            perplexities = [float(cell["heldout_perplexity"]) for cell in runs]
+            found.append(
+                Point(
+                    shown(row.key).label,
+                    100 * runs[0]["state_ratio"],
+                    statistics.fmean(perplexities),
+                    min(perplexities),
+                    max(perplexities),
+                    parse_variant(row.key).optimizer.startswith(OURS),
+                )
+            )
+    return found
+
+
 def full_cells(cells: Cells, row: QualityRow) -> list[dict[str, Any]]:
     """The full runs of a row at the rate that its search found, by seed."""
     best = cells.best(row.key, TRIAL)
@@ -101,7 +126,7 @@ def plot_robustness(
     curves: Mapping[str, Sequence[tuple[float, float]]], path: pathlib.Path, footer: str
 ) -> None:
     """Draws perplexity against the rate as a multiple of the best one; a diverged run ends its line."""
-    figure, axes = plt.subplots(figsize=(8, 5.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9.5, 5.6), layout="constrained")
     rows = [_bare_row(key) for key in curves]
     for (key, points), style in zip(curves.items(), row_styles(rows), strict=True):
         best = min(points, key=lambda point: point[1])[0]
@@ -113,7 +138,7 @@ def plot_robustness(
     axes.set_title(f"Held-out perplexity after {TRIAL} steps against the rate")
     perplexity_axis(axes)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     write_footer(figure, footer)
     save(figure, path)
 
@@ -137,6 +162,8 @@ LoRA-Pre Adam and GaLore work on the matrices, at 0.25 of the rate of the table,
 `AdamW b2=0.95 matrix x0.25` is their control with full moments. LoRA-Pre SinkGD and Muon with `table r`
 have the recommended options on the table. "Factored tables" is optax's factored RMS on the table, SinkGD on
 matrices. APOLLO and Fira are [ours after their papers](../../benchmarks/baselines).
+
+![perplexity against optimizer state](quality_pareto.png)
 
 ![loss and state](quality.png)
 

@@ -71,7 +71,11 @@ def test_it_goes_on_where_it_stopped_and_ends_with_nothing_missing(few_rows, tmp
     assert [cell["seed"] for cell in core] == [0, 1]
     assert core[0]["heldout_loss"] != core[1]["heldout_loss"]
     assert f"| {single['heldout_perplexity']:.1f} | 1 of 1 |" in page
-    assert {path.name for path in tmp_path.glob("*.png")} == {"quality.png", "quality_rates.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "quality.png",
+        "quality_pareto.png",
+        "quality_rates.png",
+    }
 
 
 @pytest.mark.usefixtures("registry")
