@@ -106,7 +106,9 @@ def plot_pareto(points: Sequence[Point], path: pathlib.Path, title: str, footer:
         )
     perplexity_axis(axes)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-    axes.set_xlabel("optimizer state, of AdamW's (log scale; what has less stands on the left edge)")
+    axes.set_xlabel(
+        "optimizer state, of AdamW's (log scale; what has less stands on the left edge)"
+    )
     axes.set_title(title)
     axes.grid(alpha=0.3)
     figure.canvas.draw()
