@@ -10,11 +10,13 @@ import importlib
 import json
 import pathlib
 import re
+import statistics
 
 import jax.numpy as jnp
 import pytest
 
 import lorapre_optax
+from benchmarks.quality_rows import FULL
 from tests.snippets import run_page, snippets
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -152,15 +154,18 @@ def test_notebooks_are_stored_without_outputs_and_parse(path):
 
 
 def test_figures_of_the_choosing_page_are_those_that_were_measured():
-    """Every perplexity and every share of state in the table by memory budget is in a file of results."""
+    """Every perplexity and share of state below "By memory budget" is in the quality benchmark's file."""
     page = (DOCS / "choosing.md").read_text()
     table = page.partition("## By memory budget")[2].partition("\n\nHeld-out")[0]
-    rows = [
-        *json.loads((DOCS / "results" / "lorapre_quality.json").read_text())["cells"],
-        *json.loads((DOCS / "results" / "demo" / "comparison.json").read_text())["rows"],
-        *json.loads((DOCS / "results" / "demo_all" / "comparison.json").read_text())["rows"],
-    ]
-    measured = {f"{row['heldout_perplexity']:.1f}" for row in rows if row["heldout_perplexity"]}
+    seeds: dict[tuple[str, float], list[dict]] = {}
+    for cell in json.loads((DOCS / "results" / "quality.json").read_text())["cells"]:
+        if cell["steps"] == FULL:
+            seeds.setdefault((cell["variant"], cell["learning_rate"]), []).append(cell)
+    rows = [cells[0] for cells in seeds.values()]
+    measured = {
+        f"{statistics.fmean(cell['heldout_perplexity'] for cell in cells):.1f}"
+        for cells in seeds.values()
+    }
     shares = {f"{100 * row['state_ratio']:.{digits}f}" for row in rows for digits in (0, 1, 2)}
     lines = [line.split("|")[1:-1] for line in table.splitlines() if re.search(r"\d", line)]
     assert len(lines) == 6
@@ -171,6 +176,37 @@ def test_figures_of_the_choosing_page_are_those_that_were_measured():
             assert share in shares, others
         for value in re.findall(r"\b(\d{2,3}\.\d)\b(?! %)", others):
             assert value in measured, others
+    single = {f"{cell['heldout_perplexity']:.1f}" for cells in seeds.values() for cell in cells}
+    said = page.partition("What it does say:")[2].partition("\n## ")[0]
+    found = re.findall(r"\b(\d{2,3}\.\d)\b(?! %)", said)
+    assert len(found) >= 10
+    assert set(found) <= measured | single
+
+
+def test_perplexities_of_the_readme_are_those_that_were_measured():
+    text = (
+        (ROOT / "README.md").read_text().partition("make bench-quality")[2].partition("## State")[0]
+    )
+    seeds: dict[tuple[str, float], list[float]] = {}
+    shares = set()
+    for cell in json.loads((DOCS / "results" / "quality.json").read_text())["cells"]:
+        if cell["steps"] == FULL:
+            key = (cell["variant"], cell["learning_rate"])
+            seeds.setdefault(key, []).append(cell["heldout_perplexity"])
+            shares |= {f"{cell['state_ratio']:.{digits}f}" for digits in (0, 3, 4)}
+    known = {f"{statistics.fmean(v):.1f}": v for v in seeds.values()}
+    rows = [
+        line.split("|")[1:-1]
+        for line in text.splitlines()
+        if re.search(r"\d\.\d", line) and line[0] == "|"
+    ]
+    assert len(rows) == 14
+    for _, perplexity, spread, share in rows:
+        assert share.strip() in shares
+        assert perplexity.strip() in known, perplexity
+        if spread.strip():
+            runs = [v for v in seeds.values() if f"{statistics.fmean(v):.1f}" == perplexity.strip()]
+            assert spread.strip() in {f"{min(v):.1f} to {max(v):.1f}" for v in runs}
 
 
 def test_times_of_the_choosing_page_are_those_that_were_measured():
