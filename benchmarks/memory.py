@@ -64,7 +64,7 @@ def _scheduled_for_memory(update: Update) -> int:
     """
     if jax.default_backend() != "cpu":
         return update.compile()[0].memory_analysis().temp_size_in_bytes
-    compiled, _ = update.compile({"xla_cpu_enable_concurrency_optimized_scheduler": False})
+    compiled, _ = update.compile({"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"})
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -77,8 +77,8 @@ def page(content: dict[str, Any]) -> str:
 State by abstract evaluation; temporaries by XLA's memory analysis, in all and as a multiple of the
 largest parameter in float32 (with stacked layers that is a whole stack, or the table). By default XLA:CPU
 orders operations so that many can run at once, which lengthens the lives of temporaries; "ordered" are those of
-the same program ordered to need little memory (`xla_cpu_enable_concurrency_optimized_scheduler=false`), as
-on accelerators. The aim is at most {TARGET:g} of the largest parameter, the Gram chunks of low-rank factors
+the same program ordered to need little memory (`xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED`),
+as on accelerators. The aim is at most {TARGET:g} of the largest parameter, the Gram chunks of low-rank factors
 aside; what is above is bold. Bytes
 that operations read and write by XLA's cost analysis, a parameter: loops with a fixed number of
 rounds are unrolled for it, bodies of other loops count once, and what a library fusion of XLA:CPU
@@ -119,7 +119,7 @@ row is that of unstacked layers, which it needs: its largest parameter is a tabl
 
 
 def _marked(multiple: float) -> str:
-    return f"{multiple:.2f}" if multiple <= TARGET else f"**{multiple:.2f}**"
+    return f"{multiple:.2f}" if round(multiple, 2) <= TARGET else f"**{multiple:.2f}**"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -114,8 +114,8 @@ def plot_pareto(points: Sequence[Point], path: pathlib.Path, title: str, footer:
     figure.canvas.draw()
     _name(axes, points, best)
     for label, ours in (("this repository", True), ("others", False)):
-        marker = {"marker": "o" if ours else "s", "color": _OURS if ours else _PEERS}
-        axes.plot([], [], linestyle="none", label=label, **marker)
+        marker, colour = ("o", _OURS) if ours else ("s", _PEERS)
+        axes.plot([], [], linestyle="none", label=label, marker=marker, color=colour)
     axes.plot([], [], color="0.6", label="not beaten in both (black rim)")
     axes.legend(loc="lower left", fontsize=8)
     write_footer(figure, footer)
