@@ -161,8 +161,8 @@ command runs them.
 LoRA-Pre Adam and GaLore work on the matrices, at 0.25 of the rate of the table, which has AdamW;
 `AdamW b2=0.95 matrix x0.25` is their control with full moments. LoRA-Pre SinkGD and Muon with `table r`
 have the recommended options on the table. "Factored tables" is optax's factored RMS on the table, SinkGD on
-matrices. [APOLLO](../../benchmarks/baselines/apollo.py) and [Fira](../../benchmarks/baselines/fira.py) are ours,
-after their papers.
+matrices. [APOLLO](../../benchmarks/baselines/apollo.py) and [Fira](../../benchmarks/baselines/fira.py) are
+ours, after their papers.
 
 ![perplexity against optimizer state](quality_pareto.png)
 
