@@ -29,7 +29,7 @@ from benchmarks.peers import register_peers
 from benchmarks.programs import trainer_settings
 from benchmarks.step_time_page import page, plot
 from benchmarks.updates import VARIANTS, Store, Update, compile_ratio, device_name, random_tree
-from examples.llama.host_memory import keep_freed_memory
+from examples.llama.host_memory import keep_freed_memory, release_freed_memory
 from examples.llama.program import Program
 from examples.llama.timing import paired_step_times
 from examples.llama.variants import parse_variant
@@ -202,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 known = store.find(**_names(kind, *where))
                 if known is not None and key not in again:
                     continue
+                release_freed_memory()  # or the last cell's would count as taken
                 try:
                     if kind == "update":
                         cell = measure_update(*where, options.pairs, options.compiles)

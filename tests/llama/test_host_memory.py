@@ -40,6 +40,34 @@ def test_steps_take_no_new_pages():
     assert found["default"]["faults"] >= pages
 
 
+RELEASE = """
+import pathlib
+import numpy as np
+from examples.llama.host_memory import keep_freed_memory, release_freed_memory
+
+def resident():
+    return 4096 * int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+
+keep_freed_memory()
+before = resident()
+block = np.ones(1 << 25)
+del block
+kept = resident() - before
+release_freed_memory()
+print(kept, resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these options")
+def test_kept_memory_can_be_given_back():
+    run = subprocess.run(
+        [sys.executable, "-c", RELEASE], capture_output=True, text=True, check=True
+    )
+    kept, after = map(int, run.stdout.split())
+    assert kept > 200 * 2**20
+    assert after < 64 * 2**20
+
+
 def test_other_libraries_are_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     from examples.llama.host_memory import keep_freed_memory
