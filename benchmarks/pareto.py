@@ -77,8 +77,8 @@ def spread_out(places: Sequence[float], distance: float, top: float) -> list[flo
 
 def plot_pareto(points: Sequence[Point], path: pathlib.Path, title: str, footer: str) -> None:
     """Draws the points with the range of their seeds, and the front as a stair."""
-    figure, axes = plt.subplots(figsize=(10.5, 6.4))
-    figure.subplots_adjust(left=0.08, right=0.7, top=0.93, bottom=0.12)
+    figure, axes = plt.subplots(figsize=(11.4, 6.4))
+    figure.subplots_adjust(left=0.08, right=0.66, top=0.93, bottom=0.12)
     axes.set_xscale("log")
     axes.set_xlim(LEFT_EDGE, 150)
     best = front(points)
@@ -142,7 +142,13 @@ def _name(axes: Axes, points: Sequence[Point], best: Sequence[Point]) -> None:
             fontsize=8,
             va="center",
             weight="bold" if point in best else "normal",
-            arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.6, "shrinkB": 4},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "0.75",
+                "linewidth": 0.6,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
         )
     ends: list[
         tuple[float, float]
