@@ -109,10 +109,12 @@ What is above its aim, and why:
 def plot(content: dict[str, Any], path: pathlib.Path) -> None:
     """Draws every ratio as a bar with the quartiles of its pairs, a panel a table."""
     groups = [group for group in _groups(content) if group[0][-1] == "keep"]
-    figure, axes = plt.subplots(
-        1, len(groups), figsize=(4.2 * len(groups) + 1.5, 5.2), sharey=False, squeeze=False
-    )
-    for axis, ((kind, preset, dtype, device, _), cells) in zip(axes[0], groups, strict=True):
+    columns = min(3, len(groups))
+    lines = -(-len(groups) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 4.6 * lines), squeeze=False)
+    for axis in axes.flat[len(groups) :]:
+        axis.set_visible(False)
+    for axis, ((kind, preset, dtype, device, _), cells) in zip(axes.flat, groups, strict=False):
         ratios = [cell["time"]["ratio"] for cell in cells]
         spread = [
             [
@@ -133,8 +135,10 @@ def plot(content: dict[str, Any], path: pathlib.Path) -> None:
         what = "update" if kind == "update" else "whole step"
         axis.set_title(f"{preset}, {dtype}\n{what}, {device}", fontsize=9)
         axis.set_xlabel("time / AdamW's (quartiles of pairs)")
-        for place, ratio in enumerate(ratios):
-            axis.text(ratio, place + 0.38, f"{ratio:.2f}", fontsize=7)
+        for place, (ratio, above) in enumerate(zip(ratios, spread[1], strict=True)):
+            text = f" {ratio:.2f}"
+            axis.text(max(1.0, ratio + above), place, text, fontsize=8, verticalalignment="center")
+        axis.set_xlim(0, 1.15 * max(1.0, *(r + a for r, a in zip(ratios, spread[1], strict=True))))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

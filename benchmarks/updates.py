@@ -143,7 +143,8 @@ def random_tree(shapes: Any, size: float, seed: int = 0) -> Any:
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         values = rng.standard_normal(leaf.shape, np.float32)
         values *= np.float32(size)
-        return jnp.asarray(values, leaf.dtype)
+        # Waited for, or the float32 numbers of all leaves would be held at once.
+        return jax.block_until_ready(jnp.asarray(values, leaf.dtype))
 
     return jax.tree.map(draw, shapes)
 

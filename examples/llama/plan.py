@@ -100,7 +100,7 @@ class Plan:
     def rule(self) -> str:
         """How the recommended row is chosen."""
         order = (
-            "the demo's held-out perplexity (3.3M parameters, 150 steps, one seed: docs/results)"
+            "the demo's held-out perplexity (3.3M parameters, 400 steps: docs/results/quality.md)"
             if self.config.prefer is None
             else f"your preference ({self.config.prefer})"
         )
