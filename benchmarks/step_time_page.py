@@ -45,7 +45,9 @@ Aims, on a CPU: SAGE-Hybrid at most {TARGETS["sage_hybrid"]}, LoRA-Pre Adam at r
 
 Freed memory stays with the process, as in the trainer (`examples/llama/host_memory.py`); tables that say
 "default allocator" leave it to glibc, which gives large blocks back, so that every step faults in pages for its
-temporaries. AdamW has none and does not notice.
+temporaries. AdamW has none and does not notice. Its whole step nevertheless takes up to a fifth longer in one
+process than in another (column "AdamW, ms"), by where its buffers come to lie: ratios of the trainer's step are
+uncertain by as much.
 
 What is above its aim, and why:
 
