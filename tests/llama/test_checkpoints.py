@@ -627,8 +627,11 @@ def test_who_only_reads_leaves_alone_what_is_being_written(tmp_path):
             assert reader.steps() == [0]
             chex.assert_trees_all_equal(reader.restore(0, target(program())), state)
     assert unfinished.is_dir()
-    with Checkpoints(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:  # removes it in the background, before it saves itself
+        checkpoints.save(state._replace(step=state.step + 1), {})
         assert not unfinished.exists()
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 0]
 
 
 def test_a_folder_that_is_no_checkpoint_is_no_checkpoint(tmp_path):
