@@ -627,7 +627,8 @@ def test_who_only_reads_leaves_alone_what_is_being_written(tmp_path):
             assert reader.steps() == [0]
             chex.assert_trees_all_equal(reader.restore(0, target(program())), state)
     assert unfinished.is_dir()
-    with Checkpoints(tmp_path) as checkpoints:  # removes it in the background, before it saves itself
+    # A writer removes it in the background, before it saves itself.
+    with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state._replace(step=state.step + 1), {})
         assert not unfinished.exists()
         checkpoints.wait()
