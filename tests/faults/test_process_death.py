@@ -87,15 +87,15 @@ def test_the_other_process_ends_with_an_error(tmp_path, victim, how):
 
 
 def test_both_go_on_from_the_last_checkpoint(tmp_path):
-    options = (240, "--checkpoint-every=10")
+    options = (120, "--checkpoint-every=5")
     processes = start(tmp_path, *options)
     try:
-        wait_for_steps(tmp_path, processes, 25)
+        wait_for_steps(tmp_path, processes, 12)
         assert strike(processes, 1, signal.SIGKILL) != 0
     finally:
         end(processes)
     reached = steps_taken(tmp_path)
-    assert 25 <= reached < 240
+    assert 12 <= reached < 120
     assert not (tmp_path / "run" / SUMMARY).exists()
     processes = start(tmp_path, *options, "--resume")
     try:
@@ -106,6 +106,6 @@ def test_both_go_on_from_the_last_checkpoint(tmp_path):
     assert codes == [0, 0], output
     found = re.search(r"resumed from step (\d+)", output)
     assert found
-    assert 10 <= int(found[1]) <= reached
-    assert [line["step"] for line in read_metrics(tmp_path / "run", "train")] == list(range(1, 241))
+    assert 5 <= int(found[1]) <= reached
+    assert [line["step"] for line in read_metrics(tmp_path / "run", "train")] == list(range(1, 121))
     assert read_json(tmp_path / "run" / SUMMARY)["status"] == "finished"
