@@ -164,8 +164,9 @@ def _name(axes: Axes, points: Sequence[Point], best: Sequence[Point]) -> None:
         axes.annotate(
             text,
             (_place(point), point.perplexity),
-            xytext=(7, 4 if above else -12),
+            xytext=(7, 4) if above else (-5, -12),
             textcoords="offset points",
+            ha="left" if above else "right",
             fontsize=8,
             weight="bold" if point in best else "normal",
         )
