@@ -12,10 +12,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.ready-docs
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile -q
+PART ?= 1/6
 LIBRARY_TESTS := layout_optax sage_optax lorapre_optax tests/layout tests/sage tests/lorapre tests/sharding tests/compatibility
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-distributed test test-library lint format wheel plan bench-sinkhorn bench-collectives bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality bench-finetuning bench-lowering faults figures docs docs-serve clean
+.PHONY: help setup demo demo-distributed test test-all test-part test-library lint format wheel plan bench-sinkhorn bench-collectives bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality bench-finetuning bench-lowering faults figures docs docs-serve clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -40,13 +42,25 @@ demo: $(READY) ## Train a small Llama with AdamW, Lion-Hybrid and SAGE-Hybrid on
 demo-distributed: $(READY) ## Train the demo in two processes of four simulated devices; compare with one process
 	@$(BIN)/python -m examples.llama.demo_distributed $(ARGS)
 
-test: $(READY) ## Run all tests: formulas, golden vectors, properties, meshes, faults, the example (about a quarter of an hour)
-	@echo "== Running all tests on Python $(VERSION)"
-	@$(BIN)/python -m pytest -n auto -q $(ARGS)
+test: $(READY) ## Prove every formula, golden vector, promise and error message once (some eight minutes on two cores)
+	@echo "== Running the tests on Python $(VERSION), first with quick code generation"
+	@TEST_CODEGEN=quick $(PYTEST) -m "not extended" $(ARGS)
+	@echo "== Running the tests of bits, bytes and long loops with full code generation"
+	@$(PYTEST) -m "full_codegen and not extended" $(ARGS)
+
+test-all: $(READY) ## Run the whole suite: make test, and longer trainings, deaths of processes, every mode of the grid
+	@echo "== Running all tests on Python $(VERSION), first with quick code generation"
+	@TEST_CODEGEN=quick $(PYTEST) $(ARGS)
+	@echo "== Running the tests of bits, bytes and long loops with full code generation"
+	@$(PYTEST) -m full_codegen $(ARGS)
+
+test-part: $(READY) ## Run one part of what test-all has beyond test (make test-part PART=2/6)
+	@echo "== Running part $(PART) of the extended tests on Python $(VERSION)"
+	@TEST_CODEGEN=quick TEST_PART=$(PART) $(PYTEST) -m extended $(ARGS)
 
 test-library: $(READY) ## Run the tests of the three packages only
 	@echo "== Running the packages' tests on Python $(VERSION)"
-	@$(BIN)/python -m pytest -n auto -q $(LIBRARY_TESTS) $(ARGS)
+	@TEST_CODEGEN=quick $(PYTEST) -m "not extended" $(LIBRARY_TESTS) $(ARGS)
 
 lint: $(READY) ## Check format, style and types (ruff, pyright)
 	@$(BIN)/ruff format --check .

@@ -75,7 +75,7 @@ def test_ci_calls_exactly_the_readmes_commands():
     ci = (ROOT / ".ci" / "run").read_text()
     assert re.search(r"^\s*make test\b", readme, re.MULTILINE)
     assert re.search(r"^\s*make demo\b", readme, re.MULTILINE)
-    assert re.search(r"^make test$", ci, re.MULTILINE)
+    assert re.search(r"^step make test$", ci, re.MULTILINE)
 
 
 def test_versions_agree():
