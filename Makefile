@@ -83,16 +83,16 @@ plan: $(READY) ## Which optimizer fits: memory of a Llama by optimizer (make pla
 	@$(BIN)/python -m examples.llama.plan $(or $(ARGS),--preset sage_1.3b --device-gb 16)
 
 bench-step-time: $(READY) ## Time every optimizer's step against AdamW's, paired (measured cells are kept)
-	@$(BIN)/python -m benchmarks.step_time $(ARGS)
+	@$(BIN)/python -m benchmarks.steps.step_time $(ARGS)
 
 bench-memory: $(READY) ## State, temporaries, bytes and compile time of every optimizer's step
-	@$(BIN)/python -m benchmarks.memory $(ARGS)
+	@$(BIN)/python -m benchmarks.steps.memory $(ARGS)
 
 bench-sinkhorn: $(READY) ## Time the Sinkhorn kernel against the plain loop
 	@$(BIN)/python -m benchmarks.sinkhorn $(ARGS)
 
 bench-collectives: $(READY) ## What each update moves between devices, read from the compiled programs
-	@$(BIN)/python -m benchmarks.collectives $(ARGS)
+	@$(BIN)/python -m benchmarks.meshes.collectives $(ARGS)
 
 bench-lorapre: $(READY) ## Train the demo with LoRA-Pre's ranks and options (about an hour; finished runs are kept)
 	@$(BIN)/python -m benchmarks.lorapre_quality $(ARGS)
@@ -104,7 +104,7 @@ bench-finetuning: $(READY) ## Fine-tune a small Llama with every method: exact m
 	@$(BIN)/python -m benchmarks.finetuning $(ARGS)
 
 bench-lowering: $(READY) ## Compile Llama-3.1-8B's fine-tuning steps from shapes alone: bytes of a device
-	@$(BIN)/python -m benchmarks.lowering $(ARGS)
+	@$(BIN)/python -m benchmarks.meshes.lowering $(ARGS)
 
 bench-quality: $(READY) ## Every optimizer at its tuned rate on the same tokens (hours in all; goes on where it stopped)
 	@$(BIN)/python -m benchmarks.quality $(ARGS)

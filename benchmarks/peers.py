@@ -11,8 +11,8 @@ import optax
 
 import sage_optax
 from benchmarks import baselines
-from examples.llama.optimizer_options import OptimizerOptions
-from examples.llama.optimizers import OptimizerEntry, register_optimizer
+from examples.llama.optimizers.options import OptimizerOptions
+from examples.llama.optimizers.registry import OptimizerEntry, register_optimizer
 from layout_optax import resolve_layout
 
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import memory, step_time
 from benchmarks.peers import register_peers
-from benchmarks.updates import Store, Update, operations, random_tree
-from examples.llama.optimizers import OPTIMIZERS
+from benchmarks.steps import memory, step_time
+from benchmarks.steps.updates import Store, Update, operations, random_tree
+from examples.llama.optimizers.registry import OPTIMIZERS
 
 
 def test_an_update_is_the_optimizers():
@@ -74,7 +74,7 @@ def test_memory_refuses_what_does_not_fit():
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr("examples.llama.optimizers.OPTIMIZERS", dict(OPTIMIZERS))
+    monkeypatch.setattr("examples.llama.optimizers.registry.OPTIMIZERS", dict(OPTIMIZERS))
     register_peers()
 
 

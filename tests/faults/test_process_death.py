@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from examples.llama.launch import free_port
-from examples.llama.metrics import METRICS, SUMMARY, read_json, read_metrics
+from examples.llama.devices.launch import free_port
+from examples.llama.reporting.files import METRICS, SUMMARY, read_json
+from examples.llama.reporting.metrics import read_metrics
 
 DEADLINE = 60.0
 
@@ -24,7 +25,7 @@ def start(tmp_path, steps, *options):
         found.append(
             subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "tests.llama.distributed_worker"),
+                    *(sys.executable, "-m", "tests.llama.devices.distributed_worker"),
                     *(f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process-id={i}"),
                     *("--simulate-devices=2", f"--steps={steps}", f"--eval-every={steps}"),
                     f"--out={tmp_path / 'run'}",
