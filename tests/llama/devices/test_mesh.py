@@ -136,13 +136,14 @@ def test_the_state_of_every_optimizer_is_split_with_its_parameters(name):
 @pytest.mark.parametrize(
     ("name", "mesh", "fields"),
     [
-        ("adamw", "fsdp=*", {"mesh_mode": "explicit"}),
+        pytest.param("adamw", "fsdp=*", {"mesh_mode": "explicit"}, marks=pytest.mark.extended),
         ("sage_hybrid", CUBE, {}),
         ("lorapre_adamw", "data=4,tensor=2", {"mesh_mode": "explicit"}),
-        (
+        pytest.param(
             "lorapre_sinkgd",
             CUBE,
             {"scan_layers": False, "accumulate": 2, "remat": True, "mesh_mode": "explicit"},
+            marks=pytest.mark.extended,
         ),
     ],
 )
