@@ -106,6 +106,7 @@ def test_empty_mask_gives_zero_loss_and_gradient(chunk):
     chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, params))
 
 
+@pytest.mark.full_codegen
 @pytest.mark.parametrize(("chunk", "largest"), [(6, 6), (None, BATCH * LENGTH)])
 def test_no_array_exceeds_the_chunk(chunk, largest):
     """Reads the optimised program: the largest array with a vocabulary axis has `chunk` tokens."""
