@@ -70,7 +70,7 @@ def test_packages_import_only_what_lies_below_them(name):
                 assert top in allowed, f"{path} imports {module}"
 
 
-@pytest.mark.parametrize("folder", MAY_IMPORT)
+@pytest.mark.parametrize("folder", sorted(MAY_IMPORT))
 def test_folders_of_the_example_import_only_what_lies_below_them(folder):
     modules = EXAMPLE.glob("*.py") if folder == "commands" else (EXAMPLE / folder).glob("*.py")
     allowed = MAY_IMPORT[folder] | ({folder} - {"commands"})
