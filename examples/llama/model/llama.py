@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
+from examples.llama.model.attention import Implementation
 from examples.llama.model.blocks import (
     Block,
     Constrain,
@@ -34,6 +35,7 @@ from examples.llama.model.blocks import (
     unconstrained,
 )
 from examples.llama.model.config import LlamaConfig
+from examples.llama.model.embedding import lookup
 
 Params = dict[str, Any]
 """A pure nested dict of arrays (or of `jax.ShapeDtypeStruct`), as `create` returns it."""
@@ -52,6 +54,7 @@ class Llama(nnx.Module):
         remat: Recompute each block's activations in the backward pass instead of keeping them.
         dtype: Dtype of the matrix products and of the residual stream; parameters are float32.
         constrain: Pins activations to a mesh, often `examples.llama.devices.mesh.Activations`; hashable.
+        attention: Which code computes attention; see `examples.llama.model.attention`.
         rngs: Source of the initial parameters; `nnx.Rngs(0)` when None.
 
     >>> from examples.llama.model.config import preset
@@ -68,6 +71,7 @@ class Llama(nnx.Module):
         remat: bool = False,
         dtype: DTypeLike = jnp.float32,
         constrain: Constrain = unconstrained,
+        attention: Implementation = "auto",
         rngs: nnx.Rngs | None = None,
     ) -> None:
         rngs = nnx.Rngs(0) if rngs is None else rngs
@@ -86,7 +90,7 @@ class Llama(nnx.Module):
         )
         # One key a block, whichever form: that is what makes the two forms equal.
         keys = jax.random.split(rngs.params(), config.num_layers)
-        block = partial(_make_block, config, self.dtype, constrain)
+        block = partial(_make_block, config, self.dtype, constrain, attention)
         if scan_layers:
             self.layers = nnx.vmap(block)(keys)
         else:
@@ -198,7 +202,7 @@ class Llama(nnx.Module):
         # A NumPy table (parameters from a file) cannot be indexed by a traced array. On a mesh its features
         # are gathered, not its tokens: each device looks up those it has.
         table = self.constrain(jnp.asarray(self.embed_tokens.embedding[...]), "vocab", None)
-        return self.constrain(table[tokens].astype(self.dtype), "batch", None, None)
+        return self.constrain(lookup(table, tokens, self.dtype), "batch", None, None)
 
     def _run_blocks(
         self,
@@ -293,9 +297,10 @@ def structure(
     remat: bool = False,
     dtype: DTypeLike = jnp.float32,
     constrain: Constrain = unconstrained,
+    attention: Implementation = "auto",
 ) -> nnx.GraphDef[Llama]:
     """Returns `create`'s graphdef alone, without allocating anything (for loaded parameters)."""
-    options = {"remat": remat, "dtype": dtype, "constrain": constrain}
+    options = {"remat": remat, "dtype": dtype, "constrain": constrain, "attention": attention}
     return nnx.split(nnx.eval_shape(lambda: Llama(config, scan_layers=scan_layers, **options)))[0]
 
 
@@ -350,9 +355,13 @@ def _as_key(seed: int | jax.Array) -> jax.Array:
 
 
 def _make_block(
-    config: LlamaConfig, dtype: DTypeLike, constrain: Constrain, key: jax.Array
+    config: LlamaConfig,
+    dtype: DTypeLike,
+    constrain: Constrain,
+    attention: Implementation,
+    key: jax.Array,
 ) -> Block:
-    return Block(config, dtype, nnx.Rngs(key), constrain)
+    return Block(config, dtype, nnx.Rngs(key), constrain, attention)
 
 
 def parameter_count(config: LlamaConfig) -> int:
