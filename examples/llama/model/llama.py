@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import math
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -373,13 +374,8 @@ def parameter_count(config: LlamaConfig) -> int:
     Returns:
         The number of parameters; a tied embedding counts once.
 
+    >>> from examples.llama.model.config import preset
     >>> parameter_count(preset("llama2_7b"))
     6738415616
     """
-    import math
-
-    import jax
-
-    from examples.llama.model.llama import abstract
-
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)))
