@@ -119,10 +119,7 @@ def platform() -> str:
     The default device counts where there is one, the default backend otherwise.
     """
     default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    if default is None or isinstance(default, str):
-        device = jax.devices(default)[0]
-    else:
-        device = default
+    device = jax.devices(default)[0] if default is None or isinstance(default, str) else default
     if device.platform != "gpu":
         return device.platform
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"

@@ -13,11 +13,11 @@ an unscanned one an integer component after `layers`):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import math
 import jax
 import jax.numpy as jnp
 import numpy as np
