@@ -81,7 +81,7 @@ def next_token_loss(
     else:
         # What the head closes over (its weight, traced) becomes an argument: `_chunked` differentiates it.
         logits, constants = jax.closure_convert(model.logits, _cut(hidden, steps)[0])
-        total = _chunked(logits, steps, hidden, constants, labels, weights)
+        total = jnp.asarray(_chunked(logits, steps, hidden, constants, labels, weights))
     count = jnp.sum(weights)
     return total / jnp.where(count > 0, count, 1.0), count
 

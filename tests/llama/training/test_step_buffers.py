@@ -1,6 +1,7 @@
 """The step's buffers: every array of the state is updated in place, and no step waits for the host."""
 
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,9 +39,9 @@ def aliased(text):
 def test_every_array_of_the_state_is_aliased(optimizer):
     program = Program(resolve(tiny.config(None, optimizer=optimizer), tiny.MODEL))
     leaves = jax.tree.leaves(program.abstract_state)
-    text = program._step.as_text()
-    assert aliased(text) == set(range(len(leaves)))
-    memory = program._step.memory_analysis()
+    compiled: Any = program._step
+    assert aliased(compiled.as_text()) == set(range(len(leaves)))
+    memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
@@ -54,9 +55,11 @@ def test_a_step_transfers_nothing_implicitly():
     state = program.init(0)
     tokens = np.zeros((8, 17), np.int32)
     program.compile()
+    metrics = None
     with jax.transfer_guard("disallow"):
         for _ in range(3):
             state, metrics, _ = program.step(state, tokens, 1e-2)
+    assert metrics is not None
     assert int(state.step) == 3
     assert np.isfinite(metrics.loss)
     with (
