@@ -31,7 +31,7 @@ from layout_optax.axes import (
     subscripts,
 )
 from layout_optax.keys import element_bits
-from layout_optax.roles import ParamLayout
+from layout_optax.layout import ParamLayout
 
 DampingKind: TypeAlias = Literal["relative", "absolute"]
 INIT_STD = 0.02

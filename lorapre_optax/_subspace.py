@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from layout_optax.roles import ParamLayout
+from layout_optax.layout import ParamLayout
 from lorapre_optax._batching import Task, damped_inverse_roots
 from lorapre_optax._factors import factor_sharding, gram, letters, normal_factor, spread
 

@@ -23,8 +23,8 @@ from examples.llama.optimizers.options import OptimizerOptions
 from examples.llama.optimizers.rates import default_rank, parse_rates
 from examples.llama.optimizers.registry import make_optimizer, optimizer_entry
 from examples.llama.optimizers.variants import Variant, parse_variant
+from layout_optax.layout import ROLES
 from layout_optax.memory import tree_bytes
-from layout_optax.roles import ROLES
 
 RATE, DECAY = 1e-5, 0.01
 VARIANTS = (

@@ -21,8 +21,8 @@ from examples.llama.optimizers.rates import parse_rates
 from examples.llama.optimizers.registry import make_optimizer, optimizer_entry
 from examples.llama.optimizers.variants import Variant
 from layout_optax import memory_report, resolve_layout
+from layout_optax.layout import ROLES, path_string
 from layout_optax.memory import leaf_bytes
-from layout_optax.roles import ROLES, path_string
 
 QUALITY: dict[str, float] = {
     "muon": 28.5,
