@@ -14,10 +14,10 @@ from lorapre_optax._adam import (
     scale_by_lorapre_adam,
 )
 from lorapre_optax._factors import DampingKind
+from lorapre_optax._moment import InitialSubspace
 from lorapre_optax._numbers import Number, check_number
 from lorapre_optax._rank import RankLike
 from lorapre_optax._recommended import RECOMMENDED
-from lorapre_optax._tracking import InitialSubspace
 from sage_optax._hybrid import HeadRule
 from sage_optax._routing import OTHER, choose, route, sinkgd_direction
 from sage_optax._sage import scale_by_sage

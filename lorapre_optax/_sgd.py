@@ -7,11 +7,11 @@ import optax
 
 from layout_optax.roles import LayoutLike, ParamLayout
 from lorapre_optax._factors import DampingKind
+from lorapre_optax._moment import InitialSubspace
 from lorapre_optax._momentum import low_rank_trace
 from lorapre_optax._numbers import Number, check_decay
 from lorapre_optax._rank import RankLike
 from lorapre_optax._routing import route_matrices
-from lorapre_optax._tracking import InitialSubspace
 
 
 def lorapre_sgd(

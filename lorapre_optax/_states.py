@@ -22,7 +22,7 @@ from layout_optax.roles import (
 )
 from lorapre_optax._adam import LorapreAdamState
 from lorapre_optax._factors import with_rank
-from lorapre_optax._tracking import LowRankState
+from lorapre_optax._moment import LowRankState
 
 
 class Moment(NamedTuple):
