@@ -14,8 +14,8 @@ from lorapre_optax._adam import (
     scale_by_lorapre_adam,
 )
 from lorapre_optax._factors import DampingKind
+from lorapre_optax._moment import InitialSubspace
 from lorapre_optax._rank import RankLike
-from lorapre_optax._tracking import InitialSubspace
 from sage_optax import scale_by_sage, scale_by_sinkhorn
 
 

@@ -8,10 +8,10 @@ from layout_optax.hyperparameters import Number, check_factor_decay
 from layout_optax.layout import ANY_LEAF, LayoutLike
 from layout_optax.routing import WholeModel, takes_whole_model, times
 from lorapre_optax._factors import DampingKind
+from lorapre_optax._moment import InitialSubspace
 from lorapre_optax._momentum import low_rank_trace
 from lorapre_optax._rank import RankLike
 from lorapre_optax._routing import route_matrices
-from lorapre_optax._tracking import InitialSubspace
 
 
 @takes_whole_model(weight_decay=0.0)

@@ -16,7 +16,7 @@ from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty, path_
 from layout_optax.leaves import flatten_with_layout
 from lorapre_optax._adam import LorapreAdamState
 from lorapre_optax._factors import with_rank
-from lorapre_optax._tracking import LowRankState
+from lorapre_optax._moment import LowRankState
 
 
 class Moment(NamedTuple):

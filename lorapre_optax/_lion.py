@@ -10,19 +10,20 @@ from layout_optax.layout import ANY_LEAF, LayoutLike
 from layout_optax.leaves import flatten_with_layout
 from layout_optax.routing import WholeModel, takes_whole_model
 from lorapre_optax._factors import DampingKind
-from lorapre_optax._rank import RankLike
-from lorapre_optax._routing import route_matrices
-from lorapre_optax._tracking import (
+from lorapre_optax._moment import (
     InitialSubspace,
-    Tracking,
-    advance_states,
+    MomentOptions,
     as_updates,
+    collect,
     coupled_gamma,
     in_compute_dtype,
-    initialiser,
-    next_state,
-    residual_term,
+    init,
+    next_count,
+    open_histories,
+    residual_weight,
 )
+from lorapre_optax._rank import RankLike
+from lorapre_optax._routing import route_matrices
 from sage_optax import scale_by_sage
 
 
@@ -90,45 +91,36 @@ def scale_by_lorapre_lion(
     check_factor_decay("b2", b2)
     check_number("residual", residual, 0, 1)
     check_number("gamma", gamma, 0, 1)
-    tracking = Tracking(
+    options = MomentOptions(
         rank, damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback
     )
-    init = initialiser(tracking, layout)
-
-    def init_fn(params):
-        return init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves = flatten_with_layout(layout, updates)
-        before = state.count
-        count = jnp.asarray(optax.safe_increment(before))
+        before, t = state.count, next_count(state)
         d1, d2 = at(b1, before), at(b2, before)
         rate = coupled_gamma(d2) if gamma is None else at(gamma, before)
         kappa = at(residual, before)
-        grads = in_compute_dtype(leaves)
-        (done,) = advance_states(leaves, [(state, grads, rate)], tracking)
-        directions, moments = [], []
-        for leaf_layout, g, old, each in zip(
-            leaves.layouts, grads, leaves.align(state.full), done, strict=True
-        ):
-            direction = moment = None
-            if leaf_layout is not None and g is not None:
-                if each is None:
-                    past = old.astype(g.dtype)  # the order of operations is optax's, bit for bit
-                    direction, moment = (
-                        jnp.sign((1.0 - d1) * g + d1 * past),
-                        (1 - d2) * g + d2 * past,
-                    )
-                else:
-                    extra = residual_term(each, leaf_layout, g, d2, count, kappa)
-                    mix = d1 * each.product + (1 - d1) * g + extra
-                    direction = jnp.sign(mix) * at(scale, before)
-            directions.append(direction)
-            moments.append(moment)
-        return as_updates(leaves, directions), next_state(leaves, state, count, done, moments)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        def step(path, own, leaf, history):
+            g = in_compute_dtype(leaf)
+            past = history.past(g)
+            if not history.factored:
+                # The order of operations is optax's, so that results agree bit for bit.
+                direction, moment = jnp.sign((1.0 - d1) * g + d1 * past), (1 - d2) * g + d2 * past
+                return direction, history.keep(None, moment)
+            newton = history.step(g, rate)
+            mix = d1 * past + (1 - d1) * g
+            if kappa is not None:
+                mix = mix + residual_weight(kappa, d2, t, g.dtype) * history.outside(g, newton)
+            return jnp.sign(mix) * at(scale, before), history.keep(newton, mix)
+
+        (histories,) = open_histories(leaves, options, (state, jnp.asarray))
+        directions, state = collect(leaves, t, leaves.map(step, histories), state)
+        return as_updates(leaves, directions), state
+
+    return optax.GradientTransformationExtraArgs(init(options, layout), update_fn)
 
 
 @takes_whole_model(weight_decay=0.0)
