@@ -123,7 +123,7 @@ class Update:
 def variant_options(variant: Variant, rank: int | None, weight_decay: float) -> OptimizerOptions:
     """The settings of a variant.
 
-    >>> from examples.llama.optimizers.registry.variants import parse_variant
+    >>> from examples.llama.optimizers.variants import parse_variant
     >>> variant_options(parse_variant("adamw:matrix_rate=0.25"), None, 0.1).role_multipliers
     {'matrix': 0.25}
     """

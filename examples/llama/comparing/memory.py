@@ -97,8 +97,8 @@ class Planner:
     Raises:
         ValueError: The mesh leaves a size open, or a rank is not positive.
 
-    >>> from examples.llama.model.llama.config import preset
-    >>> from examples.llama.optimizers.registry.variants import parse_variant
+    >>> from examples.llama.model.config import preset
+    >>> from examples.llama.optimizers.variants import parse_variant
     >>> planner = Planner(preset("sage_1.3b"), rank=512)
     >>> round(planner.row(parse_variant("sage_hybrid")).state_bytes / 2**30, 3)
     0.979
