@@ -1,6 +1,7 @@
 """The step's buffers: every array of the state is updated in place, and no step waits for the host."""
 
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,10 +39,11 @@ def aliased(text):
 def test_every_array_of_the_state_is_aliased(optimizer):
     program = Program(resolve(tiny.config(None, optimizer=optimizer), tiny.MODEL))
     leaves = jax.tree.leaves(program.abstract_state)
-    text = program._step.as_text()
-    assert aliased(text) == set(range(len(leaves)))
-    memory = program._step.memory_analysis()
-    assert memory.alias_size_in_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    compiled: Any = program._step
+    assert aliased(compiled.as_text()) == set(range(len(leaves)))
+    assert compiled.memory_analysis().alias_size_in_bytes == sum(
+        leaf.size * leaf.dtype.itemsize for leaf in leaves
+    )
 
 
 def test_the_check_would_notice_what_is_not_donated():
@@ -51,13 +53,14 @@ def test_the_check_would_notice_what_is_not_donated():
 
 def test_a_step_transfers_nothing_implicitly():
     program = Program(resolve(tiny.config(None), tiny.MODEL))
-    state = program.init(0)
+    state, metrics = program.init(0), None
     tokens = np.zeros((8, 17), np.int32)
     program.compile()
     with jax.transfer_guard("disallow"):
         for _ in range(3):
             state, metrics, _ = program.step(state, tokens, 1e-2)
     assert int(state.step) == 3
+    assert metrics is not None
     assert np.isfinite(metrics.loss)
     with (
         jax.transfer_guard("disallow"),
