@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -118,8 +118,9 @@ def platform() -> str:
 
     The default device counts where there is one, the default backend otherwise.
     """
-    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    device = jax.devices(default)[0] if default is None or isinstance(default, str) else default
+    default: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    named = default is None or isinstance(default, str)
+    device: Any = jax.devices(default)[0] if named else default
     if device.platform != "gpu":
         return device.platform
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ def next_token_loss(
     steps = math.ceil(length / max(1, chunk // batch))
 
     if steps == 1:
-        total = jnp.sum(cross_entropy(model.logits(hidden), labels) * weights)
+        total: Any = jnp.sum(cross_entropy(model.logits(hidden), labels) * weights)
     else:
         # What the head closes over (its weight, traced) becomes an argument: `_chunked` differentiates it.
         logits, constants = jax.closure_convert(model.logits, _cut(hidden, steps)[0])

@@ -41,8 +41,9 @@ def test_every_array_of_the_state_is_aliased(optimizer):
     leaves = jax.tree.leaves(program.abstract_state)
     compiled: Any = program._step
     assert aliased(compiled.as_text()) == set(range(len(leaves)))
-    memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    assert compiled.memory_analysis().alias_size_in_bytes == sum(
+        leaf.size * leaf.dtype.itemsize for leaf in leaves
+    )
 
 
 def test_the_check_would_notice_what_is_not_donated():
@@ -52,15 +53,14 @@ def test_the_check_would_notice_what_is_not_donated():
 
 def test_a_step_transfers_nothing_implicitly():
     program = Program(resolve(tiny.config(None), tiny.MODEL))
-    state = program.init(0)
+    state, metrics = program.init(0), None
     tokens = np.zeros((8, 17), np.int32)
     program.compile()
-    metrics = None
     with jax.transfer_guard("disallow"):
         for _ in range(3):
             state, metrics, _ = program.step(state, tokens, 1e-2)
-    assert metrics is not None
     assert int(state.step) == 3
+    assert metrics is not None
     assert np.isfinite(metrics.loss)
     with (
         jax.transfer_guard("disallow"),
