@@ -24,8 +24,8 @@ from examples.llama.optimizers.options import OptimizerOptions
 from examples.llama.optimizers.rates import default_rank, parse_rates
 from examples.llama.optimizers.registry import make_optimizer, optimizer_entry
 from examples.llama.optimizers.variants import Variant, parse_variant
+from layout_optax.layout import ROLES
 from layout_optax.memory import tree_bytes
-from layout_optax.roles import ROLES
 
 RATE, DECAY = 1e-5, 0.01
 VARIANTS = (
@@ -124,7 +124,7 @@ class Update:
 def variant_options(variant: Variant, rank: int | None, weight_decay: float) -> OptimizerOptions:
     """The settings of a variant.
 
-    >>> from examples.llama.optimizers.registry.variants import parse_variant
+    >>> from examples.llama.optimizers.variants import parse_variant
     >>> variant_options(parse_variant("adamw:matrix_rate=0.25"), None, 0.1).role_multipliers
     {'matrix': 0.25}
     """

@@ -507,7 +507,7 @@ def test_inject_hyperparams():
     [
         ({"b1": 1.0}, r"b1 must be in \[0, 1\), got 1.0"),
         ({"b2": -0.1}, r"b2 must be in \[0, 1\), got -0.1"),
-        ({"eps": 0.0}, "eps must be positive, got 0.0"),
+        ({"eps": 0.0}, "eps must be above 0, got 0.0"),
         ({"damper": "instant"}, "damper must be 'both', 'ema' or None, got 'instant'"),
         ({"eps_mode": "rel"}, "eps_mode must be 'absolute' or 'relative', got 'rel'"),
         ({"mu_dtype": jnp.int16}, "mu_dtype must be None, a float dtype or int8"),

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from layout_optax import state_shardings
-from layout_optax.roles import flatten_with_layout
+from layout_optax.leaves import flatten_with_layout
 from tests.sharding import grid
 
 STEPS = 3

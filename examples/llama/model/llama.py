@@ -13,6 +13,7 @@ an unscanned one an integer component after `layers`):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -57,7 +58,7 @@ class Llama(nnx.Module):
         attention: Which code computes attention; see `examples.llama.model.attention`.
         rngs: Source of the initial parameters; `nnx.Rngs(0)` when None.
 
-    >>> from examples.llama.model.llama.config import preset
+    >>> from examples.llama.model.config import preset
     >>> model = Llama(preset("demo", vocab_size=32, hidden_size=16, num_layers=2))
     >>> model(jnp.zeros((1, 5), jnp.int32)).shape
     (1, 5, 32)
@@ -260,7 +261,7 @@ def create(
         `graphdef`, hashable and static, and `params`, a nested dict of float32 arrays. A training
         step is an ordinary function of `params`.
 
-    >>> from examples.llama.model.llama.config import preset
+    >>> from examples.llama.model.config import preset
     >>> graphdef, params = create(preset("demo", vocab_size=32, hidden_size=16, num_layers=2))
     >>> params["layers"]["mlp"]["gate_proj"]["kernel"].shape
     (2, 16, 512)
@@ -283,7 +284,7 @@ def abstract(config: LlamaConfig, *, scan_layers: bool = True) -> Params:
     Returns:
         `create`'s dict with `jax.ShapeDtypeStruct` leaves.
 
-    >>> from examples.llama.model.llama.config import preset
+    >>> from examples.llama.model.config import preset
     >>> abstract(preset("llama2_7b"))["lm_head"]["kernel"].shape
     (4096, 32000)
     """
@@ -337,7 +338,7 @@ def stack_layers(params: Params) -> Params:
 def unstack_layers(params: Params) -> Params:
     """Turns the pure dict of a scanned model into that of an unscanned one.
 
-    >>> from examples.llama.model.llama.config import preset
+    >>> from examples.llama.model.config import preset
     >>> _, params = create(preset("demo", vocab_size=32, hidden_size=16, num_layers=2))
     >>> sorted(unstack_layers(params)["layers"])
     [0, 1]
@@ -373,13 +374,8 @@ def parameter_count(config: LlamaConfig) -> int:
     Returns:
         The number of parameters; a tied embedding counts once.
 
+    >>> from examples.llama.model.config import preset
     >>> parameter_count(preset("llama2_7b"))
     6738415616
     """
-    import math
-
-    import jax
-
-    from examples.llama.model.llama import abstract
-
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)))

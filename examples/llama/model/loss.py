@@ -49,8 +49,8 @@ def next_token_loss(
     Raises:
         ValueError: A shape does not fit, or `chunk` is not positive.
 
-    >>> from examples.llama.model.llama.llama import Llama
-    >>> from examples.llama.model.llama.config import preset
+    >>> from examples.llama.model.llama import Llama
+    >>> from examples.llama.model.config import preset
     >>> model = Llama(preset("demo", vocab_size=32, hidden_size=16, num_layers=1))
     >>> loss, count = next_token_loss(model, jnp.arange(12).reshape(2, 6))
     >>> round(float(loss), 1), float(count)
@@ -82,7 +82,7 @@ def next_token_loss(
     else:
         # What the head closes over (its weight, traced) becomes an argument: `_chunked` differentiates it.
         logits, constants = jax.closure_convert(model.logits, _cut(hidden, steps)[0])
-        total = _chunked(logits, steps, hidden, constants, labels, weights)
+        total = jnp.asarray(_chunked(logits, steps, hidden, constants, labels, weights))
     count = jnp.sum(weights)
     return total / jnp.where(count > 0, count, 1.0), count
 

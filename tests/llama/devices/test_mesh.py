@@ -26,7 +26,7 @@ from examples.llama.training.config import resolve
 from examples.llama.training.program import Program, _create_params
 from examples.llama.training.run import train
 from examples.llama.training.step import init_state
-from layout_optax.roles import path_string
+from layout_optax.layout import path_string
 from tests.llama import tiny
 
 CUBE = "data=2,fsdp=2,tensor=2"
