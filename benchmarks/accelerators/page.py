@@ -246,13 +246,12 @@ def _training(data: dict[str, Any]) -> str:
         "at twice",
         "state, of AdamW's",
     ]
-    at_once = facts["workers_on_the_device"]
     return f"""### Training
 
 {data["model"]}; {data["tokens"]}.
 {run["steps"]} steps of {run["batch"]} x {run["seq"]} tokens ({tokens:.1f}M in all), products in bfloat16,
-{facts["seeds"]} seed, {at_once} runs at once on the device. Every row was searched by factors
-of two; "edge" means that the best rate was the last that was tried. Perplexity is held out.
+{facts["seeds"]} seed, {facts["workers_on_the_device"]} runs at once on the device. Every row was searched by
+factors of two; "edge" means that the best rate was the last that was tried. Perplexity is held out.
 
 {table(header, rows)}
 

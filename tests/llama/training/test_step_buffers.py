@@ -15,7 +15,7 @@ from examples.llama.training.step import make_train_step, warmup_cosine
 from tests.llama import tiny
 
 
-def lowered(program, donate=0):
+def lowered(program, donate=0, platforms=None):
     """The program's step as it compiles it, with the given arguments donated."""
     settings = program.settings
     step = make_train_step(
@@ -25,7 +25,8 @@ def lowered(program, donate=0):
         clip_norm=settings.clip_norm,
     )
     arguments = program.abstract_state, program._abstract_tokens(), np.float32(1)
-    return jax.jit(step, donate_argnums=donate).lower(*arguments)
+    traced = jax.jit(step, donate_argnums=donate).trace(*arguments)
+    return traced.lower(lowering_platforms=platforms)
 
 
 def aliased(text):
@@ -99,3 +100,27 @@ def test_the_loop_fetches_metrics_at_log_lines_only(tmp_path, monkeypatch):
     assert steps == [0, 0, 0, 0, 1, 1, 1, 1]
     assert fetched[:2] == [4, 4]
     assert waited == []
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sage_hybrid"])
+def test_the_whole_step_lowers_for_accelerators(platform, optimizer):
+    config = tiny.config(None, optimizer=optimizer, compute_dtype="bfloat16", loss_chunk=32)
+    program = Program(resolve(config, tiny.MODEL))
+    text = lowered(program, platforms=(platform,)).as_text()
+    assert "stablehlo.dot_general" in text
+    assert "bf16" in text
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+def test_a_chunked_step_on_a_mesh_is_that_of_one_device(mode):
+    tokens = np.random.default_rng(0).integers(0, 64, (8, 17)).astype(np.int32)
+    losses = []
+    for mesh in ({}, {"mesh": "data=2,fsdp=2,tensor=2", "mesh_mode": mode}):
+        program = Program(resolve(tiny.config(None, loss_chunk=32, **mesh), tiny.MODEL))
+        state, found = program.init(0), []
+        for _ in range(3):
+            state, metrics, _ = program.step(state, tokens, 1e-2)
+            found.append((float(metrics.loss), float(metrics.grad_norm)))
+        losses.append(found)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
