@@ -27,7 +27,9 @@ def accepts(flags: str) -> bool:
     """Whether XLA starts with these flags: it ends the process at one that it does not know."""
     command = [sys.executable, "-c", "import jax; jax.devices('cpu')"]
     environment = {**os.environ, "XLA_FLAGS": flags}
-    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+    return (
+        subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+    )
 
 
 def use_quick_codegen() -> None:

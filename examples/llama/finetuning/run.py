@@ -28,6 +28,7 @@ from examples.llama.model.subtrees import trainable_patterns
 from examples.llama.optimizers.options import OptionSet
 from examples.llama.optimizers.registry import OPTIMIZERS, optimizer_entry
 from examples.llama.reporting.files import CONFIG, jsonable, read_json, write_json
+from examples.llama.reporting.folders import check_output
 from examples.llama.reporting.summary import RunSummary
 from examples.llama.training.config import CheckpointConfig, TrainConfig, resolve
 from examples.llama.training.run import Run
@@ -161,6 +162,7 @@ class FinetuneRun(Run):
     ):
         check(config)
         self.finetune = config
+        check_output(config.out, "run", self.inputs())
         self.tuned = tuned(config)
         self.base = model or load_model(config.model, tokenizer=config.tokenizer)
         data = data or instruction_data(config, self.base)
@@ -178,6 +180,10 @@ class FinetuneRun(Run):
             console=console,
             name=config.method,
         )
+
+    def inputs(self) -> dict[str, str]:
+        """Files and folders that the run reads, by flag."""
+        return {"--model": self.finetune.model, "--data": self.finetune.data}
 
     def _open_batches(self) -> tuple[Any, list[np.ndarray]]:
         settings, share = self.settings, self.program.share_of_batch()

@@ -52,6 +52,8 @@ class CheckpointConfig:
     migrate: str | None = None
     """Changes that the resumed run may have, separated by commas: layers (stacked or not), rank (of LoRA-Pre's
     factors), schedule (steps, warm-up, final rate, peak rate)."""
+    force_unlock: bool = False
+    """Take over `out` from a run of another host that is not there any more."""
     max_skipped: int = 5
     """Stop after so many steps in a row whose loss or gradient is not finite."""
 

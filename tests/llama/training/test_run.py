@@ -20,6 +20,7 @@ from examples.llama.model import config as presets
 from examples.llama.model.llama import stack_layers, unstack_layers
 from examples.llama.optimizers.registry import OPTIMIZERS
 from examples.llama.reporting.files import CONFIG, SUMMARY, read_json
+from examples.llama.reporting.locks import FolderLock
 from examples.llama.reporting.metrics import read_metrics
 from examples.llama.train import main
 from examples.llama.training import run as run_module
@@ -385,3 +386,47 @@ def test_the_command_line_runs_a_job_and_reports_errors_in_one_line(
     assert error.startswith("error: ")
     assert "holds a finished run" in error
     assert error.count("\n") == 1
+
+
+def test_a_run_whose_every_step_is_skipped_is_not_finished(tmp_path, monkeypatch):
+    config = tiny.config(tmp_path, steps=2, learning_rate=1e-3, max_skipped=5)
+    program = Program(resolve(config, tiny.MODEL))
+    init = program.init
+    broken = lambda seed: jax.tree.map(lambda x: x * np.float32("nan"), init(seed).params)  # noqa: E731
+    monkeypatch.setattr(program, "init", lambda seed: init(seed)._replace(params=broken(seed)))
+    summary = run(config, program=program)
+    assert (summary.status, summary.steps, summary.skipped) == ("non_finite", 2, 2)
+    assert "None of the 2 steps changed anything" in summary.message
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"mine": 1}')
+    with pytest.raises(FileExistsError, match="files that are no run's"):
+        run(tiny.config(tmp_path, steps=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_the_second_writer_of_a_folder_is_refused(tmp_path):
+    config = tiny.config(tmp_path, steps=1)
+    second = Run(config, model=tiny.MODEL, dataset=tiny.dataset(), console=tiny.quiet_console())
+    with FolderLock(tmp_path), pytest.raises(FileExistsError, match="is writing to"):
+        second.train()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_old_run_stays_when_the_new_one_cannot_begin(tmp_path, monkeypatch):
+    run(tiny.config(tmp_path, steps=2, eval_every=2, checkpoint_every=2))
+    before = read_json(tmp_path / SUMMARY)
+    config = tiny.config(tmp_path, steps=3, overwrite=True)
+    program = Program(resolve(config, tiny.MODEL))
+
+    def fails(seed):
+        raise ValueError("bad weights")
+
+    monkeypatch.setattr(program, "init", fails)
+    with pytest.raises(ValueError, match="bad weights"):
+        run(config, program=program)
+    assert read_json(tmp_path / SUMMARY) == before
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+    summary = run(tiny.config(tmp_path, steps=4, eval_every=2, resume=True, migrate="schedule"))
+    assert summary.steps == 4
