@@ -226,6 +226,10 @@ def resolve(config: TrainConfig, model: LlamaConfig | None = None) -> Settings:
     (16, 5, 1.0)
     """
     check_checkpoints(config)
+    if not config.data:
+        raise ValueError(
+            "--data is empty; give stdlib, a file, a folder, hf:NAME or synthetic:SEED"
+        )
     shape = preset(config.preset) if model is None else model
     if config.vocab_size is not None:
         shape = dataclasses.replace(shape, vocab_size=config.vocab_size)

@@ -47,6 +47,7 @@ from examples.llama.training.checkpoints import (
 )
 from examples.llama.training.config import TrainConfig, data_config, resolve
 from examples.llama.training.migrations import parse_migrations
+from examples.llama.training.notes import rank_note
 from examples.llama.training.program import Program
 from examples.llama.training.recorder import NonFiniteLossError, Recorder
 from examples.llama.training.replacement import Replacement, locked, recover
@@ -239,7 +240,8 @@ class Run:
         """
         config, summary = self.config, self.summary
         started, main = time.perf_counter(), is_main()
-        for note in self.program.notes():
+        rank = rank_note(self.settings, self.program.abstract_params)
+        for note in (*self.program.notes(), *([rank] if rank else [])):
             self._say(note)
         with ExitStack() as stack:
             stack.enter_context(locked(config.out, force=config.force_unlock))

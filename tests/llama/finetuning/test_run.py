@@ -259,3 +259,25 @@ def test_a_program_is_reused_for_another_rate(config, tmp_path):
         dataclasses.replace(other, alpha=4.0), program=program, console=quiet_console()
     )
     assert changed.program is not program
+
+
+def test_a_rank_beyond_the_kernel_is_refused_before_anything_is_read(config):
+    with pytest.raises(ValueError, match=r"--rank 33 is more than q_proj has.*at most 32"):
+        FinetuneRun(config(method="lora", rank=33, targets=("q_proj",)), console=quiet_console())
+    with pytest.raises(ValueError, match=r"k_proj has.*at most 16"):
+        FinetuneRun(config(method="dora", rank=17), console=quiet_console())
+
+
+def test_a_default_rate_is_that_of_the_method_or_asked_for(config):
+    run = FinetuneRun(config(method="lora", learning_rate=None), console=quiet_console())
+    assert run.summary.learning_rate == 2e-5
+    assert run.summary.rate_source == "default: the LoRA-Pre paper's"
+    given = FinetuneRun(config(method="lora", learning_rate=1e-3), console=quiet_console())
+    assert given.summary.rate_source == "given"
+    with pytest.raises(ValueError, match=r"sage_hybrid has no default rate.*--learning-rate"):
+        check(config(method="sage_hybrid", learning_rate=None))
+
+
+def test_no_steps_are_not_an_epoch(config):
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        FinetuneRun(config(steps=0), console=quiet_console())
