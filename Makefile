@@ -17,7 +17,7 @@ PART ?= 1/6
 LIBRARY_TESTS := layout_optax sage_optax lorapre_optax tests/layout tests/sage tests/lorapre tests/sharding tests/compatibility
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-distributed test test-all test-part test-library lint format wheel plan bench-sinkhorn bench-collectives bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality bench-finetuning bench-lowering faults figures docs docs-serve clean
+.PHONY: help setup demo demo-distributed test test-all test-part test-library lint format wheel plan bench-sinkhorn bench-collectives bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality bench-finetuning bench-lowering bench-mfu bench-accelerator faults figures docs docs-serve clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -108,6 +108,12 @@ bench-lowering: $(READY) ## Compile Llama-3.1-8B's fine-tuning steps from shapes
 
 bench-quality: $(READY) ## Every optimizer at its tuned rate on the same tokens (hours in all; goes on where it stopped)
 	@$(BIN)/python -m benchmarks.quality $(ARGS)
+
+bench-mfu: $(READY) ## Model FLOPs utilisation, tokens/s and the optimizer's share of a step (ARGS="--profile out/profile")
+	@$(BIN)/python -m benchmarks.mfu $(ARGS)
+
+bench-accelerator: $(READY) ## On a machine with a GPU or TPU: everything that is unmeasured, in six minutes (rows are kept)
+	@$(BIN)/python -m benchmarks.accelerator $(ARGS)
 
 faults: $(READY) ## Kill, damage and starve a small run many times; the table of what survives (a few minutes)
 	@$(BIN)/python -m tests.faults.kill $(ARGS)

@@ -9,7 +9,10 @@ from lorapre_optax._adam import LorapreAdamState as LorapreAdamState
 from lorapre_optax._adam import lorapre_adamw as lorapre_adamw
 from lorapre_optax._adam import scale_by_lorapre_adam as scale_by_lorapre_adam
 from lorapre_optax._hybrid import lorapre_sinkgd as lorapre_sinkgd
+from lorapre_optax._lion import lorapre_lion as lorapre_lion
+from lorapre_optax._lion import scale_by_lorapre_lion as scale_by_lorapre_lion
 from lorapre_optax._metrics import lorapre_metrics as lorapre_metrics
+from lorapre_optax._moment import LowRankState as LowRankState
 from lorapre_optax._momentum import low_rank_ema as low_rank_ema
 from lorapre_optax._momentum import low_rank_trace as low_rank_trace
 from lorapre_optax._muon import lorapre_muon as lorapre_muon
@@ -17,10 +20,7 @@ from lorapre_optax._muon import scale_by_lorapre_muon as scale_by_lorapre_muon
 from lorapre_optax._recommended import RECOMMENDED as RECOMMENDED
 from lorapre_optax._resize import resize_ranks as resize_ranks
 from lorapre_optax._sgd import lorapre_sgd as lorapre_sgd
-from lorapre_optax._sign import lorapre_lion as lorapre_lion
-from lorapre_optax._sign import scale_by_lorapre_lion as scale_by_lorapre_lion
 from lorapre_optax._suggest import suggest_ranks as suggest_ranks
-from lorapre_optax._tracking import LowRankState as LowRankState
 
 STATIC_ARGS: tuple[str, ...] = ("rank", "layout", "factor_dtype", "weight_decay_mask")
 """Arguments that `optax.inject_hyperparams` must not turn into numbers or schedules. optax wants only names

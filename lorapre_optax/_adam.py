@@ -1,30 +1,33 @@
 """LoRA-Pre Adam: Adam whose two moments are thin factors (Algorithm 1 of the paper)."""
 
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+import dataclasses
+from typing import Any, Literal, NamedTuple, TypeAlias, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from layout_optax.roles import LayoutLike, ParamLayout, flatten_with_layout
+from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number, check_one_of
+from layout_optax.layout import ANY_LEAF, LayoutLike
+from layout_optax.leaves import flatten_with_layout
+from layout_optax.routing import WholeModel, takes_whole_model
 from lorapre_optax._factors import DampingKind
-from lorapre_optax._numbers import Number, at, check_decay, check_number, check_one_of
-from lorapre_optax._rank import RankLike
-from lorapre_optax._routing import Others, route_matrices
-from lorapre_optax._tracking import (
+from lorapre_optax._moment import (
     InitialSubspace,
     LowRankState,
-    Tracking,
-    advance_states,
+    MomentOptions,
     as_updates,
     bias_weight,
-    blend,
+    collect,
     coupled_gamma,
     in_compute_dtype,
-    initialiser,
-    next_state,
+    init,
+    next_count,
+    open_histories,
+    residual_weight,
 )
+from lorapre_optax._rank import RankLike
+from lorapre_optax._routing import Others, route_matrices
 
 BiasCorrection: TypeAlias = Literal["paper", "exact"]
 SecondMoment: TypeAlias = Literal["low_rank", "full"]
@@ -112,18 +115,19 @@ def scale_by_lorapre_adam(
       >>> print(updates["mlp"]["kernel"][0, 0].round(3), state.nu.left["mlp"]["kernel"].shape)
       1.0 (4, 40)
     """
-    check_decay("b1", b1)
-    check_decay("b2", b2)
+    check_factor_decay("b1", b1)
+    check_factor_decay("b2", b2)
     for name, value in (("eps", eps), ("bound", bound)):
         check_number(name, value, 0)
     for name, value in (("residual", residual), ("gamma1", gamma1), ("gamma2", gamma2)):
         check_number(name, value, 0, 1)
     check_one_of("bias_correction", bias_correction, ("paper", "exact"))
     check_one_of("second_moment", second_moment, ("low_rank", "full"))
-    options = (damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback)
-    tracking = Tracking(rank, *options)
-    second = tracking if second_moment == "low_rank" else Tracking(None, *options)
-    first_init, second_init = initialiser(tracking, layout), initialiser(second, layout, seed=1)
+    options = MomentOptions(
+        rank, damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback
+    )
+    second = options if second_moment == "low_rank" else dataclasses.replace(options, rank=None)
+    first_init, second_init = init(options, layout), init(second, layout, seed=1)
 
     def init_fn(params):
         return LorapreAdamState(first_init(params), second_init(params))
@@ -131,46 +135,39 @@ def scale_by_lorapre_adam(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves = flatten_with_layout(layout, updates)
-        before = state.mu.count
-        count = jnp.asarray(optax.safe_increment(before))
+        before, t = state.mu.count, next_count(state.mu)
         d1, d2 = at(b1, before), at(b2, before)
         rate1 = coupled_gamma(d1) if gamma1 is None else at(gamma1, before)
         rate2 = coupled_gamma(d2**0.5) if gamma2 is None else at(gamma2, before)
-        grads = in_compute_dtype(leaves)
-        sizes = [None if g is None else jnp.abs(g) for g in grads]
-        first, second = advance_states(
-            leaves, [(state.mu, grads, rate1), (state.nu, sizes, rate2)], tracking
-        )
-        fresh = [None if g is None else (1 - d1) * g for g in grads]
-        mus = blend(leaves, state.mu, first, grads, fresh, d1, count, at(residual, before))
-        nus, directions = [], []
-        for g, m, old, one, two in zip(
-            grads, mus, leaves.align(state.nu.full), first, second, strict=True
-        ):
-            if g is None or m is None:
-                nus.append(None)
-                directions.append(None)
-                continue
-            past = old.astype(g.dtype) if two is None else jnp.square(two.product)
-            v = d2 * past + (1 - d2) * jnp.square(g)
-            exact = two is not None and bias_correction == "exact"
-            weight = (_squared_weight if exact else bias_weight)(d2, count, g.dtype)
-            direction = m / bias_weight(d1, count, g.dtype)
-            direction = direction / (jnp.sqrt(v / weight) + at(eps, before))
-            if one is not None:
-                if bound is not None:
-                    limit = at(bound, before)
-                    direction = jnp.clip(direction, -limit, limit)
+        kappa, limit = at(residual, before), at(bound, before)
+
+        def step(path, own, leaf, mu, nu):
+            g = in_compute_dtype(leaf)
+            m = d1 * mu.past(g) + (1 - d1) * g  # (4)
+            mu_step = mu.step(g, rate1)  # (5), (6)
+            if mu.factored and kappa is not None:
+                m = m + residual_weight(kappa, d1, t, g.dtype) * mu.outside(g, mu_step)
+            past = jnp.square(nu.past(g)) if nu.factored else nu.past(g)
+            v = d2 * past + (1 - d2) * jnp.square(g)  # (8)
+            nu_step = nu.step(jnp.abs(g), rate2)  # (9), (10)
+            exact = nu.factored and bias_correction == "exact"
+            m_hat = m / bias_weight(d1, t, g.dtype)  # (11)
+            v_hat = v / (_squared_weight if exact else bias_weight)(d2, t, g.dtype)  # (12)
+            direction = m_hat / (jnp.sqrt(v_hat) + at(eps, before))  # (13)
+            if mu.factored:
+                direction = direction if limit is None else jnp.clip(direction, -limit, limit)
                 direction = direction * at(scale, before)
-            nus.append(v)
-            directions.append(direction)
-        mu = next_state(leaves, state.mu, count, first, mus)
-        nu = next_state(leaves, state.nu, count, second, nus)
+            return direction, mu.keep(mu_step, m), nu.keep(nu_step, v)
+
+        histories = open_histories(leaves, options, (state.mu, jnp.asarray), (state.nu, jnp.abs))
+        stepped = leaves.map(step, *histories)
+        directions, mu, nu = collect(leaves, t, stepped, state.mu, state.nu)
         return as_updates(leaves, directions), LorapreAdamState(mu, nu)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@takes_whole_model(weight_decay=0.0)
 def lorapre_adamw(
     learning_rate: optax.ScalarOrSchedule,
     rank: RankLike = 128,
@@ -190,16 +187,9 @@ def lorapre_adamw(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
-    weight_decay: Number = 0.0,
-    weight_decay_mask: Any = None,
     others: Others = "adamw",
-    embedding_learning_rate: optax.ScalarOrSchedule | None = None,
-    head_learning_rate: optax.ScalarOrSchedule | None = None,
-    vector_learning_rate: optax.ScalarOrSchedule | None = None,
-    matrix_learning_rate: optax.ScalarOrSchedule | None = None,
-    other_learning_rate: optax.ScalarOrSchedule | None = None,
-    learning_rate_multipliers: Mapping[str, float] | None = None,
     layout: LayoutLike = None,
+    **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
     """LoRA-Pre AdamW for a whole model: low-rank moments on matrices, full AdamW on everything else.
 
@@ -224,17 +214,10 @@ def lorapre_adamw(
       initial_subspace: see `low_rank_ema`.
       factor_dtype: see `low_rank_ema`.
       full_rank_fallback: see `low_rank_ema`.
-      weight_decay: decoupled, times the learning rate of the role.
-      weight_decay_mask: tree of booleans, or a callable from parameters to one; None decays everything.
       others: ``"adamw"`` or ``"sage"`` for embedding, head and vectors. Leaves that a rule gave to nobody
         get AdamW.
-      embedding_learning_rate: rate of the embedding's direction and decay; None for ``learning_rate``.
-      head_learning_rate: the same for the head.
-      vector_learning_rate: the same for vectors.
-      matrix_learning_rate: the same for matrices.
-      other_learning_rate: the same for leaves that are not ours.
-      learning_rate_multipliers: factors on ``learning_rate`` by role, instead of rates of their own.
       layout: see `layout_optax.ParamLayout`; None infers it.
+      **whole_model: see `layout_optax.by_role`.
 
     Returns:
       The transformation; with `optax.inject_hyperparams` pass ``static_args=STATIC_ARGS``.
@@ -273,24 +256,14 @@ def lorapre_adamw(
         full_adam(b1, b2, eps),
         others=others,
         learning_rate=learning_rate,
-        rates=(
-            embedding_learning_rate,
-            head_learning_rate,
-            vector_learning_rate,
-            matrix_learning_rate,
-            other_learning_rate,
-        ),
-        multipliers=learning_rate_multipliers,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
         layout=layout,
+        **whole_model,
     )
 
 
 def full_adam(b1: Number, b2: Number, eps: Number) -> optax.GradientTransformationExtraArgs:
     """Adam's direction with full moments on every leaf, whatever its role; float32 arithmetic."""
-    anything = ParamLayout("vector", (), ())
-    return scale_by_lorapre_adam(None, b1, b2, eps, layout=anything)
+    return scale_by_lorapre_adam(None, b1, b2, eps, layout=ANY_LEAF)
 
 
 def _squared_weight(decay: Any, count: jax.Array, dtype: Any) -> jax.Array:

@@ -31,7 +31,7 @@ from layout_optax.axes import (
     subscripts,
 )
 from layout_optax.keys import element_bits
-from layout_optax.roles import ParamLayout
+from layout_optax.layout import ParamLayout
 
 DampingKind: TypeAlias = Literal["relative", "absolute"]
 INIT_STD = 0.02
@@ -39,7 +39,7 @@ MAX_JUMP = 30.0
 """How many times its own size the left factor may grow in a step before the right factor's step shrinks."""
 
 
-class Letters(NamedTuple):
+class EinsumAxes(NamedTuple):
     """Einsum letters of a parameter, its factors (rank ``z``) and its batch axes."""
 
     param: str
@@ -84,16 +84,16 @@ class Step(NamedTuple):
     right_step: jax.Array
 
 
-def letters(layout: ParamLayout, ndim: int) -> Letters:
+def einsum_axes(layout: ParamLayout, ndim: int) -> EinsumAxes:
     """Einsum letters for a parameter of ``ndim`` axes.
 
     Example:
-      >>> letters(ParamLayout("matrix", (2,), (1,)), 3)
-      Letters(param='abc', left='azc', right='azb', batch='a')
+      >>> einsum_axes(ParamLayout("matrix", (2,), (1,)), 3)
+      EinsumAxes(param='abc', left='azc', right='azb', batch='a')
     """
     param, rows, columns = subscripts(layout, ndim)
     batch = "".join(param[axis] for axis in layout.batch_axes(ndim))
-    return Letters(param, rows[:-1] + "z" + rows[-1], columns[:-1] + "z" + columns[-1], batch)
+    return EinsumAxes(param, rows[:-1] + "z" + rows[-1], columns[:-1] + "z" + columns[-1], batch)
 
 
 def init_factors(
@@ -153,7 +153,7 @@ def reconstruct(
     left: jax.Array, right: jax.Array, layout: ParamLayout, like: jax.Array
 ) -> jax.Array:
     """The product B A in the parameter's axes, shaped and sharded like ``like``."""
-    names = letters(layout, like.ndim)
+    names = einsum_axes(layout, like.ndim)
     return jnp.einsum(
         f"{names.left},{names.right}->{names.param}",
         left,
@@ -163,7 +163,7 @@ def reconstruct(
 
 
 def prepare(
-    left: jax.Array, right: jax.Array, layout: ParamLayout, like: jax.Array, kind: DampingKind
+    left: jax.Array, right: jax.Array, layout: ParamLayout, ndim: int, kind: DampingKind
 ) -> Prepared:
     """Balances the factors and computes their Gram matrices at the highest matmul precision.
 
@@ -171,11 +171,11 @@ def prepare(
     one and the left one is looked at in units of its own size, and a Gram matrix neither overflows nor
     underflows. Absolute damping does see them and gets the factors as they are.
     """
-    names = letters(layout, like.ndim)
+    names = einsum_axes(layout, ndim)
     if kind == "relative":
-        left, right = balance(left, right, layout, like.ndim)
+        left, right = balance(left, right, layout, ndim)
         left_scale = power_of_two(left, names.left, names.batch)
-        left_unit = left / spread(left_scale, names.left, names.batch)
+        left_unit = left / broadcast(left_scale, names.left, names.batch)
     else:
         left_scale, left_unit = _ones(left, names.left, names.batch), left
     grams = (gram(left_unit, names.left, names), gram(right, names.right, names))
@@ -214,7 +214,7 @@ def newton_step(
       layout: the parameter's layout with non-negative axes.
       kind: of the damping.
     """
-    names = letters(layout, target.ndim)
+    names = einsum_axes(layout, target.ndim)
     left_sharding = factor_sharding(target, layout.column_axes)
     right_sharding = factor_sharding(target, layout.row_axes)
 
@@ -242,10 +242,10 @@ def newton_step(
         old, fresh = size(prepared.left), size(left_step)
         alive = old > jnp.finfo(target.dtype).eps * fresh
         scale = jnp.where(alive, 1 / prepared.left_scale, 0)
-        right_step = right_step * spread(scale, names.right, names.batch)
+        right_step = right_step * broadcast(scale, names.right, names.batch)
         limit, fresh = MAX_JUMP * old, gamma * fresh
         trust = jnp.where(fresh > limit, limit / jnp.where(fresh > limit, fresh, 1), 1)
-        trusted = right_step * spread(trust, names.right, names.batch)
+        trusted = right_step * broadcast(trust, names.right, names.batch)
     else:
         trusted = right_step
     return Step(
@@ -277,15 +277,15 @@ def balance(
     pinned all decay goes into the left one, which may reach zero and start again as it did at first.
     s is a power of two, so that not a bit of the product changes. One s per batch index.
     """
-    names = letters(layout, ndim)
+    names = einsum_axes(layout, ndim)
     scale = power_of_two(right, names.right, names.batch)
     return (
-        left * spread(scale, names.left, names.batch),
-        right / spread(scale, names.right, names.batch),
+        left * broadcast(scale, names.left, names.batch),
+        right / broadcast(scale, names.right, names.batch),
     )
 
 
-def gram(factor: jax.Array, side: str, names: Letters) -> jax.Array:
+def gram(factor: jax.Array, side: str, names: EinsumAxes) -> jax.Array:
     """Gram matrix over everything but batch and rank; replicated, since it is tiny."""
     sharding = sharding_without(factor, ())
     split = None if sharding is None else _batch_sharding(sharding, side, names.batch)
@@ -346,7 +346,7 @@ def core_axes(side: str, batch: str) -> tuple[int, ...]:
     return tuple(axis for axis, letter in enumerate(side) if letter not in batch)
 
 
-def spread(values: jax.Array, side: str, batch: str) -> jax.Array:
+def broadcast(values: jax.Array, side: str, batch: str) -> jax.Array:
     """Batch-shaped values with axes of size one where the factor has core axes."""
     return jnp.expand_dims(values, core_axes(side, batch))
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from layout_optax.axes import compute_dtype
-from layout_optax.roles import LayoutLike, ParamLayout, PyTree
+from layout_optax.layout import LayoutLike, ParamLayout, PyTree
 from lorapre_optax import _factors
-from lorapre_optax._batching import damped_inverse_roots
-from lorapre_optax._factors import Prepared, core_axes, factor_sharding, letters
+from lorapre_optax._factors import Prepared, core_axes, einsum_axes, factor_sharding
+from lorapre_optax._solves import damped_inverse_roots
 from lorapre_optax._states import Moment, first_moments, moments, owner_of, owners
 from lorapre_optax._subspace import columns_from, normalised, rows_from
 
@@ -91,7 +91,7 @@ def _unit(gradient: Any, layout: ParamLayout) -> jax.Array:
 
 def _prepare(moment: Moment, layout: ParamLayout, gradient: jax.Array) -> Prepared:
     left, right = (factor.astype(gradient.dtype) for factor in (moment.left, moment.right))
-    return _factors.prepare(left, right, layout, gradient, "relative")
+    return _factors.prepare(left, right, layout, gradient.ndim, "relative")
 
 
 def _energy_share(
@@ -102,7 +102,7 @@ def _energy_share(
     layout: ParamLayout,
 ) -> jax.Array:
     """See `lorapre_metrics`; the roots are L^-1 of the damped Gram matrices L L^T."""
-    names = letters(layout, gradient.ndim)
+    names = einsum_axes(layout, gradient.ndim)
 
     def inside(root, numerator, side, removed):
         # ||L^-1 B^T G||^2 is <G, P_B G>: thin, and never negative.

@@ -8,30 +8,32 @@ product is all that Adam's two moments, Muon's accumulator and heavy-ball moment
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from layout_optax.roles import LayoutLeaves, LayoutLike, flatten_with_layout
+from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number
+from layout_optax.layout import LayoutLike, PyTree
+from layout_optax.leaves import LayoutLeaves, flatten_with_layout
 from lorapre_optax._factors import DampingKind
-from lorapre_optax._numbers import Number, at, check_decay, check_number
-from lorapre_optax._rank import RankLike
-from lorapre_optax._tracking import (
+from lorapre_optax._moment import (
     InitialSubspace,
     LowRankState,
-    Tracking,
-    advance_states,
+    MomentOptions,
     as_updates,
     bias_weight,
-    blend,
+    collect,
     coupled_gamma,
     in_compute_dtype,
-    initialiser,
-    next_state,
+    init,
+    next_count,
+    open_histories,
+    residual_weight,
 )
+from lorapre_optax._rank import RankLike
 
 
 def low_rank_ema(
@@ -93,27 +95,37 @@ def low_rank_ema(
       >>> round(float(updates["mlp"]["kernel"][0, 0]), 5)  # step 1 is the update itself
       1.0
     """
-    check_decay("decay", decay)
+    check_factor_decay("decay", decay)
     check_number("gamma", gamma, 0, 1)
     check_number("residual", residual, 0, 1)
-    tracking = Tracking(
+    options = MomentOptions(
         rank, damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback
     )
+
+    map_target = jnp.asarray if target is None else target
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves = flatten_with_layout(layout, updates)
-        b = at(decay, state.count)
-        targets = in_compute_dtype(leaves, target)
-        fresh = [None if t is None else (1 - b) * t for t in targets]
-        moments, state = follow(leaves, state, tracking, targets, fresh, b, gamma, residual)
-        if debias:
-            moments = [
-                None if m is None else m / bias_weight(b, state.count, m.dtype) for m in moments
-            ]
+        before, t = state.count, next_count(state)
+        b = at(decay, before)
+        rate = coupled_gamma(b) if gamma is None else at(gamma, before)
+        kappa = at(residual, before)
+
+        def step(path, own, leaf, history):
+            goal = map_target(in_compute_dtype(leaf))
+            m = b * history.past(goal) + (1 - b) * goal  # (4)
+            newton = history.step(goal, rate)  # (5), (6)
+            if history.factored and kappa is not None:
+                m = m + residual_weight(kappa, b, t, goal.dtype) * history.outside(goal, newton)
+            m_hat = m / bias_weight(b, t, m.dtype) if debias else m  # (11)
+            return m_hat, history.keep(newton, m)
+
+        (histories,) = open_histories(leaves, options, (state, map_target))
+        moments, state = collect(leaves, t, leaves.map(step, histories), state)
         return as_updates(leaves, moments), state
 
-    return _transformation(tracking, layout, update_fn)
+    return optax.GradientTransformationExtraArgs(init(options, layout), update_fn)
 
 
 def low_rank_trace(
@@ -160,70 +172,49 @@ def low_rank_trace(
       >>> state.full["norm"]["scale"].shape, state.right["q"]["kernel"].shape
       ((32,), (8, 64))
     """
-    check_decay("decay", decay)
+    check_factor_decay("decay", decay)
     check_number("gamma", gamma, 0, 1)
     check_number("residual", residual, 0, 1)
-    tracking = Tracking(
+    options = MomentOptions(
         rank, damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback
     )
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves = flatten_with_layout(layout, updates)
-        moments, state = accumulate(
-            leaves, state, tracking, decay, nesterov=nesterov, gamma=gamma, residual=residual
+        moments, state = step_trace(
+            leaves, state, options, decay, nesterov=nesterov, gamma=gamma, residual=residual
         )
         return as_updates(leaves, moments), state
 
-    return _transformation(tracking, layout, update_fn)
+    return optax.GradientTransformationExtraArgs(init(options, layout), update_fn)
 
 
-def _transformation(tracking: Tracking, layout: LayoutLike, update_fn: Any):
-    init = initialiser(tracking, layout)
-
-    def init_fn(params):
-        return init(params)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def accumulate(
+def step_trace(
     leaves: LayoutLeaves,
     state: LowRankState,
-    tracking: Tracking,
+    options: MomentOptions,
     decay: Number,
     *,
     nesterov: bool,
     gamma: Number | None,
     residual: Number | None,
-) -> tuple[list[jax.Array | None], LowRankState]:
-    """The trace of the updates in ``leaves``, in float32 or wider, and the next state."""
-    mu = at(decay, state.count)
-    grads = in_compute_dtype(leaves)
-    targets = [None if g is None else g / (1 - mu) for g in grads]
-    moments, state = follow(leaves, state, tracking, targets, grads, mu, gamma, residual)
-    if nesterov:
-        moments = [
-            None if m is None or g is None else g + mu * m
-            for m, g in zip(moments, grads, strict=True)
-        ]
+) -> tuple[PyTree, LowRankState]:
+    """The trace of every leaf in float32 or wider, see `low_rank_trace`, and the next state."""
+    before, t = state.count, next_count(state)
+    mu = at(decay, before)
+    rate = coupled_gamma(mu) if gamma is None else at(gamma, before)
+    kappa = at(residual, before)
+
+    def step(path, own, leaf, history):
+        g = in_compute_dtype(leaf)
+        m = mu * history.past(g) + g
+        newton = history.step(g / (1 - mu), rate)
+        if history.factored and kappa is not None:
+            outside = history.outside(g / (1 - mu), newton)
+            m = m + residual_weight(kappa, mu, t, g.dtype) * outside
+        return g + mu * m if nesterov else m, history.keep(newton, m)
+
+    (histories,) = open_histories(leaves, options, (state, lambda g: g / (1 - mu)))
+    moments, state = collect(leaves, t, leaves.map(step, histories), state)
     return moments, state
-
-
-def follow(
-    leaves: LayoutLeaves,
-    state: LowRankState,
-    tracking: Tracking,
-    targets: Sequence[jax.Array | None],
-    fresh: Sequence[jax.Array | None],
-    decay: jax.Array | float,
-    gamma: Number | None,
-    residual: Number | None,
-) -> tuple[list[jax.Array | None], LowRankState]:
-    """``decay * (previous moment) + fresh`` of every leaf, and the next state."""
-    count = jnp.asarray(optax.safe_increment(state.count))
-    rate = coupled_gamma(decay) if gamma is None else at(gamma, state.count)
-    (done,) = advance_states(leaves, [(state, targets, rate)], tracking)
-    kappa = at(residual, state.count)
-    moments = blend(leaves, state, done, targets, fresh, decay, count, kappa)
-    return moments, next_state(leaves, state, count, done, moments)

@@ -16,15 +16,16 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from layout_optax.axes import compute_dtype, sharding_without
-from layout_optax.roles import LayoutLike, ParamLayout, PyTree, is_empty
+from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty
 from lorapre_optax._factors import (
     INIT_STD,
+    broadcast,
     core_axes,
-    letters,
+    einsum_axes,
     normal_factor,
     power_of_two,
-    spread,
 )
+from lorapre_optax._moment import LowRankState
 from lorapre_optax._rank import RankLike, leaf_rank
 from lorapre_optax._states import (
     Moment,
@@ -35,7 +36,6 @@ from lorapre_optax._states import (
     owners,
     with_moments,
 )
-from lorapre_optax._tracking import LowRankState
 from lorapre_optax._truncation import truncated_matrix, truncated_product
 
 _SEEDS = (11, 12)
@@ -149,12 +149,12 @@ def _grown(moment: Moment, rank: int, leaf: _Leaf) -> Moment:
     left, right = moment.left, moment.right
     old = left.shape[-2]
     zeros = jnp.zeros((*left.shape[:-2], rank - old, left.shape[-1]), left.dtype)
-    names = letters(leaf.layout, len(leaf.shape))
+    names = einsum_axes(leaf.layout, len(leaf.shape))
     wide = right.astype(compute_dtype(right.dtype))
     unit = power_of_two(wide, names.right, names.batch)
-    square = jnp.square(wide / spread(unit, names.right, names.batch))
+    square = jnp.square(wide / broadcast(unit, names.right, names.batch))
     axes = core_axes(names.right, names.batch)
-    scale = spread(jnp.sqrt(jnp.mean(square, axis=axes)) * unit, names.right, names.batch)
+    scale = broadcast(jnp.sqrt(jnp.mean(square, axis=axes)) * unit, names.right, names.batch)
     # The later rows of the longer draw, on top of another seed: no row of `init` comes again.
     fresh = _placed(leaf.noise(rank)[..., old:, :], _sharding(right))
     fresh = jnp.where(scale > 0, scale, INIT_STD) * fresh
@@ -182,7 +182,7 @@ def _shrunk(moment: Moment, rank: int, leaf: _Leaf) -> Moment:
 
 def _multiplied_out(moment: Moment, leaf: _Leaf) -> Moment:
     """The full moment that the factors stand for."""
-    names = letters(leaf.layout, len(leaf.shape))
+    names = einsum_axes(leaf.layout, len(leaf.shape))
     dtype = compute_dtype(moment.left.dtype)
     left, right = moment.left.astype(dtype), moment.right.astype(dtype)
     sharding = None

@@ -8,19 +8,29 @@ power iteration, https://arxiv.org/abs/0909.4061).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from layout_optax.roles import ParamLayout
-from lorapre_optax._batching import Task, damped_inverse_roots
-from lorapre_optax._factors import factor_sharding, gram, letters, normal_factor, spread
+from layout_optax.layout import ParamLayout
+from lorapre_optax._factors import broadcast, einsum_axes, factor_sharding, gram, normal_factor
+from lorapre_optax._solves import damped_inverse_roots
 
 _DAMPING = 1e-4
 _SEED = 7
 
 
-def gradient_rights(paths: Sequence[str], tasks: Sequence[Task]) -> list[jax.Array]:
+class Start(NamedTuple):
+    """A moment at its first step: whose it is, its target and the right factor from ``init``."""
+
+    path: str
+    layout: ParamLayout
+    target: jax.Array
+    right: jax.Array
+
+
+def gradient_rights(starts: Sequence[Start]) -> list[jax.Array]:
     """Right factors whose rows span the leading row space of each target.
 
     Random combinations of the target's rows, made orthonormal by the Cholesky factor of their Gram matrix;
@@ -28,25 +38,24 @@ def gradient_rights(paths: Sequence[str], tasks: Sequence[Task]) -> list[jax.Arr
     it had, per batch index.
 
     Args:
-      paths: the leaves' paths in normal form, which seed the combinations.
-      tasks: the moments; only ``layout``, ``target`` and ``right`` are read.
+      starts: any number of moments; their paths seed the combinations.
 
     Returns:
-      One array per task, shaped like its right factor, of the target's dtype.
+      One array for each moment, shaped like its right factor, of the target's dtype.
     """
-    targets = [normalised(task.target, task.layout) for task in tasks]
+    targets = [normalised(each.target, each.layout) for each in starts]
     rows = []
-    for path, task, target in zip(paths, tasks, targets, strict=True):
-        rank = task.right.shape[-2]
-        noise = normal_factor(path, target, task.layout, rank, "left", _SEED)
-        rows.append(rows_from(target, noise.astype(target.dtype), task.layout))
-    rows = _orthonormal(rows, tasks)
+    for each, target in zip(starts, targets, strict=True):
+        rank = each.right.shape[-2]
+        noise = normal_factor(each.path, target, each.layout, rank, "left", _SEED)
+        rows.append(rows_from(target, noise.astype(target.dtype), each.layout))
+    rows = _orthonormal(rows, starts)
     rows = [
-        rows_from(target, columns_from(target, row, task.layout), task.layout)
-        for target, row, task in zip(targets, rows, tasks, strict=True)
+        rows_from(target, columns_from(target, row, each.layout), each.layout)
+        for target, row, each in zip(targets, rows, starts, strict=True)
     ]
-    rows = _orthonormal(rows, tasks)
-    return [_or_old(row, task) for row, task in zip(rows, tasks, strict=True)]
+    rows = _orthonormal(rows, starts)
+    return [_or_old(row, each) for row, each in zip(rows, starts, strict=True)]
 
 
 def normalised(target: jax.Array, layout: ParamLayout) -> jax.Array:
@@ -57,7 +66,7 @@ def normalised(target: jax.Array, layout: ParamLayout) -> jax.Array:
 
 def rows_from(target: jax.Array, left: jax.Array, layout: ParamLayout) -> jax.Array:
     """B^T G, shaped like a right factor."""
-    names = letters(layout, target.ndim)
+    names = einsum_axes(layout, target.ndim)
     sharding = factor_sharding(target, layout.row_axes)
     equation = f"{names.param},{names.left}->{names.right}"
     return jnp.einsum(equation, target, left, out_sharding=sharding)
@@ -65,15 +74,15 @@ def rows_from(target: jax.Array, left: jax.Array, layout: ParamLayout) -> jax.Ar
 
 def columns_from(target: jax.Array, right: jax.Array, layout: ParamLayout) -> jax.Array:
     """G A^T, shaped like a left factor."""
-    names = letters(layout, target.ndim)
+    names = einsum_axes(layout, target.ndim)
     sharding = factor_sharding(target, layout.column_axes)
     equation = f"{names.param},{names.right}->{names.left}"
     return jnp.einsum(equation, target, right, out_sharding=sharding)
 
 
-def _orthonormal(rows: Sequence[jax.Array], tasks: Sequence[Task]) -> list[jax.Array]:
+def _orthonormal(rows: Sequence[jax.Array], starts: Sequence[Start]) -> list[jax.Array]:
     """The same spans with orthonormal rows, up to the damping."""
-    names = [letters(task.layout, task.target.ndim) for task in tasks]
+    names = [einsum_axes(each.layout, each.target.ndim) for each in starts]
     grams = [gram(row, n.right, n) for row, n in zip(rows, names, strict=True)]
     roots = damped_inverse_roots(grams, _DAMPING)
     return [
@@ -82,16 +91,16 @@ def _orthonormal(rows: Sequence[jax.Array], tasks: Sequence[Task]) -> list[jax.A
             root,
             row,
             precision="highest",
-            out_sharding=factor_sharding(task.target, task.layout.row_axes),
+            out_sharding=factor_sharding(each.target, each.layout.row_axes),
         )
-        for root, row, task, n in zip(roots, rows, tasks, names, strict=True)
+        for root, row, each, n in zip(roots, rows, starts, names, strict=True)
     ]
 
 
-def _or_old(rows: jax.Array, task: Task) -> jax.Array:
+def _or_old(rows: jax.Array, start: Start) -> jax.Array:
     """The new rows where they are finite and not all zero, else the old right factor."""
-    names = letters(task.layout, task.target.ndim)
+    names = einsum_axes(start.layout, start.target.ndim)
     axes = tuple(axis for axis, letter in enumerate(names.right) if letter not in names.batch)
     size = jnp.sum(jnp.abs(rows), axis=axes)
-    usable = spread(jnp.isfinite(size) & (size > 0), names.right, names.batch)
-    return jnp.where(usable, rows, task.right.astype(rows.dtype))
+    usable = broadcast(jnp.isfinite(size) & (size > 0), names.right, names.batch)
+    return jnp.where(usable, rows, start.right.astype(rows.dtype))

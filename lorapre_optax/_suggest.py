@@ -11,15 +11,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from layout_optax.axes import compute_dtype, sharding_without
-from layout_optax.roles import (
-    LayoutLike,
-    ParamLayout,
-    PyTree,
-    flatten_with_layout,
-    is_empty,
-    path_string,
-)
-from lorapre_optax._factors import letters
+from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty, path_string
+from layout_optax.leaves import flatten_with_layout
+from lorapre_optax._factors import einsum_axes
 from lorapre_optax._subspace import normalised
 
 
@@ -121,7 +115,7 @@ def _spectra(
 
 def _small_gram(matrix: jax.Array, layout: ParamLayout) -> jax.Array:
     """G G^T or G^T G, whichever is smaller, with (side, side) last; replicated."""
-    names = letters(layout, matrix.ndim).param
+    names = einsum_axes(layout, matrix.ndim).param
     batch = "".join(names[axis] for axis in layout.batch_axes(matrix.ndim))
     size = lambda axes: int(np.prod([matrix.shape[axis] for axis in axes]))  # noqa: E731
     side = min(layout.row_axes, layout.column_axes, key=size)

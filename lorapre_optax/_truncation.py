@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from layout_optax.axes import shape_without
-from layout_optax.roles import ParamLayout
-from lorapre_optax._factors import INIT_STD, Letters, letters, power_of_two, with_rank
+from layout_optax.layout import ParamLayout
+from lorapre_optax._factors import INIT_STD, EinsumAxes, einsum_axes, power_of_two, with_rank
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "shape"))
@@ -41,7 +41,7 @@ def truncated_product(
       The new factors, U sqrt(S) and sqrt(S) V^T. Where the product has fewer directions than the rank,
       the left factor has zeros and the right one noise.
     """
-    names = letters(layout, len(shape))
+    names = einsum_axes(layout, len(shape))
     scales = [
         power_of_two(factor, side, names.batch)
         for factor, side in ((left, names.left), (right, names.right))
@@ -64,7 +64,7 @@ def truncated_matrix(
     full: jax.Array, noise: jax.Array, layout: ParamLayout, shape: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
     """The best approximation of whole matrices by factors; see `truncated_product`."""
-    names = letters(layout, len(shape))
+    names = einsum_axes(layout, len(shape))
     scale = power_of_two(full, names.param, names.batch)
     columns = "".join(names.param[axis] for axis in layout.column_axes)
     matrix = _as_matrices(full, names.param, names.batch, columns) / scale[..., None, None]
@@ -81,7 +81,7 @@ def _from_directions(
     noise: jax.Array,
     layout: ParamLayout,
     shape: tuple[int, ...],
-    names: Letters,
+    names: EinsumAxes,
 ) -> tuple[jax.Array, jax.Array]:
     """Factors from singular triplets; ``unit`` is the root of the scale that was taken out of ``s``."""
     rank = noise.shape[-2]

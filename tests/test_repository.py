@@ -37,6 +37,32 @@ MAY_IMPORT = {
 """Each folder of the example, and the others that it may import; a command is a module beside the folders."""
 
 
+PUBLIC = {
+    "layout_optax": """ANY_LEAF MemoryReport ParamLayout WholeModel adam_direction by_role describe infer_layout
+        memory_report resolve_layout state_bytes state_shardings unboxed""",
+    "sage_optax": """STATIC_ARGS ParamLayout SageState describe lion_hybrid sage sage_damper sage_hybrid
+        scale_by_sage scale_by_sinkhorn sinkgd sinkgd_hybrid state_shardings unboxed""",
+    "lorapre_optax": """RECOMMENDED STATIC_ARGS LorapreAdamState LowRankState ParamLayout describe lorapre_adamw
+        lorapre_lion lorapre_metrics lorapre_muon lorapre_sgd lorapre_sinkgd low_rank_ema low_rank_trace
+        resize_ranks scale_by_lorapre_adam scale_by_lorapre_lion scale_by_lorapre_muon state_shardings
+        suggest_ranks unboxed""",
+}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_the_public_names_are_these(name):
+    assert sorted(importlib.import_module(name).__all__) == sorted(PUBLIC[name].split())
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_no_package_imports_a_private_module_of_another(name):
+    for path in (ROOT / name).rglob("*.py"):
+        for package in re.findall(
+            r"^\s*(?:from|import)\s+(\w+_optax)\._", path.read_text(), re.MULTILINE
+        ):
+            assert package == name, f"{path} imports a private module of {package}"
+
+
 @pytest.mark.parametrize("name", PACKAGES)
 def test_every_public_name_is_in_the_api_page_and_has_a_docstring(name):
     package = importlib.import_module(name)
@@ -70,7 +96,7 @@ def test_packages_import_only_what_lies_below_them(name):
                 assert top in allowed, f"{path} imports {module}"
 
 
-@pytest.mark.parametrize("folder", MAY_IMPORT)
+@pytest.mark.parametrize("folder", sorted(MAY_IMPORT))
 def test_folders_of_the_example_import_only_what_lies_below_them(folder):
     modules = EXAMPLE.glob("*.py") if folder == "commands" else (EXAMPLE / folder).glob("*.py")
     allowed = MAY_IMPORT[folder] | ({folder} - {"commands"})

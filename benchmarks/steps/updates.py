@@ -6,6 +6,7 @@ Shared by `benchmarks.steps.step_time` and `benchmarks.steps.memory`.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
 import time
@@ -23,8 +24,8 @@ from examples.llama.optimizers.options import OptimizerOptions
 from examples.llama.optimizers.rates import default_rank, parse_rates
 from examples.llama.optimizers.registry import make_optimizer, optimizer_entry
 from examples.llama.optimizers.variants import Variant, parse_variant
+from layout_optax.layout import ROLES
 from layout_optax.memory import tree_bytes
-from layout_optax.roles import ROLES
 
 RATE, DECAY = 1e-5, 0.01
 VARIANTS = (
@@ -123,7 +124,7 @@ class Update:
 def variant_options(variant: Variant, rank: int | None, weight_decay: float) -> OptimizerOptions:
     """The settings of a variant.
 
-    >>> from examples.llama.optimizers.registry.variants import parse_variant
+    >>> from examples.llama.optimizers.variants import parse_variant
     >>> variant_options(parse_variant("adamw:matrix_rate=0.25"), None, 0.1).role_multipliers
     {'matrix': 0.25}
     """
@@ -216,9 +217,19 @@ class Store:
     def put(self, cell: dict[str, Any], facts: dict[str, Any]) -> None:
         """Adds a cell, or replaces the one of the same fields, and writes the file."""
         kept = [c for c in self.cells if any(c[key] != cell[key] for key in self.keys)]
-        self.content = {"circumstances": facts, "cells": [*kept, cell]}
+        self.content["cells"] = [*kept, cell]
+        self.write(facts)
+
+    def write(self, facts: dict[str, Any]) -> None:
+        """Writes the file with these circumstances.
+
+        It is renamed into place: a process that is killed while it writes leaves the last file whole.
+        """
+        self.content["circumstances"] = facts
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+        new = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        new.write_text(json.dumps(self.content, indent=1) + "\n")
+        new.replace(self.path)
 
 
 def device_name() -> str:

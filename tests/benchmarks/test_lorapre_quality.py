@@ -24,6 +24,7 @@ def cells(path):
     return cells_module.Cells(path, model=tiny.MODEL, dataset=tiny.dataset(), common=COMMON)
 
 
+@pytest.mark.extended
 def test_a_finished_cell_is_kept_and_a_missing_one_shown(tmp_path, monkeypatch):
     key = quality.variant(quality._SINKGD, 4, quality.TOGETHER)
     first = cells(tmp_path / "cells.json")

@@ -11,6 +11,8 @@ MODULES = (
     "sinkhorn",
     "meshes.collectives",
     "token_training",
+    "mfu",
+    "accelerator",
 )
 IMPORT = """
 import sys

@@ -69,6 +69,7 @@ def end(processes):
         process.wait()
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("victim", "how"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)]
 )
@@ -87,6 +88,7 @@ def test_the_other_process_ends_with_an_error(tmp_path, victim, how):
     assert not (tmp_path / "run" / SUMMARY).exists()
 
 
+@pytest.mark.extended
 def test_both_go_on_from_the_last_checkpoint(tmp_path):
     options = (120, "--checkpoint-every=5")
     processes = start(tmp_path, *options)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import lorapre_optax
 from layout_optax import ParamLayout
-from lorapre_optax import RECOMMENDED, STATIC_ARGS, _batching, _factors, lorapre_adamw
+from lorapre_optax import RECOMMENDED, STATIC_ARGS, _factors, _solves, lorapre_adamw
 from lorapre_optax._rank import leaf_rank
 from tests.lorapre.common import KERNEL, apart
 
@@ -178,7 +178,7 @@ def test_one_cholesky_call_solves_a_model(layers, monkeypatch):
 
     assert calls() == 1
     if layers is not None:  # 3 x 7 matrices, two moments, two factors of 256 KiB each
-        monkeypatch.setattr(_batching, "GROUP_BYTES", 8 * 2**20)
+        monkeypatch.setattr(_solves, "GROUP_BYTES", 8 * 2**20)
         assert calls() == 3
 
 
@@ -189,8 +189,8 @@ def test_groups_return_each_inverse_to_its_place(monkeypatch):
         x = rng.normal(size=(*shape[:-1], 9))
         grams.append(jnp.asarray(x @ x.swapaxes(-1, -2), jnp.float32))
     for limit in (1, 150, 2**20):
-        monkeypatch.setattr(_batching, "GROUP_BYTES", limit)
-        inverses = jax.jit(lambda grams: _batching.damped_inverses(grams, 1e-6))(grams)
+        monkeypatch.setattr(_solves, "GROUP_BYTES", limit)
+        inverses = jax.jit(lambda grams: _solves.damped_inverses(grams, 1e-6))(grams)
         for gram, inverse in zip(grams, inverses, strict=True):
             identity = np.broadcast_to(np.eye(gram.shape[-1]), gram.shape)
             np.testing.assert_allclose(inverse @ gram, identity, atol=2e-3)
@@ -199,9 +199,9 @@ def test_groups_return_each_inverse_to_its_place(monkeypatch):
 @jax.jit
 def step_of(left, right, target, gamma=0.3, damping=1e-9):
     """B', A' of one matrix by the library's pure functions."""
-    old = _factors.prepare(left, right, KERNEL, target, "relative")
+    old = _factors.prepare(left, right, KERNEL, target.ndim, "relative")
     grams = [old.left_gram, old.right_gram]
-    inverses = _batching.damped_inverses(grams, damping)
+    inverses = _solves.damped_inverses(grams, damping)
     return old, _factors.newton_step(target, old, *inverses, gamma, KERNEL, "relative")
 
 
@@ -298,7 +298,7 @@ def test_bad_input():
 def test_lapack_gets_one_matrix_at_a_time():
     # XLA:CPU's batched calls wait for its threads: two at once never returned on two cores.
     grams = [jnp.eye(5) * jnp.ones((7, 1, 1)), jnp.eye(5)]
-    text = jax.jit(lambda grams: _batching.damped_inverses(grams, 1e-4)).lower(grams).as_text()
+    text = jax.jit(lambda grams: _solves.damped_inverses(grams, 1e-4)).lower(grams).as_text()
     calls = [line for line in text.splitlines() if "@lapack_spotrf" in line]
     assert len(calls) == 1
     assert "tensor<8x5x5xf32>" not in calls[0]

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.meshes.hlo import collectives, moved
 from layout_optax import ParamLayout
 from lorapre_optax import scale_by_lorapre_muon
+from lorapre_optax._distributed_newton_schulz import distributed_orthogonalize
 from lorapre_optax._newton_schulz import orthogonalize
-from lorapre_optax._whole import orthogonalize_whole
 from tests.sharding import grid
 
 MATRIX = ParamLayout("matrix", (1,), (0,))
@@ -43,7 +43,7 @@ def test_equals_one_device_and_moves_shards_only(case, kind):
     placed = [NamedSharding(mesh, s) for s in specs or [P("x", None, None, "y")]]
     rng = np.random.default_rng(0)
     xs = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
-    whole = lambda xs: orthogonalize_whole(xs, layouts)  # noqa: E731
+    whole = lambda xs: distributed_orthogonalize(xs, layouts)  # noqa: E731
     step = jax.jit(
         whole, out_shardings=placed if kind == "auto" else None, compiler_options=grid.quick()
     )
@@ -85,6 +85,6 @@ def test_in_the_optimizer(kind):
 def test_outside_of_jit(kind):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16, 32)), jnp.float32)
     sharding = NamedSharding(grid.mesh_of(kind), P(None, "x", "y"))
-    (found,) = orthogonalize_whole([jax.device_put(x, sharding)], [STACK])
+    (found,) = distributed_orthogonalize([jax.device_put(x, sharding)], [STACK])
     assert found.sharding.is_equivalent_to(sharding, 3)
     np.testing.assert_allclose(found, orthogonalize(x, STACK), atol=1e-5)

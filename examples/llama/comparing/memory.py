@@ -21,8 +21,8 @@ from examples.llama.optimizers.rates import parse_rates
 from examples.llama.optimizers.registry import make_optimizer, optimizer_entry
 from examples.llama.optimizers.variants import Variant
 from layout_optax import memory_report, resolve_layout
+from layout_optax.layout import ROLES, path_string
 from layout_optax.memory import leaf_bytes
-from layout_optax.roles import ROLES, path_string
 
 QUALITY: dict[str, float] = {
     "muon": 28.5,
@@ -97,8 +97,8 @@ class Planner:
     Raises:
         ValueError: The mesh leaves a size open, or a rank is not positive.
 
-    >>> from examples.llama.model.llama.config import preset
-    >>> from examples.llama.optimizers.registry.variants import parse_variant
+    >>> from examples.llama.model.config import preset
+    >>> from examples.llama.optimizers.variants import parse_variant
     >>> planner = Planner(preset("sage_1.3b"), rank=512)
     >>> round(planner.row(parse_variant("sage_hybrid")).state_bytes / 2**30, 3)
     0.979

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from layout_optax import state_shardings
-from layout_optax.roles import path_string
+from layout_optax.layout import path_string
 
 AXES = ("data", "fsdp", "tensor")
 """The axes of every mesh here; an axis of size 1 costs nothing."""

@@ -175,8 +175,8 @@ def init_adapters(params: Params, spec: AdapterSpec, seed: int | jax.Array) -> P
         The nested dict of `lora/lora_a`, `lora/lora_b` and with DoRA `magnitude` under each target's
         path, float32. The same for stacked layers and for single ones.
 
-    >>> from examples.llama.model.llama.llama import create
-    >>> from examples.llama.model.llama.config import preset
+    >>> from examples.llama.model.llama import create
+    >>> from examples.llama.model.config import preset
     >>> params = create(preset("demo", vocab_size=32, hidden_size=16, num_layers=2))[1]
     >>> adapters = init_adapters(params, AdapterSpec(rank=4), 0)
     >>> adapters["layers"]["mlp"]["down_proj"]["lora"]["lora_b"].shape

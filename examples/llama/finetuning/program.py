@@ -37,7 +37,7 @@ from examples.llama.training.step import (
     make_train_step,
     warmup_cosine,
 )
-from layout_optax.roles import path_string
+from layout_optax.layout import path_string
 
 LoadParams = Callable[..., Params]
 """`load(scan_layers=..., shardings=..., wanted=...)` gives parameters of the model that training starts from:

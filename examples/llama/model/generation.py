@@ -74,8 +74,8 @@ class Generator:
     Raises:
         ValueError: A size is not positive or their sum exceeds the model's `max_seq_len`.
 
-    >>> from examples.llama.model.llama.llama import create
-    >>> from examples.llama.model.llama.config import preset
+    >>> from examples.llama.model.llama import create
+    >>> from examples.llama.model.config import preset
     >>> graphdef, params = create(preset("demo", vocab_size=32, hidden_size=16, num_layers=1))
     >>> generator = Generator(graphdef, params, batch_size=2, prompt_tokens=4, new_tokens=3)
     >>> [len(completion.tokens) for completion in generator([[1, 2], [3], [4, 5, 6, 7]])]

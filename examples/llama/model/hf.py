@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from examples.llama.model.config import LlamaConfig
 from examples.llama.model.llama import Params, abstract
 from examples.llama.model.subtrees import select
-from layout_optax.roles import path_string
+from layout_optax.layout import path_string
 
 TENSORS: dict[str, tuple[str, bool]] = {
     "embed_tokens/embedding": ("model.embed_tokens.weight", False),

@@ -70,8 +70,8 @@ def save_folder(
         ValueError: A parameter is missing, unknown, of another shape or not finite; the message names it.
 
     >>> import tempfile
-    >>> from examples.llama.model.llama.llama import create
-    >>> from examples.llama.model.llama.config import preset
+    >>> from examples.llama.model.llama import create
+    >>> from examples.llama.model.config import preset
     >>> config = preset("demo", vocab_size=32, hidden_size=16, num_layers=1)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     [path.name for path in save_folder(folder, config, create(config)[1])]

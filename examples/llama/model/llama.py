@@ -13,6 +13,7 @@ an unscanned one an integer component after `layers`):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
+from examples.llama.model.attention import Implementation
 from examples.llama.model.blocks import (
     Block,
     Constrain,
@@ -34,6 +36,7 @@ from examples.llama.model.blocks import (
     unconstrained,
 )
 from examples.llama.model.config import LlamaConfig
+from examples.llama.model.embedding import lookup
 
 Params = dict[str, Any]
 """A pure nested dict of arrays (or of `jax.ShapeDtypeStruct`), as `create` returns it."""
@@ -52,9 +55,10 @@ class Llama(nnx.Module):
         remat: Recompute each block's activations in the backward pass instead of keeping them.
         dtype: Dtype of the matrix products and of the residual stream; parameters are float32.
         constrain: Pins activations to a mesh, often `examples.llama.devices.mesh.Activations`; hashable.
+        attention: Which code computes attention; see `examples.llama.model.attention`.
         rngs: Source of the initial parameters; `nnx.Rngs(0)` when None.
 
-    >>> from examples.llama.model.llama.config import preset
+    >>> from examples.llama.model.config import preset
     >>> model = Llama(preset("demo", vocab_size=32, hidden_size=16, num_layers=2))
     >>> model(jnp.zeros((1, 5), jnp.int32)).shape
     (1, 5, 32)
@@ -68,6 +72,7 @@ class Llama(nnx.Module):
         remat: bool = False,
         dtype: DTypeLike = jnp.float32,
         constrain: Constrain = unconstrained,
+        attention: Implementation = "auto",
         rngs: nnx.Rngs | None = None,
     ) -> None:
         rngs = nnx.Rngs(0) if rngs is None else rngs
@@ -86,7 +91,7 @@ class Llama(nnx.Module):
         )
         # One key a block, whichever form: that is what makes the two forms equal.
         keys = jax.random.split(rngs.params(), config.num_layers)
-        block = partial(_make_block, config, self.dtype, constrain)
+        block = partial(_make_block, config, self.dtype, constrain, attention)
         if scan_layers:
             self.layers = nnx.vmap(block)(keys)
         else:
@@ -198,7 +203,7 @@ class Llama(nnx.Module):
         # A NumPy table (parameters from a file) cannot be indexed by a traced array. On a mesh its features
         # are gathered, not its tokens: each device looks up those it has.
         table = self.constrain(jnp.asarray(self.embed_tokens.embedding[...]), "vocab", None)
-        return self.constrain(table[tokens].astype(self.dtype), "batch", None, None)
+        return self.constrain(lookup(table, tokens, self.dtype), "batch", None, None)
 
     def _run_blocks(
         self,
@@ -256,7 +261,7 @@ def create(
         `graphdef`, hashable and static, and `params`, a nested dict of float32 arrays. A training
         step is an ordinary function of `params`.
 
-    >>> from examples.llama.model.llama.config import preset
+    >>> from examples.llama.model.config import preset
     >>> graphdef, params = create(preset("demo", vocab_size=32, hidden_size=16, num_layers=2))
     >>> params["layers"]["mlp"]["gate_proj"]["kernel"].shape
     (2, 16, 512)
@@ -279,7 +284,7 @@ def abstract(config: LlamaConfig, *, scan_layers: bool = True) -> Params:
     Returns:
         `create`'s dict with `jax.ShapeDtypeStruct` leaves.
 
-    >>> from examples.llama.model.llama.config import preset
+    >>> from examples.llama.model.config import preset
     >>> abstract(preset("llama2_7b"))["lm_head"]["kernel"].shape
     (4096, 32000)
     """
@@ -293,9 +298,10 @@ def structure(
     remat: bool = False,
     dtype: DTypeLike = jnp.float32,
     constrain: Constrain = unconstrained,
+    attention: Implementation = "auto",
 ) -> nnx.GraphDef[Llama]:
     """Returns `create`'s graphdef alone, without allocating anything (for loaded parameters)."""
-    options = {"remat": remat, "dtype": dtype, "constrain": constrain}
+    options = {"remat": remat, "dtype": dtype, "constrain": constrain, "attention": attention}
     return nnx.split(nnx.eval_shape(lambda: Llama(config, scan_layers=scan_layers, **options)))[0]
 
 
@@ -332,7 +338,7 @@ def stack_layers(params: Params) -> Params:
 def unstack_layers(params: Params) -> Params:
     """Turns the pure dict of a scanned model into that of an unscanned one.
 
-    >>> from examples.llama.model.llama.config import preset
+    >>> from examples.llama.model.config import preset
     >>> _, params = create(preset("demo", vocab_size=32, hidden_size=16, num_layers=2))
     >>> sorted(unstack_layers(params)["layers"])
     [0, 1]
@@ -350,9 +356,13 @@ def _as_key(seed: int | jax.Array) -> jax.Array:
 
 
 def _make_block(
-    config: LlamaConfig, dtype: DTypeLike, constrain: Constrain, key: jax.Array
+    config: LlamaConfig,
+    dtype: DTypeLike,
+    constrain: Constrain,
+    attention: Implementation,
+    key: jax.Array,
 ) -> Block:
-    return Block(config, dtype, nnx.Rngs(key), constrain)
+    return Block(config, dtype, nnx.Rngs(key), constrain, attention)
 
 
 def parameter_count(config: LlamaConfig) -> int:
@@ -364,13 +374,8 @@ def parameter_count(config: LlamaConfig) -> int:
     Returns:
         The number of parameters; a tied embedding counts once.
 
+    >>> from examples.llama.model.config import preset
     >>> parameter_count(preset("llama2_7b"))
     6738415616
     """
-    import math
-
-    import jax
-
-    from examples.llama.model.llama import abstract
-
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +28,9 @@ def next_token_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Mean cross-entropy of each token given those before it.
 
-    The logits are made for `chunk` tokens at a time and made again in the backward pass, so no
-    more than two (chunk, V) float32 arrays exist at once. Chunks are cut along time, not across
+    The logits are made for `chunk` tokens at a time, and their gradient right after them, so that no
+    more than two (chunk, V) float32 arrays exist at once and the head is multiplied once forward
+    and twice backward, as without chunks (`_chunked`). Chunks are cut along time, not across
     the batch: a batch sharded over devices stays sharded in every chunk.
 
     Args:
@@ -45,8 +49,8 @@ def next_token_loss(
     Raises:
         ValueError: A shape does not fit, or `chunk` is not positive.
 
-    >>> from examples.llama.model.llama.llama import Llama
-    >>> from examples.llama.model.llama.config import preset
+    >>> from examples.llama.model.llama import Llama
+    >>> from examples.llama.model.config import preset
     >>> model = Llama(preset("demo", vocab_size=32, hidden_size=16, num_layers=1))
     >>> loss, count = next_token_loss(model, jnp.arange(12).reshape(2, 6))
     >>> round(float(loss), 1), float(count)
@@ -73,18 +77,12 @@ def next_token_loss(
     hidden = model.hidden(tokens[:, :-1], **given)
     steps = math.ceil(length / max(1, chunk // batch))
 
-    def summed(hidden: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
-        return jnp.sum(cross_entropy(model.logits(hidden), labels) * weights)
-
     if steps == 1:
-        total = summed(hidden, labels, weights)
+        total: Any = jnp.sum(cross_entropy(model.logits(hidden), labels) * weights)
     else:
-        pieces = tuple(_cut(array, steps) for array in (hidden, labels, weights))
-        total, _ = jax.lax.scan(
-            lambda total, piece: (total + jax.checkpoint(summed, prevent_cse=False)(*piece), None),
-            jnp.zeros((), jnp.float32),
-            pieces,
-        )
+        # What the head closes over (its weight, traced) becomes an argument: `_chunked` differentiates it.
+        logits, constants = jax.closure_convert(model.logits, _cut(hidden, steps)[0])
+        total = jnp.asarray(_chunked(logits, steps, hidden, constants, labels, weights))
     count = jnp.sum(weights)
     return total / jnp.where(count > 0, count, 1.0), count
 
@@ -103,6 +101,65 @@ def automatic_chunk(tokens: int, vocab_size: int, batch_shards: int = 1) -> int:
     2097
     """
     return min(tokens, max(1, batch_shards * CHUNK_BYTES // (4 * vocab_size)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(
+    logits: Callable[..., jax.Array],
+    steps: int,
+    hidden: jax.Array,
+    constants: Sequence[jax.Array],
+    labels: jax.Array,
+    weights: jax.Array,
+) -> jax.Array:
+    """The weighted sum of all tokens' losses, chunk by chunk.
+
+    The gradient of a sum of losses is known up to a factor when the sum is: where it is asked for, the
+    forward pass computes it with the loss, chunk by chunk, and the backward pass multiplies it by the
+    cotangent. It keeps the gradient of the hidden states in their dtype and that of the head in float32, where
+    making the logits again in the backward pass would keep the hidden states and take a fourth product.
+    """
+
+    def add(total, piece):
+        return total + _summed(logits, piece[0], constants, *piece[1:]), None
+
+    pieces = tuple(_cut(array, steps) for array in (hidden, labels, weights))
+    return jax.lax.scan(add, jnp.zeros((), jnp.float32), pieces)[0]
+
+
+def _chunked_forward(logits, steps, hidden, constants, labels, weights):
+    def add(carry, piece):
+        total, sums = carry
+        hidden, labels, weights = piece
+        summed = partial(_summed, logits)
+        loss, pull = jax.vjp(
+            lambda hidden, constants, weights: summed(hidden, constants, labels, weights),
+            hidden,
+            constants,
+            weights,
+        )
+        of_hidden, of_constants, of_weights = pull(jnp.ones((), jnp.float32))
+        return (total + loss, jax.tree.map(jnp.add, sums, of_constants)), (of_hidden, of_weights)
+
+    start = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, constants)
+    pieces = tuple(_cut(array, steps) for array in (hidden, labels, weights))
+    (total, of_constants), (of_hidden, of_weights) = jax.lax.scan(add, start, pieces)
+    length = hidden.shape[1]
+    return total, (_join(of_hidden, length), of_constants, _join(of_weights, length))
+
+
+def _chunked_backward(logits, steps, saved, cotangent):
+    of_hidden, of_constants, of_weights = jax.tree.map(
+        lambda gradient: (gradient * cotangent).astype(gradient.dtype), saved
+    )
+    return of_hidden, of_constants, None, of_weights
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _summed(logits, hidden, constants, labels, weights):
+    return jnp.sum(cross_entropy(logits(hidden, *constants), labels) * weights)
 
 
 @jax.custom_vjp
@@ -150,3 +207,9 @@ def _cut(array: jax.Array, steps: int) -> jax.Array:
     padding[1] = (0, steps * size - length)
     array = jnp.pad(array, padding).reshape(batch, steps, size, *array.shape[2:])
     return jnp.moveaxis(array, 1, 0)
+
+
+def _join(pieces: jax.Array, length: int) -> jax.Array:
+    """What `_cut` cut, without the padding: (steps, B, size, ...) to (B, length, ...)."""
+    joined = jnp.moveaxis(pieces, 0, 1)
+    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]

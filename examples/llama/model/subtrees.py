@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from layout_optax.roles import path_string
+from layout_optax.layout import path_string
 
 Params = dict[Any, Any]
 

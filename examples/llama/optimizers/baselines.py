@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -10,18 +9,20 @@ import optax
 from optax import contrib
 
 from examples.llama.optimizers.options import OptimizerOptions
-from layout_optax import ParamLayout, resolve_layout
-from layout_optax.roles import ROLES
+from layout_optax import ParamLayout, by_role, resolve_layout
+from layout_optax.layout import ROLES
 
 
 def adamw(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
     """AdamW on every parameter, at one rate or at a rate a role."""
     given = options.only("b1", "b2", "eps", "mu_dtype")
     if options.role_multipliers:
-        return optax.chain(
-            optax.scale_by_adam(**given),
-            optax.add_decayed_weights(options.weight_decay, options.decay_mask()),
-            _scale_by_role_rates(learning_rate, options.role_multipliers),
+        return by_role(
+            dict.fromkeys(ROLES, optax.scale_by_adam(**given)),
+            learning_rate,
+            learning_rate_multipliers=options.role_multipliers,
+            weight_decay=options.weight_decay,
+            weight_decay_mask=options.decay_mask(),
         )
     return optax.adamw(
         learning_rate, **given, weight_decay=options.weight_decay, mask=options.decay_mask()
@@ -100,25 +101,6 @@ def galore(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTrans
     )
     others = adamw(learning_rate, options)
     return optax.partition({"matrix": matrices, "other": others}, _matrix_or_other)
-
-
-def _scale_by_role_rates(
-    learning_rate: Any, multipliers: Mapping[str, float]
-) -> optax.GradientTransformation:
-    """Minus a rate of its own for each role: its multiple of the common one."""
-
-    def rate(factor: float) -> Any:
-        if callable(learning_rate):
-            return lambda count: factor * learning_rate(count)
-        return factor * learning_rate
-
-    by_role: dict[Hashable, optax.GradientTransformation] = {
-        role: optax.scale_by_learning_rate(rate(multipliers.get(role, 1.0))) for role in ROLES
-    }
-    return optax.partition(
-        by_role,
-        lambda params: jax.tree.map(lambda layout: layout.role, resolve_layout(None, params)),
-    )
 
 
 def _matrix_or_other(params: Any) -> Any:

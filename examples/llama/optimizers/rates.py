@@ -125,7 +125,7 @@ def parse_rates(
     Raises:
         ValueError: An item is no such pair, a name is not among `known`, or a rate is not positive.
 
-    >>> from layout_optax.roles import ROLES
+    >>> from layout_optax.layout import ROLES
     >>> parse_rates("embedding=1e-3,vector=0.002", ROLES, "role")
     {'embedding': 0.001, 'vector': 0.002}
     """

@@ -18,7 +18,7 @@ from typing import Any, Literal, Union
 from examples.llama.optimizers.options import OptimizerOptions
 from examples.llama.optimizers.rates import TUNED_RATES, parse_rate
 from examples.llama.optimizers.registry import OPTIMIZERS, optimizer_entry
-from layout_optax.roles import ROLES
+from layout_optax.layout import ROLES
 
 _MULTIPLIERS = "role_multipliers"
 _RATES = {f"{role}_rate": role for role in ROLES}

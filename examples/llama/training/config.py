@@ -33,7 +33,7 @@ from examples.llama.optimizers.registry import OPTIMIZERS, optimizer_entry
 from examples.llama.training.migrations import parse_migrations
 from examples.llama.training.protocols import PROTOCOLS, default_protocol
 from examples.llama.training.settings import Settings, check_settings
-from layout_optax.roles import ROLES
+from layout_optax.layout import ROLES
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from layout_optax.roles import path_string
+from layout_optax.layout import path_string
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 _ODD, _STRIDE = 0x9E3779B1, 0x85EBCA6B

@@ -15,7 +15,7 @@ import numpy as np
 from examples.llama.optimizers.registry import optimizer_entry
 from examples.llama.training.settings import Settings
 from examples.llama.training.step import TrainState
-from layout_optax.roles import path_string
+from layout_optax.layout import path_string
 from lorapre_optax import resize_ranks
 
 _LAYER = re.compile(r"(^|/)layers/(\d+)(?=/)")

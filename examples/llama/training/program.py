@@ -180,7 +180,7 @@ class Program:
             detailed: Compute the statistics of updates, damper and factors too.
         """
         compiled = self._detailed_step if detailed else self._step
-        return compiled(state, self._placed(tokens), np.float32(peak))
+        return compiled(state, self._placed(tokens), jax.device_put(np.float32(peak)))
 
     def evaluate(self, params: Any, batches: Sequence[np.ndarray]) -> tuple[float, int]:
         """The mean loss over all tokens of some batches, and their number."""
@@ -191,9 +191,9 @@ class Program:
         return float(total) / float(count), int(count)
 
     def _placed(self, tokens: np.ndarray) -> Any:
-        """A batch on the mesh, from the share of it that this process has read."""
+        """A batch on the device, or on the mesh from the share of it that this process has read."""
         if self.placement is None:
-            return tokens
+            return jax.device_put(tokens)
         return jax.make_array_from_process_local_data(self.placement.batch, tokens)
 
     @cached_property

@@ -26,7 +26,7 @@ from examples.llama.training.config import resolve
 from examples.llama.training.program import Program, _create_params
 from examples.llama.training.run import train
 from examples.llama.training.step import init_state
-from layout_optax.roles import path_string
+from layout_optax.layout import path_string
 from tests.llama import tiny
 
 CUBE = "data=2,fsdp=2,tensor=2"
@@ -136,13 +136,14 @@ def test_the_state_of_every_optimizer_is_split_with_its_parameters(name):
 @pytest.mark.parametrize(
     ("name", "mesh", "fields"),
     [
-        ("adamw", "fsdp=*", {"mesh_mode": "explicit"}),
+        pytest.param("adamw", "fsdp=*", {"mesh_mode": "explicit"}, marks=pytest.mark.extended),
         ("sage_hybrid", CUBE, {}),
         ("lorapre_adamw", "data=4,tensor=2", {"mesh_mode": "explicit"}),
-        (
+        pytest.param(
             "lorapre_sinkgd",
             CUBE,
             {"scan_layers": False, "accumulate": 2, "remat": True, "mesh_mode": "explicit"},
+            marks=pytest.mark.extended,
         ),
     ],
 )

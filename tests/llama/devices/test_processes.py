@@ -41,6 +41,7 @@ def workers(tmp_path, *options, each=((), ())):
     ]
 
 
+@pytest.mark.extended
 def test_two_processes_train_as_one_and_one_of_them_writes(tmp_path):
     commands = workers(tmp_path)
     run_together(commands, time_limit=600, environment=QUIET)
@@ -61,6 +62,7 @@ def test_two_processes_train_as_one_and_one_of_them_writes(tmp_path):
     assert "adamw" not in outputs[1]
 
 
+@pytest.mark.extended
 def test_processes_with_other_settings_do_not_start(tmp_path):
     with pytest.raises(LaunchError, match=r"process \d exited with 2"):
         run_together(workers(tmp_path, each=((), ("--seed=1",))), time_limit=600, environment=QUIET)
@@ -113,6 +115,7 @@ def test_options_that_do_not_go_together_are_refused(fields, message):
         start_devices(ClusterConfig(**fields))
 
 
+@pytest.mark.extended
 def test_a_process_that_fails_or_is_late_takes_the_others_with_it(tmp_path):
     def python(name, code):
         return Command(name, [sys.executable, "-c", code], tmp_path / f"{name}.log")
@@ -157,6 +160,7 @@ def test_the_demo_fails_when_the_losses_are_apart(tmp_path, monkeypatch, capsys,
         compare_losses(tmp_path / "one", tmp_path / "several", 5)
 
 
+@pytest.mark.extended
 def test_the_demo_names_a_process_that_fails(tmp_path, capsys):
     config = [f"--out={tmp_path}", "--optimizer=adam", "--steps=4", "--compared-steps=4"]
     assert demo_distributed.main(config) == 1

@@ -45,7 +45,17 @@ def trained_leaves(before, after):
     return {path for path in before if not np.array_equal(before[path], after[path])}
 
 
-@pytest.mark.parametrize("method", ["lorapre_adamw", "lorapre_muon", "galore", "rslora", "dora"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lorapre_adamw",
+        *(
+            pytest.param(m, marks=pytest.mark.extended)
+            for m in ("lorapre_muon", "galore", "rslora")
+        ),
+        "dora",
+    ],
+)
 def test_methods_train_the_matrices_and_nothing_else(method, config, model):
     asked = config(method=method, checkpoint_every=6)
     summary = train(asked)
@@ -113,7 +123,9 @@ def test_everything_can_be_trained(config, model):
     assert trained_leaves(before, after) == set(before)
 
 
-@pytest.mark.parametrize("method", ["lorapre_adamw", "dora"])
+@pytest.mark.parametrize(
+    "method", ["lorapre_adamw", pytest.param("dora", marks=pytest.mark.extended)]
+)
 def test_resumed_run_equals_one_that_went_through(method, config, tmp_path, monkeypatch):
     whole = config(method=method, checkpoint_every=2, out=tmp_path / "whole")
     train(whole)
@@ -139,7 +151,10 @@ def test_another_method_or_base_is_another_run(config, tmp_path, model):
         train(asked)
 
 
-@pytest.mark.parametrize(("method", "mode"), [("lorapre_adamw", "explicit"), ("dora", "auto")])
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [("lorapre_adamw", "explicit"), pytest.param("dora", "auto", marks=pytest.mark.extended)],
+)
 def test_mesh_equals_one_device(method, mode, config, tmp_path):
     fields = {"method": method, "steps": 2, "eval_every": 2, "batch_size": 8}
     one = train(config(**fields, out=tmp_path / "one"))

@@ -14,9 +14,9 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from examples.llama.model.attention import causal_attention
 from examples.llama.model.blocks import (
     apply_rotary,
-    causal_attention,
     flat_dot_general,
     rotary_frequencies,
     rotary_tables,

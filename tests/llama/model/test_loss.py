@@ -106,6 +106,7 @@ def test_empty_mask_gives_zero_loss_and_gradient(chunk):
     chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, params))
 
 
+@pytest.mark.full_codegen
 @pytest.mark.parametrize(("chunk", "largest"), [(6, 6), (None, BATCH * LENGTH)])
 def test_no_array_exceeds_the_chunk(chunk, largest):
     """Reads the optimised program: the largest array with a vocabulary axis has `chunk` tokens."""
@@ -190,3 +191,25 @@ def test_errors():
         next_token_loss(model, tokens[:, :1])
     with pytest.raises(ValueError, match=r"\(batch, time \+ 1\), got \(11,\)"):
         next_token_loss(model, tokens[0])
+
+
+def test_a_chunked_gradient_multiplies_the_head_three_times():
+    """Once for the logits and once for each operand's gradient; making the logits again would be a fourth."""
+    params, _, _, grad = setup()
+
+    def products(chunk):
+        text = grad.lower(params, chunk).as_text()
+        return len(re.findall(r"stablehlo\.dot_general", text))
+
+    assert products(6) == products(None) == 3
+
+
+def test_weights_have_a_gradient_too():
+    params, tokens, loss, _ = setup()
+    mask = jnp.linspace(0.5, 1.5, BATCH * LENGTH).reshape(BATCH, LENGTH)
+
+    def value(chunk):
+        return jax.jit(jax.grad(lambda mask: loss(params, chunk, mask)[0]))(mask)
+
+    np.testing.assert_allclose(value(6), value(None), rtol=1e-4, atol=1e-6)
+    del tokens

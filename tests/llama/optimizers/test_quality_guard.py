@@ -55,6 +55,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("mistake", CHANGES)
 def test_a_changed_rule_falls_outside(mistake):
     name, options, change = CHANGES[mistake]

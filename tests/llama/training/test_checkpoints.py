@@ -105,6 +105,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.full_codegen
 # Step 4 ends a log interval and is a checkpoint anyway; 5 and 7 lie inside one.
 @pytest.mark.parametrize("step", [1, 4, 5, 7])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

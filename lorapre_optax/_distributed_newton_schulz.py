@@ -1,4 +1,4 @@
-"""Newton-Schulz on whole matrices: on a mesh they are spread over the devices instead of cut into pieces.
+"""Newton-Schulz on whole matrices: on a mesh they are resharded over the devices instead of cut into pieces.
 
 The iteration multiplies matrices five times over, and on sharded ones every product moves something as large
 as the matrix. Here the matrices move once: equal ones are stacked, mesh axes go from the matrix axes to the
@@ -17,14 +17,14 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from layout_optax.axes import named_sharding
-from layout_optax.roles import ParamLayout
+from layout_optax.layout import ParamLayout
 from lorapre_optax._newton_schulz import orthogonalize
 
 Parts = list[tuple[str, ...]]
 """The mesh axes on each axis of an array."""
 
 
-def orthogonalize_whole(
+def distributed_orthogonalize(
     xs: Sequence[jax.Array],
     layouts: Sequence[ParamLayout],
     steps: jax.Array | int = 5,
@@ -50,14 +50,14 @@ def orthogonalize_whole(
         layout = layouts[group[0]]
         if named_sharding(members[0]) is None or len(group) == 1:
             for i in group:
-                results[i] = _spread(xs[i], layout, steps, eps)
+                results[i] = _reshard(xs[i], layout, steps, eps)
             continue
         above = ParamLayout(
             layout.role,
             tuple(axis + 1 for axis in layout.row_axes),
             tuple(axis + 1 for axis in layout.column_axes),
         )
-        stack = _spread(jnp.stack(members), above, steps, eps)
+        stack = _reshard(jnp.stack(members), above, steps, eps)
         for position, i in enumerate(group):
             results[i] = jax.lax.index_in_dim(stack, position, keepdims=False)
     return [result for result in results if result is not None]
@@ -71,7 +71,7 @@ def _groups(xs: Sequence[jax.Array], layouts: Sequence[ParamLayout]) -> Iterator
     yield from groups.values()
 
 
-def _spread(x: jax.Array, layout: ParamLayout, steps: Any, eps: Any) -> jax.Array:
+def _reshard(x: jax.Array, layout: ParamLayout, steps: Any, eps: Any) -> jax.Array:
     """Orthogonalises with the mesh axes moved to the batch axes, and moves them back."""
     sharding = named_sharding(x)
     if sharding is None:

@@ -1,0 +1,334 @@
+"""One low-rank moment of every leaf: its state, its options, its start and its step.
+
+An optimizer chooses targets and how to read the moment. Each update has three parts::
+
+    (histories,) = open_histories(leaves, options, (state, target))  # one batch of solves for all leaves
+    stepped = leaves.map(step, histories)                            # the paper's equations, leaf by leaf
+    values, state = collect(leaves, count, stepped, state)
+
+``step`` gets a `History` for each leaf and returns the leaf's value and, for each moment, its `Kept` part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from layout_optax.axes import compute_dtype, zeros_without
+from layout_optax.hyperparameters import Number, at, check_number, check_one_of
+from layout_optax.layout import LayoutLike, ParamLayout, PyTree
+from layout_optax.leaves import LayoutLeaves, flatten_with_layout
+from lorapre_optax import _factors
+from lorapre_optax._factors import DampingKind
+from lorapre_optax._rank import RankLike, leaf_rank
+from lorapre_optax._solves import damped_inverses
+from lorapre_optax._subspace import Start, gradient_rights
+
+InitialSubspace: TypeAlias = Literal["normal", "gradient"]
+Value: TypeAlias = jax.Array | float
+Target: TypeAlias = Callable[[jax.Array], jax.Array]
+
+
+class LowRankState(NamedTuple):
+    """A moment of every parameter, as factors or in full. Trees shaped like the parameters.
+
+    Attributes:
+      count: steps taken, int32.
+      left: factors B, zero at the start: the parameter's batch and row axes with the rank second to last;
+        ``MaskedNode`` where the moment is full or the leaf is unmanaged.
+      right: factors A: batch and column axes with the rank second to last; ``MaskedNode`` likewise.
+      full: full moments of the leaves without factors; ``MaskedNode`` elsewhere.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    left: PyTree
+    right: PyTree
+    full: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentOptions:
+    """How factors follow their target; every low-rank momentum shares these options.
+
+    Attributes:
+      rank: see `lorapre_optax.RankLike`.
+      damping: of the r x r systems. The paper does not give its value.
+      damping_kind: ``"relative"`` adds damping * trace(gram) / r to each diagonal, so that the size of
+        gradients does not matter, and keeps the factors balanced. ``"absolute"`` adds damping itself and
+        leaves the factors as the rule makes them, for parity with other implementations.
+      initial_subspace: ``"normal"`` (paper) or ``"gradient"``, see `lorapre_optax._subspace`.
+      factor_dtype: storage dtype of factors and full moments; None for float32 (float64 for float64).
+        Arithmetic uses float32 or wider regardless.
+      full_rank_fallback: keep a full moment where r (p + q) >= p q.
+    """
+
+    rank: RankLike
+    damping: Number = 1e-4
+    damping_kind: DampingKind = "relative"
+    initial_subspace: InitialSubspace = "normal"
+    factor_dtype: Any = None
+    full_rank_fallback: bool = True
+
+    def __post_init__(self):
+        """Refuses options that cannot be meant."""
+        check_number("damping", self.damping, 0)
+        check_one_of("damping_kind", self.damping_kind, ("relative", "absolute"))
+        check_one_of("initial_subspace", self.initial_subspace, ("normal", "gradient"))
+
+
+class Kept(NamedTuple):
+    """What a state keeps of one leaf, in the state's dtypes; ``MaskedNode`` where it keeps nothing."""
+
+    left: Any
+    right: Any
+    full: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class FullHistory:
+    """The history of a leaf that keeps its moment in full."""
+
+    moment: jax.Array
+    factored: ClassVar[bool] = False
+
+    def past(self, like: jax.Array) -> jax.Array:
+        """The previous moment in the dtype of ``like``."""
+        return self.moment.astype(like.dtype)
+
+    def step(self, target: jax.Array, gamma: Value) -> None:
+        """A full moment has no factors that could step."""
+        del target, gamma
+
+    def keep(self, step: None, moment: jax.Array) -> Kept:
+        """The new moment, to be stored."""
+        del step
+        full = moment.astype(self.moment.dtype)
+        return Kept(optax.MaskedNode(), optax.MaskedNode(), full)
+
+
+@dataclasses.dataclass(frozen=True)
+class FactoredHistory:
+    """The history of a leaf whose moment is B A: its old factors and their damped inverses."""
+
+    layout: ParamLayout
+    old: _factors.Prepared
+    left_inverse: jax.Array
+    right_inverse: jax.Array
+    damping_kind: DampingKind
+    dtype: Any
+    factored: ClassVar[bool] = True
+
+    def past(self, like: jax.Array) -> jax.Array:
+        """The previous moment B A, shaped and sharded like ``like``."""
+        return _factors.reconstruct(self.old.left, self.old.right, self.layout, like)
+
+    def step(self, target: jax.Array, gamma: Value) -> _factors.Step:
+        """One Newton step of both factors towards the target, see `lorapre_optax._factors.newton_step`."""
+        return _factors.newton_step(
+            target,
+            self.old,
+            self.left_inverse,
+            self.right_inverse,
+            gamma,
+            self.layout,
+            self.damping_kind,
+        )
+
+    def outside(self, target: jax.Array, step: _factors.Step) -> jax.Array:
+        """The part of the target that the factors cannot hold: T - (P_B T + T P_A) / 2."""
+        return _factors.residual(target, self.old, step, self.layout)
+
+    def keep(self, step: _factors.Step, moment: jax.Array) -> Kept:
+        """The new factors, to be stored; the state does not keep the moment itself."""
+        del moment
+        left, right = step.left.astype(self.dtype), step.right.astype(self.dtype)
+        return Kept(left, right, optax.MaskedNode())
+
+
+History: TypeAlias = Any
+"""A `FullHistory` or a `FactoredHistory`; each takes back in ``keep`` what its own ``step`` returned."""
+
+
+def init(options: MomentOptions, layout: LayoutLike, seed: int = 0) -> Callable:
+    """The ``init`` of one low-rank moment; ``seed`` tells the moments of one optimizer apart."""
+
+    def init_fn(params: PyTree) -> LowRankState:
+        leaves = flatten_with_layout(layout, params)
+        kept = leaves.map(lambda path, own, leaf: _start(path, own, leaf, options, seed))
+        return _state(leaves, jnp.zeros([], jnp.int32), kept, lambda kept: kept)
+
+    return init_fn
+
+
+def open_histories(
+    leaves: LayoutLeaves, options: MomentOptions, *moments: tuple[LowRankState, Target]
+) -> list[PyTree]:
+    """The history of every leaf in every moment, with the inverses that a step needs.
+
+    The inverses of all leaves and moments come from one batch of solves: see `lorapre_optax._solves`.
+
+    Args:
+      leaves: the updates with their layouts.
+      options: how the factors follow.
+      *moments: states with their targets, element-wise functions of the updates. Only
+        ``initial_subspace="gradient"`` reads the targets here.
+
+    Returns:
+      For each moment a tree of histories, to be given to `LayoutLeaves.map`.
+    """
+    count = moments[0][0].count
+    rights = [state.right for state, _ in moments]
+    if options.initial_subspace == "gradient":
+        rights = _first_rights(leaves, count, moments)
+
+    def prepare(path, layout, leaf, left, right):
+        if isinstance(left, optax.MaskedNode):
+            return optax.MaskedNode()
+        dtype = compute_dtype(leaf.dtype)
+        factors = (left.astype(dtype), right.astype(dtype))
+        return _factors.prepare(*factors, layout, jnp.ndim(leaf), options.damping_kind)
+
+    prepared = [
+        leaves.map(prepare, state.left, right)
+        for (state, _), right in zip(moments, rights, strict=True)
+    ]
+    is_prepared = lambda node: isinstance(node, _factors.Prepared)  # noqa: E731
+    grams = jax.tree.map(lambda old: (old.left_gram, old.right_gram), prepared, is_leaf=is_prepared)
+    damping = at(options.damping, count)
+    inverses = damped_inverses(grams, damping, options.damping_kind)
+
+    def history(path, layout, leaf, left, full, old, inverse):
+        if isinstance(left, optax.MaskedNode):
+            return FullHistory(full)
+        left_inverse, right_inverse = inverse
+        kind = options.damping_kind
+        return FactoredHistory(layout, old, left_inverse, right_inverse, kind, left.dtype)
+
+    return [
+        leaves.map(history, state.left, state.full, old, inverse)
+        for (state, _), old, inverse in zip(moments, prepared, inverses, strict=True)
+    ]
+
+
+def collect(
+    leaves: LayoutLeaves, count: jax.Array, stepped: PyTree, *states: LowRankState
+) -> tuple[Any, ...]:
+    """Splits the result of a step into its values and the next states.
+
+    Args:
+      leaves: the updates with their layouts.
+      count: of the next states.
+      stepped: for every managed leaf a tuple: its value, then a `Kept` for each state.
+      *states: the states that the step started from.
+
+    Returns:
+      A tree of values, with unmanaged leaves as they are, and the next states.
+    """
+    values = leaves.map(lambda path, layout, leaf, row: row[0], stepped, other="leaf")
+    following = [
+        _state(leaves, count, stepped, lambda row, i=i: row[i], state)
+        for i, state in enumerate(states, start=1)
+    ]
+    return values, *following
+
+
+def in_compute_dtype(leaf: Any) -> jax.Array:
+    """A leaf in float32, or in its own dtype where that is wider."""
+    return jnp.asarray(leaf).astype(compute_dtype(leaf.dtype))
+
+
+def as_updates(leaves: LayoutLeaves, values: PyTree) -> PyTree:
+    """Values in the dtypes of the leaves that they replace; unmanaged leaves pass through."""
+    cast = lambda path, layout, leaf, value: value.astype(leaf.dtype)  # noqa: E731
+    return leaves.map(cast, values, other="leaf")
+
+
+def next_count(state: LowRankState) -> jax.Array:
+    """The number of the step that starts from a state, from 1."""
+    return jnp.asarray(optax.safe_increment(state.count))
+
+
+def coupled_gamma(decay: Value) -> Value:
+    """1 - sqrt(decay): each of two factors takes half of the decay. Written without cancellation."""
+    return (1 - decay) / (1 + decay**0.5)
+
+
+def bias_weight(decay: Value, count: jax.Array, dtype: Any) -> jax.Array:
+    """1 - decay^count."""
+    return 1 - jnp.asarray(decay, dtype) ** count.astype(dtype)
+
+
+def residual_weight(kappa: Value, decay: Value, count: jax.Array, dtype: Any) -> jax.Array:
+    """Kappa (1 - b^(t-1)): the weight of what the factors cannot hold.
+
+    The history holds weight b (1 - b^(t-1)) at step t. With kappa = b the part outside gets exactly the
+    weight of the part inside, and nothing at t = 1, where there is no history to make up for.
+    """
+    return kappa * (1 - jnp.asarray(decay, dtype) ** (count - 1).astype(dtype))
+
+
+def _start(path: str, layout: ParamLayout, leaf: Any, options: MomentOptions, seed: int) -> Kept:
+    """Zero moments of one parameter: factors where they pay, else a full moment."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"'{path}' has dtype {leaf.dtype}: momentum needs real floating-point "
+            "parameters. Mask the leaf out (optax.masked) or give it to another optimizer."
+        )
+    dtype = options.factor_dtype
+    dtype = compute_dtype(leaf.dtype) if dtype is None else dtype
+    fallback = options.full_rank_fallback
+    rank = leaf_rank(options.rank, path, layout, leaf.shape, fallback=fallback)
+    if rank is None:
+        full = zeros_without(leaf, (), dtype)
+        return Kept(optax.MaskedNode(), optax.MaskedNode(), full)
+    factors = _factors.init_factors(path, leaf, layout, rank, dtype, seed)
+    return Kept(*factors, optax.MaskedNode())
+
+
+def _state(
+    leaves: LayoutLeaves,
+    count: jax.Array,
+    rows: PyTree,
+    kept_of: Callable[[Any], Kept],
+    old: LowRankState | None = None,
+) -> LowRankState:
+    """A state from what each leaf keeps; unmanaged leaves keep what they had, at first ``MaskedNode``."""
+    nothing = [Kept(*(optax.MaskedNode(),) * 3)] * len(leaves.leaves)
+    if old is not None:
+        fields = map(leaves.align, (old.left, old.right, old.full))
+        nothing = [Kept(*nodes) for nodes in zip(*fields, strict=True)]
+    kept = [
+        empty if layout is None else kept_of(row)
+        for layout, row, empty in zip(leaves.layouts, leaves.align(rows), nothing, strict=True)
+    ]
+    fields = ([getattr(row, name) for row in kept] for name in Kept._fields)
+    return LowRankState(count, *map(leaves.unflatten, fields))
+
+
+def _first_rights(
+    leaves: LayoutLeaves, count: jax.Array, moments: tuple[tuple[LowRankState, Target], ...]
+) -> list[PyTree]:
+    """Right factors that span the first targets' row spaces at step 1; later the old right factors."""
+
+    def start(target, path, layout, leaf, right):
+        if isinstance(right, optax.MaskedNode):
+            return right
+        goal = target(in_compute_dtype(leaf))
+        return Start(path, layout, goal, right.astype(goal.dtype))
+
+    starts = [
+        leaves.map(lambda *leaf, target=target: start(target, *leaf), state.right)
+        for state, target in moments
+    ]
+    flat, structure = jax.tree.flatten(starts, is_leaf=lambda node: isinstance(node, Start))
+    if not flat:
+        return [state.right for state, _ in moments]
+    rights = jax.lax.cond(
+        count == 0, lambda: gradient_rights(flat), lambda: [each.right for each in flat]
+    )
+    return structure.unflatten(rights)
