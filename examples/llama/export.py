@@ -19,6 +19,7 @@ from rich.console import Console
 
 from examples.llama.finetuning.loading import Model, load_model
 from examples.llama.model.hf_write import TOKENIZER_FILES, Dtype, save_folder
+from examples.llama.reporting.folders import check_output
 from examples.llama.training.checkpoints import quiet_orbax
 
 USAGE_EXIT = 2
@@ -45,8 +46,9 @@ def export(config: ExportConfig) -> list[Path]:
 
     Raises:
         ValueError: The model cannot be read, or the size is not positive.
-        FileExistsError: The folder holds a model and `overwrite` is not set.
+        FileExistsError: The folder holds a model and `overwrite` is not set, or it is no place for one.
     """
+    check_output(config.out, "model", {"--model": config.model})
     model = load_model(config.model)
     written = save_folder(
         config.out,

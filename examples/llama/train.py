@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from examples.llama.reporting.folders import FolderError
 from examples.llama.training.checkpoints import SchemaError
 from examples.llama.training.config import TrainConfig
 from examples.llama.training.migrations import MigrationError
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(
         config,
         lambda config, console: Run(config, console=console),
-        usage_errors=(ResumeError, SchemaError, MigrationError),
+        usage_errors=(ResumeError, SchemaError, MigrationError, FolderError),
     )
 
 

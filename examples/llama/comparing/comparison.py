@@ -19,6 +19,7 @@ from examples.llama.comparing.timing import paired_step_times
 from examples.llama.comparing.tuning import SearchResult, TrialStore, search_rate
 from examples.llama.data.batches import train_iterator
 from examples.llama.data.dataset import Dataset, prepare_data
+from examples.llama.devices.processes import is_main
 from examples.llama.model.config import LlamaConfig
 from examples.llama.optimizers.rates import TUNED_RATES, tuned_rate
 from examples.llama.optimizers.registry import OPTIMIZERS
@@ -39,6 +40,8 @@ from examples.llama.reporting.files import (
     versions,
     write_json,
 )
+from examples.llama.reporting.folders import check_output
+from examples.llama.reporting.locks import FolderLock
 from examples.llama.reporting.metrics import read_metrics
 from examples.llama.reporting.progress import duration
 from examples.llama.reporting.summary import RunSummary
@@ -109,6 +112,7 @@ class Comparison:
         dataset: Dataset | None = None,
         console: Console | None = None,
     ):
+        check_output(config.out, "comparison", {"--data": config.data})
         self.config, self.model = config, model
         self.console = console or Console()
         self.names = [variant.key for variant in parse_variants(config.optimizers)]
@@ -127,6 +131,10 @@ class Comparison:
         Raises:
             KeyboardInterrupt: From the keyboard, after the running part has been put on disk.
         """
+        with FolderLock(self.config.out, active=is_main()):
+            return self._run()
+
+    def _run(self) -> list[Row]:
         self._fit_time_budget()
         if self.config.tune:
             self._tune()

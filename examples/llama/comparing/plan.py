@@ -14,11 +14,12 @@ from rich.table import Table
 from examples.llama.comparing.memory import Planner, PlanRow, recommend
 from examples.llama.devices.mesh import parse_mesh
 from examples.llama.model.config import PRESETS, LlamaConfig, preset
-from examples.llama.model.hf import read_config
+from examples.llama.model.hf_config import read_config
 from examples.llama.model.llama import parameter_count
 from examples.llama.optimizers.rates import default_rank
 from examples.llama.optimizers.variants import parse_variants
 from examples.llama.reporting.files import jsonable
+from examples.llama.reporting.folders import check_file
 from examples.llama.reporting.summary import size
 
 GIB = 2**30
@@ -139,6 +140,9 @@ def make_plan(config: PlanConfig) -> Plan:
             "plan: device_gb must be positive, activation_gb at least 0 and margin in [0, 1), got "
             f"{config.device_gb}, {config.activation_gb} and {config.margin}"
         )
+    if config.json not in (None, "-"):
+        keys = frozenset({"recommended", "rows"})
+        check_file(Path(str(config.json)), {"--hf-config": config.hf_config}, keys, flag="--json")
     model = _model(config)
     rank = config.rank
     if rank is None:

@@ -10,9 +10,10 @@ to pretrain on.
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,10 +164,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(problem) + "\n" for problem in problems)
-    config.out.write_text(lines, encoding="utf-8")
+    try:
+        write_problems(config.out, problems)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def write_problems(path: Path, problems: Sequence[Mapping[str, str]]) -> None:
+    """Writes problems as JSON lines, in one piece.
+
+    Raises:
+        DataError: There is a folder, or a file that holds something else.
+        OSError: The file cannot be written.
+    """
+    if path.is_dir():
+        raise DataError(f"--out {path} is a folder; name a file.")
+    if path.exists() and not _holds_problems(path):
+        raise DataError(f"--out {path} is another file of yours; give a new name.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text("".join(json.dumps(problem) + "\n" for problem in problems), encoding="utf-8")
+    part.replace(path)
+
+
+def _holds_problems(path: Path) -> bool:
+    """Whether a file is empty or begins with a problem, so that it may be replaced."""
+    with path.open("rb") as file:
+        first = file.readline()
+    try:
+        return not first or {"query", "response", "answer"} <= json.loads(first).keys()
+    except (ValueError, AttributeError):
+        return False
 
 
 if __name__ == "__main__":

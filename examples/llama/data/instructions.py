@@ -204,7 +204,7 @@ def _compile_chat(text: str, known: dict[str, Any]) -> Callable[..., str]:
     except ImportError as error:
         raise DataError(
             "A chat template needs the package `jinja2`; install it with "
-            "`pip install 'sage-lorapre-optax[hub]'`."
+            "`pip install datasets jinja2`."
         ) from error
     environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
@@ -276,7 +276,7 @@ def _hub_records(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]
     except ImportError as error:
         raise DataError(
             f"The data {source!r} needs the package `datasets`; install it with "
-            "`pip install 'sage-lorapre-optax[hub]'`."
+            "`pip install datasets jinja2`."
         ) from error
     # The hub's client lets through whatever its HTTP and parsing layers raise.
     try:

@@ -83,6 +83,10 @@ def path_documents(path: str | Path, *, text_field: str = "text") -> Iterator[Do
             raise DataError(f"The folder '{path}' has no text files (looked for {kinds}).")
     elif path.is_file():
         files = [(path.name, path)]
+    elif path.exists():
+        raise DataError(
+            f"The data '{path}' is neither a file nor a folder; write what it gives to a file first."
+        )
     else:
         raise DataError(
             f"The data '{path}' does not exist; give a text file, a .jsonl file, a folder, "
@@ -121,7 +125,7 @@ def hub_documents(
     except ImportError as error:
         raise DataError(
             f"The data {source!r} needs the package `datasets`; install it with "
-            "`pip install 'sage-lorapre-optax[hub]'`."
+            "`pip install datasets`."
         ) from error
     # `datasets` lets through the errors of its HTTP, file-system and parsing layers as they are,
     # so that no list of exception types would be complete.

@@ -73,6 +73,24 @@ class AdapterSpec:
         return self.alpha / (self.rank**0.5 if self.kind == "rslora" else self.rank)
 
 
+def check_rank(config: LlamaConfig, spec: AdapterSpec) -> None:
+    """Refuses a rank that no product of the targets' sizes needs, before anything is allocated.
+
+    Raises:
+        ValueError: The rank exceeds the smaller side of a target; the message names it.
+    """
+    width, heads = config.hidden_size, config.num_heads * config.head_dim
+    kv, inner = config.num_kv_heads * config.head_dim, config.intermediate_size
+    sides = {"q_proj": heads, "o_proj": heads, "k_proj": kv, "v_proj": kv}
+    for name in spec.targets:
+        other = sides.get(name, inner)
+        if spec.rank > min(width, other):
+            raise ValueError(
+                f"--rank {spec.rank} is more than {name} has: its kernel is {width} by {other}, so the rank "
+                f"must be at most {min(width, other)}"
+            )
+
+
 class AdaptedLinear(nnx.Module):
     """A projection with an adapter; its kernel keeps its path, beside it come `lora` and `magnitude`.
 

@@ -17,9 +17,9 @@ from examples.llama.finetuning.answers import AnswerKind, find_answer, same_answ
 from examples.llama.finetuning.loading import Model, load_model
 from examples.llama.finetuning.run import template_of
 from examples.llama.model.generation import GREEDY, Generator, Sampling, round_up
-from examples.llama.reporting.files import jsonable, versions, write_json
-
-ITEMS, SUMMARY = "items.jsonl", "summary.json"
+from examples.llama.reporting.files import SUMMARY, jsonable, versions, write_json, write_text
+from examples.llama.reporting.folders import ITEMS, check_output
+from examples.llama.reporting.locks import FolderLock
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,12 @@ def task_of(config: EvaluateConfig) -> Task:
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluates as a command line asks, writes the results, and returns the summary."""
+    check_output(
+        config.out,
+        "evaluation",
+        {"--model": config.model, "--data": config.data},
+        may_be_inside=True,
+    )
     task = task_of(config)
     model = load_model(config.model, tokenizer=config.tokenizer)
     found = read_records(task.data, split=task.split, limit=config.limit)
@@ -245,9 +251,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "task": asdict(task),
         "versions": versions(),
     }
-    config.out.mkdir(parents=True, exist_ok=True)
-    with (config.out / ITEMS).open("w", encoding="utf-8") as lines:
-        for item in result.items:
-            lines.write(json.dumps(asdict(item)) + "\n")
-    write_json(config.out / SUMMARY, summary)
+    with FolderLock(config.out):
+        write_text(
+            config.out / ITEMS, "".join(json.dumps(asdict(item)) + "\n" for item in result.items)
+        )
+        write_json(config.out / SUMMARY, summary)
     return summary

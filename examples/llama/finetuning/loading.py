@@ -19,11 +19,12 @@ from examples.llama.data.tokenizer import load_tokenizer, separator_id
 from examples.llama.finetuning.adapters import AdapterSpec
 from examples.llama.finetuning.program import FinetuneProgram, Tuned
 from examples.llama.model.config import LlamaConfig, RopeScaling
-from examples.llama.model.hf import load_params, read_config
+from examples.llama.model.hf import load_params
+from examples.llama.model.hf_config import read_config
 from examples.llama.model.llama import Params, abstract, stack_layers, structure, unstack_layers
 from examples.llama.model.subtrees import select
 from examples.llama.optimizers.options import OptimizerOptions
-from examples.llama.reporting.files import CONFIG
+from examples.llama.reporting.files import CONFIG, read_json
 from examples.llama.training.checkpoints import CheckpointError, Checkpoints, checkpoint_steps
 from examples.llama.training.program import Program
 from examples.llama.training.resume import target
@@ -205,7 +206,7 @@ def _run_model(folder: Path, fields: dict[str, Any], tokenizer: Tokenizer) -> Mo
     )
     hub_folder = None
     if FINETUNE in fields:
-        base = load_model(fields[FINETUNE]["base"])
+        base = load_model(_base_of(folder, fields))
         hub_folder, stop_ids = base.hub_folder, base.stop_ids
         program: Program = FinetuneProgram(
             settings, tuned_from_json(fields[FINETUNE]["tuned"]), base.read
@@ -225,6 +226,26 @@ def _run_model(folder: Path, fields: dict[str, Any], tokenizer: Tokenizer) -> Mo
 
     stops = [token for token in stop_ids if token is not None]
     return Model(folder, settings.model, tokenizer, stops, read, hub_folder)
+
+
+def _base_of(folder: Path, fields: dict[str, Any]) -> Path:
+    """The model that a fine-tuning run starts from.
+
+    Raises:
+        ValueError: The run, or one that it starts from, starts from itself.
+    """
+    base, seen = Path(fields[FINETUNE]["base"]), {folder.resolve()}
+    following = base
+    while following.resolve() not in seen:
+        seen.add(following.resolve())
+        found = read_json(following / CONFIG)
+        if not isinstance(found, dict) or FINETUNE not in found:
+            return base
+        following = Path(found[FINETUNE]["base"])
+    raise ValueError(
+        f"{folder / CONFIG} says that the run starts from {base}, which starts from the run itself; its base "
+        "model was overwritten"
+    )
 
 
 def _newest_params(folder: Path, program: Program) -> Params:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +22,22 @@ from examples.llama.data.instruction_batches import (
 from examples.llama.data.instructions import Template, chat_template, prompt_template, read_records
 from examples.llama.devices.mesh import MeshMode
 from examples.llama.devices.processes import ClusterConfig
-from examples.llama.finetuning.adapters import TARGETS, AdapterSpec
+from examples.llama.finetuning.adapters import TARGETS, AdapterSpec, check_rank
 from examples.llama.finetuning.loading import FINETUNE, Model, load_model, tuned_to_json
 from examples.llama.finetuning.program import FinetuneProgram, Tuned
 from examples.llama.model.subtrees import trainable_patterns
 from examples.llama.optimizers.options import OptionSet
 from examples.llama.optimizers.registry import OPTIMIZERS, optimizer_entry
 from examples.llama.reporting.files import CONFIG, jsonable, read_json, write_json
+from examples.llama.reporting.folders import check_output
 from examples.llama.reporting.summary import RunSummary
 from examples.llama.training.config import CheckpointConfig, TrainConfig, resolve
 from examples.llama.training.run import Run
 
 ADAPTERS = ("lora", "rslora", "dora")
+
+PAPER_RATE, PAPER_METHODS = 2e-5, (*ADAPTERS, "adamw", "lorapre_adamw")
+"""Peak rate of the LoRA-Pre paper's fine-tuning, and the methods it is a default of."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,8 @@ class FinetuneConfig(CheckpointConfig, ClusterConfig):
     trainable: str = "matrices"
     """Parameters that are trained without adapters: matrices (attention and MLP), all, or patterns of paths
     separated by commas, as layers/self_attn/*."""
-    learning_rate: float = 2e-5
-    """Peak learning rate."""
+    learning_rate: float | None = None
+    """Peak learning rate; by default the paper's 2e-5 for the methods that the paper fine-tuned with."""
     scale: float | None = None
     """Factor on the matrices' direction, for the optimizers that have it."""
     options: OptionSet | None = None
@@ -161,11 +166,16 @@ class FinetuneRun(Run):
     ):
         check(config)
         self.finetune = config
+        check_output(config.out, "run", self.inputs())
         self.tuned = tuned(config)
         self.base = model or load_model(config.model, tokenizer=config.tokenizer)
+        if self.tuned.adapter is not None:
+            check_rank(self.base.config, self.tuned.adapter)
         data = data or instruction_data(config, self.base)
         rows = rows_per_epoch(data, config.seq_len)
-        steps = config.steps or max(1, math.ceil(config.epochs * rows / config.batch_size))
+        steps = config.steps
+        if steps is None:
+            steps = max(1, math.ceil(config.epochs * rows / config.batch_size))
         train_config = trainer_config(config, steps)
         settings = resolve(train_config, self.base.config)
         if program is None or not program.serves(settings) or program.tuned != self.tuned:
@@ -178,6 +188,14 @@ class FinetuneRun(Run):
             console=console,
             name=config.method,
         )
+        # The trainer takes the rate as given, by whomever.
+        source = peak_rate(config)[1]
+        self.settings = dataclasses.replace(self.settings, rate_source=source)
+        self.summary.rate_source = source
+
+    def inputs(self) -> dict[str, str]:
+        """Files and folders that the run reads, by flag."""
+        return {"--model": self.finetune.model, "--data": self.finetune.data}
 
     def _open_batches(self) -> tuple[Any, list[np.ndarray]]:
         settings, share = self.settings, self.program.share_of_batch()
@@ -235,8 +253,31 @@ def check(config: FinetuneConfig) -> None:
         raise ValueError("targets is for adapters; use trainable")
     if not config.heldout_fraction > 0:
         raise ValueError("heldout_fraction must be positive: its loss is what a run reports")
-    if config.steps is None and not config.epochs > 0:
+    if config.steps is not None and config.steps < 1:
+        raise ValueError(f"steps must be at least 1, got {config.steps}")
+    if config.steps is None and not 0 < config.epochs < math.inf:
         raise ValueError(f"epochs must be positive, got {config.epochs}")
+    peak_rate(config)
+
+
+def peak_rate(config: FinetuneConfig) -> tuple[float, str]:
+    """The peak learning rate, and where it is from.
+
+    Raises:
+        ValueError: None was given, and the method has no default; the message says where to begin.
+
+    >>> peak_rate(FinetuneConfig(method="lora"))
+    (2e-05, "default: the LoRA-Pre paper's")
+    """
+    if config.learning_rate is not None:
+        return config.learning_rate, "given"
+    if config.method in PAPER_METHODS:
+        return PAPER_RATE, "default: the LoRA-Pre paper's"
+    raise ValueError(
+        f"{config.method} has no default rate for fine-tuning; give --learning-rate. Other methods' best rates "
+        "were 0.003 to 0.081 on a small model (docs/results/finetuning.md); a large one wants less, so try "
+        "1e-4, 3e-4 and 1e-3 on a few hundred steps"
+    )
 
 
 def tuned(config: FinetuneConfig) -> Tuned:
@@ -259,8 +300,9 @@ def trainer_config(config: FinetuneConfig, steps: int) -> TrainConfig:
     entry = optimizer_entry(optimizer)
     given = {name: getattr(config, name) for name in ("scale", "options", "update_gap")}
     given["rank"] = config.rank if entry.has_rank else None
+    given["learning_rate"] = peak_rate(config)[0]
     same = (
-        *("learning_rate", "weight_decay", "clip_norm", "warmup_fraction", "final_rate_fraction"),
+        *("weight_decay", "clip_norm", "warmup_fraction", "final_rate_fraction"),
         *("batch_size", "seq_len", "accumulate", "compute_dtype", "remat", "loss_chunk", "seed"),
         *("mesh", "mesh_mode", "mesh_strict", "eval_every", "eval_batches", "log_every"),
         *("statistics_every", "tensorboard", "out", "overwrite"),

@@ -1,4 +1,4 @@
-"""Reads Hugging Face Llama folders: `config.json`, and safetensors files into sharded parameters."""
+"""Reads the safetensors files of Hugging Face Llama folders into sharded parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 from jax.typing import DTypeLike
 
-from examples.llama.model.config import LlamaConfig, RopeScaling
+from examples.llama.model.config import LlamaConfig
 from examples.llama.model.llama import Params, abstract
 from examples.llama.model.subtrees import select
 from layout_optax.layout import path_string
@@ -42,57 +42,7 @@ TENSORS: dict[str, tuple[str, bool]] = {
 # Constants that old checkpoints stored beside the parameters.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
-
-def read_config(folder: str | Path) -> LlamaConfig:
-    """Reads the shape of a Hugging Face Llama from its `config.json`.
-
-    The rotary settings may be old (`rope_theta` and `rope_scaling`) or new (`rope_parameters`).
-
-    Args:
-        folder: Folder that holds `config.json`.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        FileNotFoundError: There is no `config.json`.
-        ValueError: Another architecture, biases, an unknown activation or rotary type, or a
-            missing field; the message names it.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no config.json in {folder}")
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    if fields.get("model_type") != "llama":
-        raise ValueError(
-            f"{path}: model_type is {fields.get('model_type')!r} "
-            f"(architectures {fields.get('architectures')}); only 'llama' can be read"
-        )
-    for name, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if fields.get(name, wanted) != wanted:
-            raise ValueError(f"{path}: {name} is {fields[name]!r}; only {wanted!r} can be read")
-
-    def required(name: str) -> Any:
-        if fields.get(name) is None:
-            raise ValueError(f"{path}: the field {name!r} is missing")
-        return fields[name]
-
-    theta, scaling = _read_rope(fields, path)
-    return LlamaConfig(
-        vocab_size=required("vocab_size"),
-        hidden_size=required("hidden_size"),
-        intermediate_size=required("intermediate_size"),
-        num_layers=required("num_hidden_layers"),
-        num_heads=required("num_attention_heads"),
-        num_kv_heads=fields.get("num_key_value_heads") or required("num_attention_heads"),
-        head_dim=fields.get("head_dim") or 0,
-        tie_embeddings=fields.get("tie_word_embeddings", False),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
-        init_std=fields.get("initializer_range", 0.02),
-        max_seq_len=fields.get("max_position_embeddings", 2048),
-    )
+_FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 def load_params(
@@ -125,7 +75,8 @@ def load_params(
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A tensor is missing, unknown or of another shape; the message names it.
+        ValueError: A file is damaged, or a tensor is missing, unknown, of another shape, not floating or not
+            finite; the message names it.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract(config, scan_layers=scan_layers))
     places = [shardings] * len(leaves) if shardings is None else tree.flatten_up_to(shardings)
@@ -210,8 +161,7 @@ class _Tensors:
         index = folder / "model.safetensors.index.json"
         files = ["model.safetensors"]
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(weight_map.values()))
+            files = _indexed_files(index)
         self.folder = folder
         self.file_of: dict[str, Path] = {}
         self._opened: dict[str, Any] = {}
@@ -220,7 +170,13 @@ class _Tensors:
             if not file.is_file():
                 raise FileNotFoundError(f"no {file.name} in {folder}")
         for file in (folder / name for name in files):
-            opened = self._stack.enter_context(safetensors.safe_open(file, framework="numpy"))
+            try:
+                opened = self._stack.enter_context(safetensors.safe_open(file, framework="numpy"))
+            except (safetensors.SafetensorError, OSError) as error:
+                self._stack.close()
+                raise ValueError(
+                    f"{file} is cut short or damaged ({_first_line(error)}); download it again"
+                ) from error
             for name in opened.keys():  # noqa: SIM118 (no mapping)
                 self.file_of[name], self._opened[name] = file, opened
 
@@ -234,9 +190,49 @@ class _Tensors:
         """A tensor's shape."""
         return tuple(self._opened[name].get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype as the file names it: F32, BF16, I32."""
+        return self._opened[name].get_slice(name).get_dtype()
+
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Part of a tensor, in its own dtype."""
-        return self._opened[name].get_slice(name)[index]
+        """Part of a tensor, in its own dtype.
+
+        Raises:
+            ValueError: It is not finite.
+        """
+        part = self._opened[name].get_slice(name)[index]
+        if not np.isfinite(part).all():
+            raise ValueError(
+                f"{self.file_of[name]}: tensor {name!r} has values that are not finite; the weights are "
+                "damaged, or the training that made them diverged"
+            )
+        return part
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """The files that an index names, each one of its own folder.
+
+    Raises:
+        ValueError: The index cannot be read or names something else.
+    """
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is no index of safetensors files ({_first_line(error)}); download it again"
+        ) from error
+    for name in names:
+        plain = isinstance(name, str) and not set(name) & {"/", "\\", "\0"}
+        if not plain or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{index} names {name!r}; it may name safetensors files of its own folder only"
+            )
+    return sorted(names)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _check(tensors: _Tensors, sources: Sequence[_Source], config: LlamaConfig) -> None:
@@ -251,6 +247,10 @@ def _check(tensors: _Tensors, sources: Sequence[_Source], config: LlamaConfig) -
             raise ValueError(
                 f"{file}: tensor {name!r} has shape {tensors.shape(name)}, "
                 f"the configuration wants {shapes[name]}"
+            )
+        if tensors.dtype(name) not in _FLOATING:
+            raise ValueError(
+                f"{file}: tensor {name!r} is {tensors.dtype(name)}; only {', '.join(_FLOATING)} can be read"
             )
     missing = [name for name in shapes if name not in tensors.file_of]
     if missing:
@@ -274,23 +274,3 @@ def _check(tensors: _Tensors, sources: Sequence[_Source], config: LlamaConfig) -
                 f"{tensors.folder}: tensor 'lm_head.weight' differs from the embedding, "
                 "but the configuration ties them"
             )
-
-
-def _read_rope(fields: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    if kind != "llama3":
-        raise ValueError(f"{path}: rope_type is {kind!r}; only 'default' and 'llama3' can be read")
-    names = (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    )
-    for name in names:
-        if name not in rope:
-            raise ValueError(f"{path}: the rotary field {name!r} is missing")
-    return float(theta), RopeScaling(**{name: rope[name] for name in names})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -65,7 +67,7 @@ def save_folder(
     Raises:
         FileExistsError: The folder holds a model and `overwrite` is not set.
         FileNotFoundError: There is no such tokenizer.
-        ValueError: A parameter is missing, unknown or of another shape; the message names it.
+        ValueError: A parameter is missing, unknown, of another shape or not finite; the message names it.
 
     >>> import tempfile
     >>> from examples.llama.model.llama import create
@@ -83,23 +85,32 @@ def save_folder(
         raise FileExistsError(f"{folder} holds a model; give another folder, or overwrite it")
     copies = [] if tokenizer is None else _tokenizer_files(Path(tokenizer))
     folder.mkdir(parents=True, exist_ok=True)
-    for path in old:
-        path.unlink()
-    written = [folder / "config.json"]
-    _write_json(written[0], _config_fields(config, dtype, base))
-    if base is not None and (Path(base) / "generation_config.json").is_file():
-        written.append(_copy(Path(base) / "generation_config.json", folder))
-    written += [_copy(path, folder) for path in copies]
-    for name, part in files.items():
-        arrays = {tensor.name: tensor.fetch(_DTYPES[dtype]) for tensor in part}
-        safetensors.numpy.save_file(arrays, folder / name, metadata={"format": "pt"})
-        written.append(folder / name)
-    if len(files) > 1:
-        total = sum(tensor.size for tensor in tensors) * np.dtype(_DTYPES[dtype]).itemsize
-        weight_map = {tensor.name: name for name, part in files.items() for tensor in part}
-        written.append(folder / "model.safetensors.index.json")
-        _write_json(written[-1], {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return written
+    # Everything is written beside the old files first: an error on the way leaves them as they were.
+    place = folder / f".{uuid.uuid4().hex}.part"
+    place.mkdir()
+    try:
+        written = [place / "config.json"]
+        _write_json(written[0], _config_fields(config, dtype, base))
+        if base is not None and (Path(base) / "generation_config.json").is_file():
+            written.append(_copy(Path(base) / "generation_config.json", place))
+        written += [_copy(path, place) for path in copies]
+        for name, part in files.items():
+            arrays = {tensor.name: tensor.fetch(_DTYPES[dtype]) for tensor in part}
+            safetensors.numpy.save_file(arrays, place / name, metadata={"format": "pt"})
+            written.append(place / name)
+        if len(files) > 1:
+            total = sum(tensor.size for tensor in tensors) * np.dtype(_DTYPES[dtype]).itemsize
+            weight_map = {tensor.name: name for name, part in files.items() for tensor in part}
+            written.append(place / "model.safetensors.index.json")
+            _write_json(written[-1], {"metadata": {"total_size": total}, "weight_map": weight_map})
+        for path in old:
+            path.unlink()
+        for path in reversed(written):  # config.json, which makes it a model, last
+            path.chmod(_mode())
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(place)
+    return [folder / path.name for path in written]
 
 
 class _Tensor(NamedTuple):
@@ -116,7 +127,20 @@ class _Tensor(NamedTuple):
 
     def fetch(self, dtype: Any) -> np.ndarray:
         array = np.asarray(self.leaf) if self.layer is None else _layer(self.leaf, self.layer)
-        return np.ascontiguousarray(array.T if self.transposed else array, dtype)
+        with np.errstate(over="ignore"):  # an error below
+            stored = np.ascontiguousarray(array.T if self.transposed else array, dtype)
+        if not np.isfinite(stored).all():
+            raise ValueError(
+                f"the tensor {self.name!r} is not finite in {np.dtype(dtype)}; nothing was written"
+            )
+        return stored
+
+
+def _mode() -> int:
+    """The mode of a new file as the user's mask has it: safetensors makes files for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _layer(leaf: Any, layer: int) -> np.ndarray:

@@ -66,17 +66,42 @@ def tuned_rate(preset: str, optimizer: str) -> tuple[float, str]:
     Raises:
         ValueError: The table has none; the message says how to give or find one.
 
-    >>> tuned_rate("llama2_7b", "adamw")
-    Traceback (most recent call last):
-        ...
-    ValueError: no tuned rate of 'adamw' for preset 'llama2_7b'; give one or search with compare --tune
+    >>> tuned_rate("demo", "adamw")
+    (0.003, 'searched over 150 steps')
     """
     rates = TUNED_RATES.get(preset, {})
     if optimizer not in rates:
+        found = rate_to_begin_with(optimizer)
+        begin = "give --learning-rate"
+        if found is not None:
+            rate, source, where = found
+            begin = f"begin with --learning-rate {rate:g} ({source}, {where})"
         raise ValueError(
-            f"no tuned rate of {optimizer!r} for preset {preset!r}; give one or search with compare --tune"
+            f"no tuned rate of {optimizer!r} for preset {preset!r}; {begin}, read docs/tuning.md, or search "
+            "with compare --tune"
         )
     return rates[optimizer]
+
+
+def rate_to_begin_with(optimizer: str) -> tuple[float, str, str] | None:
+    """A rate for a model that has none of its own: that of the largest preset with one.
+
+    Returns:
+        The rate, where it is from, and the preset; None if no preset has one. A rate of the optimizer with
+        options counts where there is none without.
+
+    >>> rate_to_begin_with("muon")
+    (0.012, 'searched over 150 steps', 'demo')
+    >>> rate_to_begin_with("lorapre_adamw")[0]
+    0.0025
+    """
+    name = optimizer.partition(":")[0]
+    for preset in ("sage_1.3b", "sage_270m", "demo"):
+        rates = TUNED_RATES[preset]
+        for key in (optimizer, name, *(one for one in rates if one.startswith(f"{name}:"))):
+            if key in rates:
+                return (*rates[key], preset)
+    return None
 
 
 RANKS = {"galore_60m": 128, "galore_130m": 256, "galore_350m": 256, "galore_1b": 512}

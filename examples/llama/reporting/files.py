@@ -26,10 +26,11 @@ _PACKAGES = ("jax", "jaxlib", "optax", "flax", "grain", "numpy", "tokenizers")
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file in one piece: after a crash there is the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in one piece, in a folder that is there."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
@@ -39,7 +40,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file, or None if there is none or it is not whole."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from examples.llama.reporting.files import METRICS, _replace, jsonable
+from examples.llama.reporting.files import METRICS, jsonable, write_text
 
 
 class MetricsWriter:
@@ -99,7 +99,7 @@ def _truncate(folder: Path, step: int) -> None:
     path = folder / METRICS
     lines = read_metrics(folder) if path.exists() else []
     kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
-    _replace(path, "".join(kept))
+    write_text(path, "".join(kept))
 
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -110,9 +110,9 @@ def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
         kind: Only lines of this kind.
     """
     lines = []
-    for text in (folder / METRICS).read_text(encoding="utf-8").splitlines():
+    for text in (folder / METRICS).read_bytes().splitlines():
         try:
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or bytes that are no text
             break
     return [line for line in lines if kind is None or line["kind"] == kind]

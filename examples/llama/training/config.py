@@ -52,6 +52,8 @@ class CheckpointConfig:
     migrate: str | None = None
     """Changes that the resumed run may have, separated by commas: layers (stacked or not), rank (of LoRA-Pre's
     factors), schedule (steps, warm-up, final rate, peak rate)."""
+    force_unlock: bool = False
+    """Take over `out` from a run of another host that is not there any more."""
     max_skipped: int = 5
     """Stop after so many steps in a row whose loss or gradient is not finite."""
 
@@ -224,6 +226,10 @@ def resolve(config: TrainConfig, model: LlamaConfig | None = None) -> Settings:
     (16, 5, 1.0)
     """
     check_checkpoints(config)
+    if not config.data:
+        raise ValueError(
+            "--data is empty; give stdlib, a file, a folder, hf:NAME or synthetic:SEED"
+        )
     shape = preset(config.preset) if model is None else model
     if config.vocab_size is not None:
         shape = dataclasses.replace(shape, vocab_size=config.vocab_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -36,11 +35,11 @@ from examples.llama.reporting.files import (
     versions,
     write_json,
 )
+from examples.llama.reporting.folders import check_output
 from examples.llama.reporting.metrics import MetricsWriter
 from examples.llama.reporting.progress import make_progress
 from examples.llama.reporting.summary import RunSummary, summary_table
 from examples.llama.training.checkpoints import (
-    FOLDER,
     Checkpoints,
     SaveError,
     checkpoint_steps,
@@ -48,8 +47,10 @@ from examples.llama.training.checkpoints import (
 )
 from examples.llama.training.config import TrainConfig, data_config, resolve
 from examples.llama.training.migrations import parse_migrations
+from examples.llama.training.notes import rank_note
 from examples.llama.training.program import Program
 from examples.llama.training.recorder import NonFiniteLossError, Recorder
+from examples.llama.training.replacement import Replacement, locked, recover
 from examples.llama.training.resume import (
     check_folder_holds,
     describe_run,
@@ -165,6 +166,9 @@ class Run:
     ):
         self.config = config
         self.settings = settings = resolve(config, model)
+        check_output(config.out, "run", self.inputs())
+        if is_main():
+            recover(config.out)
         check_folder(config.out, overwrite=config.overwrite, resume=config.resume)
         self.dataset = prepare_data(data_config(config, settings)) if dataset is None else dataset
         check_vocabulary(self.dataset, settings)
@@ -193,6 +197,10 @@ class Run:
             adamw_state_bytes=self.program.adamw_state_bytes(),
             corpus_sha256=self.dataset.corpus_sha256,
         )
+
+    def inputs(self) -> dict[str, str]:
+        """Files and folders that the run reads, by flag; its own folder must be none of them."""
+        return {"--data": self.config.data}
 
     def _open_batches(self) -> tuple[Any, list[np.ndarray]]:
         """The iterator of training batches and the batches held out; of both this process's share."""
@@ -232,9 +240,15 @@ class Run:
         """
         config, summary = self.config, self.summary
         started, main = time.perf_counter(), is_main()
-        for note in self.program.notes():
+        rank = rank_note(self.settings, self.program.abstract_params)
+        for note in (*self.program.notes(), *([rank] if rank else [])):
             self._say(note)
         with ExitStack() as stack:
+            stack.enter_context(locked(config.out, force=config.force_unlock))
+            replaces = config.overwrite and not config.resume
+            replacement = stack.enter_context(
+                Replacement(config.out, replace=replaces, active=main)
+            )
             stop = stack.enter_context(StopSignals(terminate=self.checkpoint_every > 0))
             checkpoints = self._open_checkpoints()
             restored = self._restore(checkpoints)
@@ -269,7 +283,8 @@ class Run:
 
             try:
                 with _closing(checkpoints):
-                    self._loop(recorder, stop, save, None if restored is None else restored[0])
+                    state = None if restored is None else restored[0]
+                    self._loop(recorder, stop, save, state, begun=replacement.commit)
                 self._conclude(stop)
             except NonFiniteLossError as error:
                 left = checkpoint_steps(config.out)
@@ -290,8 +305,13 @@ class Run:
         stop: StopSignals,
         save: Callable[[TrainState], None],
         state: TrainState | None,
+        *,
+        begun: Callable[[], None],
     ) -> None:
-        """Trains from a state, or from the beginning, to the last step or to a signal."""
+        """Trains from a state, or from the beginning, to the last step or to a signal.
+
+        `begun` is called when the step is compiled and the state is there.
+        """
         settings, program, summary = self.settings, self.program, self.summary
         if summary.steps >= settings.steps:
             return
@@ -299,6 +319,7 @@ class Run:
         program.compile(detailed=settings.statistics_every > 0)
         summary.compile_seconds += program.compile_seconds - compiled_before
         state = program.init(settings.seed) if state is None else state
+        begun()
         recorder.clock.start()
         for step in range(summary.steps + 1, settings.steps + 1):
             detailed = settings.statistics_every > 0 and step % settings.statistics_every == 0
@@ -329,8 +350,6 @@ class Run:
 
     def _open_checkpoints(self) -> Checkpoints | None:
         config = self.config
-        if config.overwrite and not config.resume and is_main():
-            shutil.rmtree(config.out / FOLDER, ignore_errors=True)
         if not (self.checkpoint_every or (config.resume and checkpoint_steps(config.out))):
             return None
         return Checkpoints(config.out, keep_last=config.keep_last, keep_best=config.keep_best)
@@ -369,6 +388,12 @@ class Run:
         summary = self.summary
         if summary.steps >= self.settings.steps:
             summary.status = "finished"
+            if summary.skipped >= summary.steps:
+                summary.status = "non_finite"
+                summary.message = (
+                    f"None of the {summary.steps} steps changed anything: each had a loss or a gradient that "
+                    "is not finite. A lower --learning-rate may help, or other weights to start from."
+                )
             return
         saved = f", saved. The same command with --resume goes on from there, in {self.config.out}"
         saved = saved if self.checkpoint_every else ""

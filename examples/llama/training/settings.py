@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,7 @@ def check_settings(settings: Settings) -> None:
     for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_batches", "log_every"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    check_finite(settings)
     if not settings.learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {settings.learning_rate}")
     if settings.clip_norm is not None and settings.clip_norm < 0:
@@ -103,3 +105,27 @@ def check_settings(settings: Settings) -> None:
         )
     check_batch(settings.batch_size, accumulate=settings.accumulate)
     make_optimizer(settings.optimizer, settings.learning_rate, settings.options)
+
+
+def check_finite(settings: Settings) -> None:
+    """Raises ValueError for a number that is not finite where it must be; only `bound` may be infinite."""
+    numbers = {
+        "learning_rate": settings.learning_rate,
+        "clip_norm": settings.clip_norm,
+        "final_rate_fraction": settings.final_rate_fraction,
+        "weight_decay": settings.options.weight_decay,
+        **settings.options.given(),
+        **{
+            f"the rate of {role}": x
+            for role, x in (settings.options.role_multipliers or {}).items()
+        },
+    }
+    for name, value in numbers.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            if name == "bound" and value == math.inf:
+                continue
+            raise ValueError(f"{name} must be a finite number, got {value}")
+    for name in ("weight_decay", "eps"):
+        value = numbers.get(name)
+        if value is not None and value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")

@@ -1,15 +1,18 @@
 """Runs as Hugging Face folders, and prompts completed from either on the command line."""
 
 import json
+import os
 
 import jax
 import numpy as np
 import pytest
 
+from examples.llama.evaluate import main as evaluate
 from examples.llama.export import main as export
 from examples.llama.finetuning.loading import load_model, settings_from_json
 from examples.llama.finetuning.run import finetune
 from examples.llama.generate import main as generate
+from examples.llama.model.hf_write import save_folder
 from examples.llama.training.run import train
 from tests.llama import finetune_case, tiny
 from tests.llama.tiny import quiet_console
@@ -85,7 +88,7 @@ def test_errors_are_one_line(tmp_path, hub, capsys):
     assert "has no token '<never>'" in capsys.readouterr().err
     (tmp_path / "config.json").write_text(json.dumps({"settings": {"model": {}}}))
     (tmp_path / "tokenizer.json").write_text((hub / "tokenizer.json").read_text())
-    assert export(["--model", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
+    assert export(["--model", str(tmp_path), "--out", f"{tmp_path}-x"]) == 2
     assert "of another version of this program" in capsys.readouterr().err
 
 
@@ -99,3 +102,39 @@ def test_a_run_without_checkpoints_cannot_be_loaded(tuned, tmp_path):
 def test_settings_of_an_unknown_version():
     with pytest.raises(ValueError, match="another version"):
         settings_from_json({"model": {"rope_scaling": None}, "options": {}})
+
+
+def test_nothing_is_written_into_the_model_that_is_read(tuned, hub, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in tuned.rglob("*") if path.is_file()}
+    for out in (tuned, tuned / "exported"):
+        assert export(["--model", str(tuned), "--out", str(out), "--overwrite"]) == 2
+        assert "--model" in capsys.readouterr().err
+    assert export(["--model", str(hub), "--out", str(tuned), "--overwrite"]) == 2
+    assert "holds a training run" in capsys.readouterr().err
+    for out in (tuned, tuned / "checkpoints" / "e"):
+        asked = ["--model", str(tuned), "--data", "arithmetic:0:4", "--out", str(out)]
+        assert evaluate(asked) == 2
+        assert "--model" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tuned.rglob("*") if path.is_file()} == before
+
+
+def test_an_export_that_fails_leaves_the_old_files(hub, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert export(["--model", str(hub), "--out", str(out)]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert all(path.stat().st_mode & 0o777 == 0o666 & ~mask() for path in out.iterdir())
+    broken = tmp_path / "broken"
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 1e5, np.float32), load_model(hub).params)
+    save_folder(broken, finetune_case.MODEL, params, tokenizer=hub)
+    capsys.readouterr()
+    command = ["--model", str(broken), "--out", str(out), "--overwrite", "--dtype", "float16"]
+    assert export(command) == 2
+    assert "is not finite in float16; nothing was written" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def mask():
+    """The mask of new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,6 +1,7 @@
 """Fine-tuning: what is trained and what is not, checkpoints and resuming, meshes, loading the result."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -13,9 +14,11 @@ from examples.llama.finetuning.loading import load_model
 from examples.llama.finetuning.program import FinetuneProgram, Tuned
 from examples.llama.finetuning.run import FinetuneRun, check, finetune
 from examples.llama.model.hf_write import save_folder
-from examples.llama.reporting.files import read_json
+from examples.llama.reporting.files import jsonable, read_json
 from examples.llama.reporting.metrics import read_metrics
+from examples.llama.training.config import resolve
 from tests.llama import finetune_case
+from tests.llama.tiny import config as tiny_config
 from tests.llama.tiny import quiet_console
 
 
@@ -225,8 +228,34 @@ def test_configurations_are_checked(fields, message, tmp_path):
 
 
 def test_command_line_reports_errors_in_a_line(tmp_path, capsys):
-    assert main(["--model", str(tmp_path), "--data", "arithmetic:0", "--out", str(tmp_path)]) == 2
+    model, out = str(tmp_path / "model"), str(tmp_path / "out")
+    assert main(["--model", model, "--data", "arithmetic:0", "--out", out]) == 2
     assert "no config.json" in capsys.readouterr().err
+
+
+def test_the_model_survives_a_run_that_would_write_over_it(tmp_path, capsys):
+    model = finetune_case.write_model(tmp_path / "hf")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    for out in (model, model / "run", tmp_path):
+        asked = ["--model", str(model), "--data", "arithmetic:0", "--out", str(out)]
+        for options in ([], ["--overwrite"], ["--resume"]):
+            assert main(asked + options) == 2
+            assert "--out" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_a_run_that_starts_from_itself_is_an_error_of_one_line(tmp_path):
+    model = finetune_case.write_model(tmp_path / "hf")
+    shape = resolve(tiny_config(tmp_path / "x"), finetune_case.MODEL)
+    for name, base in (("a", "b"), ("b", "a"), ("c", "c")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
+        section = {"base": str(tmp_path / base), "tuned": {"patterns": ["*"], "adapter": None}}
+        fields = {"settings": jsonable(shape), "command": "", "finetune": section}
+        (tmp_path / name / "config.json").write_text(json.dumps(fields))
+    for name in "abc":
+        with pytest.raises(ValueError, match="starts from the run itself"):
+            load_model(tmp_path / name)
 
 
 def test_parameters_or_an_adapter():
@@ -245,3 +274,25 @@ def test_a_program_is_reused_for_another_rate(config, tmp_path):
         dataclasses.replace(other, alpha=4.0), program=program, console=quiet_console()
     )
     assert changed.program is not program
+
+
+def test_a_rank_beyond_the_kernel_is_refused_before_anything_is_read(config):
+    with pytest.raises(ValueError, match=r"--rank 33 is more than q_proj has.*at most 32"):
+        FinetuneRun(config(method="lora", rank=33, targets=("q_proj",)), console=quiet_console())
+    with pytest.raises(ValueError, match=r"k_proj has.*at most 16"):
+        FinetuneRun(config(method="dora", rank=17), console=quiet_console())
+
+
+def test_a_default_rate_is_that_of_the_method_or_asked_for(config):
+    run = FinetuneRun(config(method="lora", learning_rate=None), console=quiet_console())
+    assert run.summary.learning_rate == 2e-5
+    assert run.summary.rate_source == "default: the LoRA-Pre paper's"
+    given = FinetuneRun(config(method="lora", learning_rate=1e-3), console=quiet_console())
+    assert given.summary.rate_source == "given"
+    with pytest.raises(ValueError, match=r"sage_hybrid has no default rate.*--learning-rate"):
+        check(config(method="sage_hybrid", learning_rate=None))
+
+
+def test_no_steps_are_not_an_epoch(config):
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        FinetuneRun(config(steps=0), console=quiet_console())

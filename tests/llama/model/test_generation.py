@@ -9,7 +9,8 @@ import pytest
 
 from examples.llama.model.config import LlamaConfig
 from examples.llama.model.generation import Completion, Generator, Sampling, nucleus
-from examples.llama.model.hf import load_params, read_config
+from examples.llama.model.hf import load_params
+from examples.llama.model.hf_config import read_config
 from examples.llama.model.llama import apply, structure
 from tests.llama.random_params import random_params
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,7 +13,8 @@ import safetensors.flax
 import safetensors.numpy
 
 from examples.llama.model.config import RopeScaling
-from examples.llama.model.hf import load_params, read_config
+from examples.llama.model.hf import load_params
+from examples.llama.model.hf_config import read_config, read_shape
 from examples.llama.model.llama import abstract, apply, structure
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -129,7 +131,10 @@ def test_defaults_of_absent_fields(tmp_path):
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
             "rotary field 'low_freq_factor' is missing",
         ),
-        ({"num_attention_heads": 3}, r"num_heads \(3\) must be a multiple of num_kv_heads \(2\)"),
+        (
+            {"num_attention_heads": 3},
+            r"num_attention_heads \(3\) must be a multiple of num_key_value_heads \(2\)",
+        ),
     ],
 )
 def test_unreadable_configurations(tmp_path, changes, message):
@@ -229,3 +234,100 @@ def test_rotary_constants_of_old_checkpoints_are_ignored(tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(6, np.float32)
     write_tensors(tmp_path, tensors)
     assert_equal_trees(load_params(tmp_path, config), load_params(UNTIED, config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "64"}, "hidden_size must be a whole number, got '64'"),
+        ({"hidden_size": True}, "hidden_size must be a whole number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number"),
+        ({"rope_parameters": None, "rope_scaling": "linear"}, "rope_scaling must be an object"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": "x",
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            "factor must be a finite number, got 'x'",
+        ),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
+    ],
+)
+def test_fields_of_the_wrong_kind_are_named_with_their_file(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=f"config.json: {message}"):
+        read_config(write_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("text", ["[]", "{", b"\xff\xfe".decode("latin-1")])
+def test_a_config_that_is_no_object_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"config.json (is not JSON|holds a list)"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-100], lambda data: b"", lambda data: b"x" * 99]
+)
+def test_a_damaged_file_is_named(tmp_path, damage):
+    tensors = read_tensors(UNTIED)
+    file = write_tensors(tmp_path, tensors) / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"model.safetensors is cut short or damaged .*download"):
+        load_params(tmp_path, read_config(UNTIED))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_tensor_that_is_not_finite_is_named(tmp_path, value):
+    tensors = read_tensors(UNTIED)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][0, 0] = value
+    with pytest.raises(ValueError, match=f"tensor '{name}' has values that are not finite"):
+        load_params(write_tensors(tmp_path, tensors), read_config(UNTIED))
+
+
+def test_a_tensor_that_is_not_floating_is_named(tmp_path):
+    tensors = read_tensors(UNTIED)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].astype(np.int32)
+    with pytest.raises(ValueError, match=f"tensor '{name}' is I32; only F64, F32, F16, BF16"):
+        load_params(write_tensors(tmp_path, tensors), read_config(UNTIED))
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        {"a": "../outside.safetensors"},
+        {"a": "/outside.safetensors"},
+        {"a": 3},
+        {"a": "x.bin"},
+        "x",
+        None,
+    ],
+)
+def test_an_index_names_files_of_its_own_folder_only(tmp_path, weight_map):
+    tensors = read_tensors(UNTIED)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_tensors(folder, tensors)
+    shutil.copy(folder / "model.safetensors", tmp_path / "outside.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"index.json (names|is no index)"):
+        load_params(folder, read_config(UNTIED))
+
+
+def test_any_decoder_can_be_planned_but_one_of_experts(tmp_path):
+    sizes = json.loads((UNTIED / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "model_type": "qwen2"}))
+    shape, kind = read_shape(tmp_path)
+    assert (shape.hidden_size, kind) == (read_config(UNTIED).hidden_size, "qwen2")
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "num_local_experts": 8}))
+    with pytest.raises(ValueError, match="num_local_experts is 8; models of experts"):
+        read_shape(tmp_path)

@@ -12,7 +12,8 @@ import safetensors.numpy
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from examples.llama.model.hf import load_params, read_config
+from examples.llama.model.hf import load_params
+from examples.llama.model.hf_config import read_config
 from examples.llama.model.hf_write import save_folder
 from examples.llama.model.llama import apply, structure, unstack_layers
 

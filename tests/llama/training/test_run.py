@@ -20,10 +20,12 @@ from examples.llama.model import config as presets
 from examples.llama.model.llama import stack_layers, unstack_layers
 from examples.llama.optimizers.registry import OPTIMIZERS
 from examples.llama.reporting.files import CONFIG, SUMMARY, read_json
+from examples.llama.reporting.locks import FolderLock
 from examples.llama.reporting.metrics import read_metrics
 from examples.llama.train import main
 from examples.llama.training import run as run_module
 from examples.llama.training.config import TrainConfig, resolve
+from examples.llama.training.notes import rank_note
 from examples.llama.training.program import Program
 from examples.llama.training.protocols import default_protocol
 from examples.llama.training.run import Run, check_vocabulary, train
@@ -385,3 +387,97 @@ def test_the_command_line_runs_a_job_and_reports_errors_in_one_line(
     assert error.startswith("error: ")
     assert "holds a finished run" in error
     assert error.count("\n") == 1
+
+
+def test_a_run_whose_every_step_is_skipped_is_not_finished(tmp_path, monkeypatch):
+    config = tiny.config(tmp_path, steps=2, learning_rate=1e-3, max_skipped=5)
+    program = Program(resolve(config, tiny.MODEL))
+    init = program.init
+    broken = lambda seed: jax.tree.map(lambda x: x * np.float32("nan"), init(seed).params)  # noqa: E731
+    monkeypatch.setattr(program, "init", lambda seed: init(seed)._replace(params=broken(seed)))
+    summary = run(config, program=program)
+    assert (summary.status, summary.steps, summary.skipped) == ("non_finite", 2, 2)
+    assert "None of the 2 steps changed anything" in summary.message
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"mine": 1}')
+    with pytest.raises(FileExistsError, match="files that are no run's"):
+        run(tiny.config(tmp_path, steps=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_the_second_writer_of_a_folder_is_refused(tmp_path):
+    config = tiny.config(tmp_path, steps=1)
+    second = Run(config, model=tiny.MODEL, dataset=tiny.dataset(), console=tiny.quiet_console())
+    with FolderLock(tmp_path), pytest.raises(FileExistsError, match="is writing to"):
+        second.train()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_old_run_stays_when_the_new_one_cannot_begin(tmp_path, monkeypatch):
+    run(tiny.config(tmp_path, steps=2, eval_every=2, checkpoint_every=2))
+    before = read_json(tmp_path / SUMMARY)
+    config = tiny.config(tmp_path, steps=3, overwrite=True)
+    program = Program(resolve(config, tiny.MODEL))
+
+    def fails(seed):
+        raise ValueError("bad weights")
+
+    monkeypatch.setattr(program, "init", fails)
+    with pytest.raises(ValueError, match="bad weights"):
+        run(config, program=program)
+    assert read_json(tmp_path / SUMMARY) == before
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+    summary = run(tiny.config(tmp_path, steps=4, eval_every=2, resume=True, migrate="schedule"))
+    assert summary.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"learning_rate": math.inf}, "learning_rate must be a finite number, got inf"),
+        ({"clip_norm": math.nan}, "clip_norm must be a finite number"),
+        ({"clip_norm": math.inf}, "clip_norm must be a finite number"),
+        ({"weight_decay": math.nan}, "weight_decay must be a finite number"),
+        ({"weight_decay": -0.1}, "weight_decay must not be negative"),
+        ({"b1": math.nan}, "b1 must be a finite number"),
+        ({"eps": -1.0}, "eps must not be negative"),
+        ({"role_rates": "matrix=nan"}, "must be positive, got nan"),
+        ({"data": ""}, "--data is empty"),
+        ({"steps": 0}, "steps must be at least 1"),
+    ],
+)
+def test_values_are_checked_before_anything_is_compiled(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve(tiny.config(tmp_path, **fields), tiny.MODEL)
+
+
+def test_no_rate_names_one_to_begin_with_and_the_page(tmp_path):
+    message = r"begin with --learning-rate 0\.002 \(.*sage_1.3b\), read docs/tuning.md"
+    config = tiny.config(tmp_path, preset="galore_60m", optimizer="sage_hybrid", learning_rate=None)
+    with pytest.raises(ValueError, match=message):
+        resolve(config)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rank", "note"),
+    [
+        (
+            "lorapre_adamw",
+            1000,
+            "rank 1000 saves nothing on 7 of 7 kinds of matrices; they keep full",
+        ),
+        ("lorapre_adamw", 11, "rank 11 saves nothing on 2 of 7 kinds of matrices"),
+        ("lorapre_adamw", 10, None),
+        ("galore", 32, "rank 32 saves nothing on 7 of 7"),
+        ("lorapre_sinkgd", 30, "rank 30 saves nothing on 1 of 1 tables"),
+        ("adamw", None, None),
+    ],
+)
+def test_a_rank_that_saves_nothing_is_said(tmp_path, optimizer, rank, note):
+    config = tiny.config(tmp_path, optimizer=optimizer, rank=rank)
+    program = Program(resolve(config, tiny.MODEL))
+    found = rank_note(program.settings, program.abstract_params)
+    assert (found is None) == (note is None)
+    assert note is None or note in found
