@@ -2,24 +2,24 @@
 
 The loop of SinkGD (Scetbon et al., arXiv:2502.06742) divides rows and columns of a matrix by their norms
 in turn. Its iterate is always ``X = diag(r) G diag(c)``, and the squared norm of row i is
-``r_i^2 sum_j G_ij^2 c_j^2``: a product of the squared gradient with a vector. So all ``2 L`` half-steps read
-one matrix of squares, and only the factors r and c change.
+``r_i^2 sum_j G_ij^2 c_j^2``. So all ``2 L`` half-steps only read the gradient, and only r and c change.
 
-What makes this harder than it sounds is range. An absolute ``eps`` multiplies the factor of a vanishing
-row by ``1 / eps`` at every visit, a gradient may hold a row at 1e+25 beside a column at 1e-25, and
-squares double every exponent: the factors leave float32 although the iterate lies in [-1, 1]. Therefore
+Range makes this harder than it sounds. An absolute ``eps`` multiplies the factor of a vanishing row by
+``1 / eps`` at every visit, a gradient may hold a row at 1e+25 beside a column at 1e-25, and squares
+double every exponent. Factors therefore carry an integer exponent (`_scaling.py`), and each of
+two forms keeps its squares in range in its own way:
 
-* the squares are of a gradient scaled by powers of two, so that every row and column peaks near 1;
-* factors are a mantissa and an integer exponent, and those of empty rows and columns are 0;
-* `_scaled` applies factors in an order in which no intermediate result leaves the range between the
-  gradient's entry and its own;
-* the iterate is kept ``sqrt(columns / rows)`` larger after rows are divided than the loop's, counting
-  those that are not empty. Otherwise r would grow and c shrink by that factor in every sweep.
+* `_by_products`, for a CPU: one read for the peaks of the rows, one for those of the columns. Squares of the
+  gradient scaled by the peaks are written once, and every half-step is their product with a vector.
+* `_by_sums`, for accelerators, which can square while they read: no squares and no peaks. The first sweep
+  sums squares at three scales in one read and knows all norms; the later sweeps sum the squares of the
+  iterate itself.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -28,28 +28,51 @@ from jax.core import Tracer
 
 from layout_optax.axes import compute_dtype, contract, zeros_without
 from layout_optax.layout import ParamLayout
+from sage_optax._scaling import Scaling, as_float, divided, power_of_two, scaled, scaling
 
 Variant = Literal["unit", "sqrt"]
 
-# Powers of two by which factors are raised before they are squared. The window of float32 is centred on
-# the factors that a gradient can give rise to: those of rows lie between 1e-28 (a row at 1e-36 against
-# eps = 1e-8) and the root of the matrix's size, those of columns reach 1e+18 beside such rows.
-_ROW_LIFT, _COLUMN_LIFT = 20, -12
-_LARGEST_WEIGHT = 52  # exponent of a factor, after the lift; 2^22 squares of such can be summed
+# Squares of factors stay in float32 for rows between 2^-93 (a row at 1e-36 against eps = 1e-8) and the root
+# of the matrix's size, and for columns up to the 2^60 that they reach beside such rows: the factors of
+# the rows start at 2^30, those of the columns at 2^-30.
+_START = 30
+_LARGEST_WEIGHT = 52  # exponent of a factor; 2^22 squares of such can be summed
 _PEAK_LIFT = 100  # so that a column down to 2^-226 (1e-68) of the other columns' size is not empty
 
+# Where squares are summed as they are read: room below the first norms of columns, below an
+# iterate whose columns lie far apart, and below its norms (eps may exceed those by far).
+_FIRST_LIFT, _ROW_LIFT, _NORM_LIFT = 100, 70, 30
+_LARGEST_GAIN = 26  # a factor never exceeds 2^26 over the norm of its row at first
 
-class Scaling(NamedTuple):
-    """One factor per row or per column, ``mantissa * 2**exponent``.
 
-    Attributes:
-      mantissa: float32 (float64 for a float64 gradient), the parameter's shape with size 1 along the
-        axes that share a factor; 0 where the row or column is empty.
-      exponent: int32, same shape.
-    """
+class _Rule(NamedTuple):
+    """The two divisions of a sweep; eps as it stands beside norms of an iterate with columns of norm 1."""
 
-    mantissa: jax.Array
-    exponent: jax.Array
+    first_eps: jax.Array  # of rows, in the first sweep
+    row_eps: jax.Array
+    column_eps: jax.Array
+    row_gain: jax.Array | float
+
+    def gauged(self, rows: Scaling, columns: Scaling, layout: ParamLayout) -> _Rule:
+        """Keeps rows ``sqrt(columns / rows)`` larger after dividing, counting those that are not empty.
+
+        Otherwise r would grow and c shrink by that factor in every sweep.
+        """
+        gain = jnp.sqrt(
+            _count(columns.mantissa, layout.column_axes) / _count(rows.mantissa, layout.row_axes)
+        )
+        return self._replace(row_gain=gain, column_eps=self.column_eps * gain)
+
+    def sweep(self, norms: Callable[..., Scaling]):
+        """The body of a loop over (rows, columns); ``norms`` are those of G diag(c) or diag(r) G."""
+
+        def body(step, factors: tuple[Scaling, Scaling]) -> tuple[Scaling, Scaling]:
+            rows, columns = factors
+            eps = jnp.where(step == 0, self.first_eps, self.row_eps)
+            rows = divided(rows, norms(rows, columns, "columns"), eps, self.row_gain)
+            return rows, divided(columns, norms(rows, columns, "rows"), self.column_eps)
+
+        return body
 
 
 def sinkhorn(
@@ -59,6 +82,7 @@ def sinkhorn(
     iterations: jax.Array | int,
     eps: jax.Array | float,
     variant: Variant,
+    vectors_dtype: Any = None,
 ) -> jax.Array:
     """Normalises the rows, then the columns of a gradient, ``iterations`` times.
 
@@ -72,6 +96,7 @@ def sinkhorn(
       iterations: number of sweeps, at least 1 (a smaller traced value counts as 1); may be traced.
       eps: added to each norm; may be traced.
       variant: ``"unit"`` or ``"sqrt"``.
+      vectors_dtype: see `scale_by_sinkhorn`.
 
     Returns:
       ``diag(r) G diag(c)``, shape of ``g``, float32 or wider. Subnormal numbers count as zero.
@@ -82,45 +107,41 @@ def sinkhorn(
         iterations = jnp.maximum(jnp.rint(iterations).astype(jnp.int32), 1)
     else:
         iterations = round(float(iterations))
+    n_rows, n_columns = (
+        math.prod(g.shape[axis] for axis in axes) for axes in (layout.row_axes, layout.column_axes)
+    )
+    rule, gain = _Rule(eps, eps, eps, 1.0), 1.0
+    if variant == "sqrt":  # the loop's iterate is n^(1/2) times ours, except the gradient itself
+        rule, gain = _Rule(eps, eps / n_rows**0.5, eps / n_columns**0.5, 1.0), n_rows**0.5
+    # Chosen when the program is lowered, so that one machine can compile for another.
+    rows, columns = jax.lax.platform_dependent(
+        g,
+        cpu=lambda g: _by_products(g, layout, iterations, rule),
+        default=lambda g: _by_sums(g, layout, iterations, rule, vectors_dtype),
+    )
+    return scaled(g, Scaling(rows.mantissa * gain, rows.exponent), columns)
 
-    # No entry exceeds 2^row_peak 2^column_peak, and in each row and column one comes within a factor of 2.
+
+# On a CPU
+
+
+def _by_products(g: jax.Array, layout: ParamLayout, iterations: Any, rule: _Rule):
+    """Both vectors by products of a matrix of squares, which is written once."""
+    dtype = compute_dtype(g.dtype)
     row_peak, column_peak, row_used, column_used = _peaks(g, layout, dtype)
     ones = jnp.expand_dims(zeros_without(g, layout.row_axes, dtype) + 1, layout.row_axes)
-    flat = _scaled(
-        g, Scaling(jnp.ones_like(row_peak, dtype), -row_peak), Scaling(ones, -column_peak)
-    )
-    squares = jnp.square(flat)
-    used = _count(column_used, layout.column_axes, dtype) / _count(row_used, layout.row_axes, dtype)
-    row_gain = jnp.sqrt(used)
+    one = Scaling(jnp.ones_like(row_peak, dtype), -row_peak)
+    squares = jnp.square(scaled(g, one, Scaling(ones, -column_peak)))
+    rows = Scaling(row_used.astype(dtype), row_peak + _START)
+    columns = Scaling(column_used.astype(dtype), column_peak - _START)
 
-    # eps as it stands beside the norms of our iterate. The loop's own is n^(1/2) times ours in the sqrt
-    # variant, except that the first norms of the rows are those of G. There the factor of a row
-    # starts as 2^row_peak, which is divided out so that no norm overflows.
-    first_eps = eps * _power_of_two(-row_peak, dtype)
-    row_eps, column_eps, gain = eps, eps * row_gain, 1.0
-    if variant == "sqrt":
-        gain, column_root = (
-            math.sqrt(math.prod(g.shape[axis] for axis in axes))
-            for axes in (layout.row_axes, layout.column_axes)
-        )
-        row_eps, column_eps = row_eps / gain, column_eps / column_root
-    rows = Scaling(row_used.astype(dtype), jnp.zeros_like(row_peak))
-    columns = Scaling(column_used.astype(dtype), column_peak)
+    def norms(rows: Scaling, columns: Scaling, over: str) -> Scaling:
+        weights = jnp.square(as_float(columns if over == "columns" else rows, _LARGEST_WEIGHT))
+        return scaling(jnp.sqrt(_weighted(squares, weights, layout, over)))
 
-    def sweep(step, carry):
-        rows, columns = carry
-        squared = _weighted(squares, columns, _COLUMN_LIFT, layout, over="columns")
-        divisor = _times_root(rows, squared, _COLUMN_LIFT) + jnp.where(
-            step == 0, first_eps, row_eps
-        )
-        rows = _divided(rows, divisor, row_gain)
-        squared = _weighted(squares, rows, _ROW_LIFT, layout, over="rows")
-        divisor = _times_root(columns, squared, _ROW_LIFT) + column_eps
-        return rows, _divided(columns, divisor, 1.0)
-
-    rows, columns = jax.lax.fori_loop(0, iterations, sweep, (rows, columns))
-    rows = Scaling(rows.mantissa * gain, rows.exponent - row_peak)
-    return _scaled(g, rows, Scaling(columns.mantissa, columns.exponent - column_peak))
+    body = rule.gauged(rows, columns, layout).sweep(norms)
+    rows, columns = jax.lax.fori_loop(0, iterations, body, (rows, columns))
+    return rows.shifted(-row_peak), columns.shifted(-column_peak)
 
 
 def _peaks(g: jax.Array, layout: ParamLayout, dtype: Any):
@@ -131,7 +152,7 @@ def _peaks(g: jax.Array, layout: ParamLayout, dtype: Any):
     row_used, (_, row_exponent) = row_peak != 0, jnp.frexp(row_peak)
     half = (_PEAK_LIFT - row_exponent) >> 1
     first, second = jax.lax.optimization_barrier(
-        (_power_of_two(half, dtype), _power_of_two(_PEAK_LIFT - row_exponent - half, dtype))
+        (power_of_two(half, dtype), power_of_two(_PEAK_LIFT - row_exponent - half, dtype))
     )
     # Not of |g|: XLA would write that, to share it.
     lifted = jnp.abs(g.astype(dtype) * first * second)
@@ -140,18 +161,10 @@ def _peaks(g: jax.Array, layout: ParamLayout, dtype: Any):
     return row_exponent, column_exponent - _PEAK_LIFT, row_used, column_used
 
 
-def _count(used: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
-    """How many rows or columns of each matrix are not empty, at least 1."""
-    return jnp.maximum(jnp.sum(used.astype(dtype), axis=axes, keepdims=True), 1)
-
-
 def _weighted(
-    squares: jax.Array, factors: Scaling, lift: int, layout: ParamLayout, over: str
+    squares: jax.Array, weights: jax.Array, layout: ParamLayout, over: str
 ) -> jax.Array:
-    """Sums of the squares times ``(2^lift * factor)^2`` over rows or columns, kept with size 1."""
-    dtype = squares.dtype
-    exponent = jnp.minimum(factors.exponent + lift, _LARGEST_WEIGHT)
-    weights = jnp.square(factors.mantissa * _power_of_two(exponent, dtype))
+    """Sums of the squares times weights over rows or columns, kept with size 1."""
     axes, others = layout.column_axes, layout.row_axes
     if over == "rows":
         axes, others = others, axes
@@ -167,49 +180,110 @@ def _weighted(
     return jnp.sum(terms, axis=axes, keepdims=True)
 
 
-def _times_root(scaling: Scaling, squared: jax.Array, lift: int) -> jax.Array:
-    """``factor * sqrt(squared)``, the lift undone: the norms of the iterate."""
-    factor = scaling.mantissa * _power_of_two(scaling.exponent, squared.dtype)
-    return factor * (jnp.sqrt(squared) * 2.0**-lift)
+# On accelerators
 
 
-def _divided(scaling: Scaling, divisor: jax.Array, gain: jax.Array | float) -> Scaling:
-    """``gain * scaling / divisor``; where the divisor is 0 (nothing there, and eps is 0), it is 1."""
-    quotient = scaling.mantissa * gain / jnp.where(divisor == 0, 1, divisor)
-    mantissa, shift = jnp.frexp(quotient)
-    return Scaling(mantissa, scaling.exponent + shift)
+def _by_sums(
+    g: jax.Array, layout: ParamLayout, iterations: Any, rule: _Rule, vectors_dtype: Any = None
+):
+    """Both vectors by sums of squares that are never written: ``2 L`` reads of the gradient.
 
-
-def _scaled(g: jax.Array, rows: Scaling, columns: Scaling) -> jax.Array:
-    """``diag(r) G diag(c)``, entry by entry, with 2^18 to spare below the largest number.
-
-    Factors that raise an entry come first and those that lower it last, so no intermediate result is
-    smaller than both the entry and the result. None is too large either: both ``r G`` and ``r G c`` are
-    of the size of a norm.
+    Where ``vectors_dtype`` is narrower than the gradient, all sweeps but the last read a copy; the last
+    reads the gradient, so that rows and columns end with exact norms.
     """
-    dtype = rows.mantissa.dtype
-    top = int(jnp.finfo(dtype).maxexp)
-    raising = jnp.clip(rows.exponent, 0, top - 8) + jnp.minimum(rows.exponent + top - 18, 0)
-    lowering = rows.exponent - raising
-    half = columns.exponent >> 1
-    # Behind a barrier, or XLA computes the factors' bits once an entry instead of once a row or column.
-    factors = jax.lax.optimization_barrier(
+    copy = g.astype(_vectors_dtype(g.dtype, vectors_dtype))
+    known = not isinstance(iterations, Tracer)
+    source = copy if known and iterations > 1 else g
+    rows, columns, lift = _first_sweep(source, layout, rule)
+    rule = rule.gauged(rows, columns, layout)
+
+    def sweeps(source: jax.Array, start: Any, stop: Any, factors: tuple[Scaling, Scaling]):
+        def norms(rows: Scaling, columns: Scaling, over: str) -> Scaling:
+            return _norms(source, rows, columns, lift, layout, over)
+
+        return jax.lax.fori_loop(start, stop, rule.sweep(norms), factors)
+
+    last = max(iterations - 1, 1) if known else jnp.maximum(iterations - 1, 1)
+    return sweeps(g, last, iterations, sweeps(copy, 1, last, (rows, columns)))
+
+
+def _vectors_dtype(dtype: Any, wanted: Any) -> jnp.dtype:
+    """What the sweeps before the last one read: the wanted dtype where it is narrower."""
+    if wanted is None:
+        wanted = jnp.bfloat16 if dtype == jnp.float32 else dtype
+    narrower = jnp.finfo(wanted).bits < jnp.finfo(dtype).bits
+    return jnp.dtype(wanted if narrower else dtype)
+
+
+def _first_sweep(g: jax.Array, layout: ParamLayout, rule: _Rule):
+    """Factors after one sweep over a gradient of any size, and a power of two for the factors of rows.
+
+    Times that power they stay in the range of floats for all sweeps, and leave room below.
+    """
+    dtype = compute_dtype(g.dtype)
+    norms = _all_sizes(g.astype(dtype), layout.column_axes)
+    used = norms.mantissa != 0
+    rows = divided(Scaling(used.astype(dtype), jnp.zeros_like(norms.exponent)), norms, rule.first_eps)
+    half = (rows.exponent + _FIRST_LIFT) >> 1
+    first, second = jax.lax.optimization_barrier(
         (
-            _power_of_two(raising, dtype),
-            _power_of_two(half, dtype),
-            columns.mantissa * _power_of_two(columns.exponent - half, dtype),
-            rows.mantissa * _power_of_two(lowering, dtype),
+            power_of_two(half, dtype),
+            rows.mantissa * power_of_two(rows.exponent + _FIRST_LIFT - half, dtype),
         )
     )
-    x = g.astype(dtype)
-    for factor in factors:
-        x = x * factor
-    return x
+    largest = jnp.max(jnp.where(used, -norms.exponent, 0), axis=layout.row_axes, keepdims=True)
+    norms = _all_sizes(g.astype(dtype) * first * second, layout.row_axes).shifted(-_FIRST_LIFT)
+    columns = Scaling((norms.mantissa != 0).astype(dtype), jnp.zeros_like(norms.exponent))
+    lift = jnp.minimum(_ROW_LIFT, int(jnp.finfo(dtype).maxexp) - _LARGEST_GAIN - largest)
+    return rows, divided(columns, norms, rule.column_eps), lift
 
 
-def _power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
-    """``2**exponent``, exactly, the exponent clipped to the normal numbers of ``dtype``."""
-    info = jnp.finfo(dtype)
-    biased = jnp.clip(exponent, int(info.minexp), int(info.maxexp) - 1) - int(info.minexp) + 1
-    bits = biased.astype(jnp.int64 if info.bits == 64 else jnp.int32) << info.nmant
-    return jax.lax.bitcast_convert_type(bits, dtype)
+def _all_sizes(x: jax.Array, axes: tuple[int, ...]) -> Scaling:
+    """Norms over some axes, kept with size 1, of numbers whose squares may be out of range.
+
+    One read sums the squares at three scales; the finest that does not overflow has all digits.
+    """
+    half = int(jnp.finfo(x.dtype).maxexp) // 2
+    shifts = (half, 0, -half - 12)
+    sums = jax.lax.reduce(
+        tuple(jnp.square(x * 2.0**shift) for shift in shifts),
+        (jnp.zeros((), x.dtype),) * 3,
+        lambda a, b: tuple(map(jnp.add, a, b)),
+        axes,
+    )
+    fine, middle, coarse = (
+        scaling(jnp.sqrt(jnp.expand_dims(each, axes)), -shift)
+        for each, shift in zip(sums, shifts, strict=True)
+    )
+    limit = 2.0 ** (2 * half - 8)
+    fits = [jnp.expand_dims(each <= limit, axes) for each in sums]
+    pick = lambda a, b, c: jnp.where(fits[0], a, jnp.where(fits[1], b, c))  # noqa: E731
+    return Scaling(*map(pick, fine, middle, coarse))
+
+
+def _norms(
+    g: jax.Array, rows: Scaling, columns: Scaling, lift: jax.Array, layout: ParamLayout, over: str
+) -> Scaling:
+    """Norms of the rows of ``G diag(columns)``, or of the columns of ``diag(rows) G``.
+
+    The squares are those of the iterate itself, except for mantissas of the factor that a sum shares,
+    and times ``2^_NORM_LIFT``: no larger than a norm, however far apart rows and columns are.
+    """
+    dtype = compute_dtype(g.dtype)
+    rows, columns = rows.shifted(lift), columns.shifted(_NORM_LIFT - lift)
+    shared, other = (rows, columns) if over == "columns" else (columns, rows)
+    axes, back = (
+        (layout.column_axes, lift - _NORM_LIFT) if over == "columns" else (layout.row_axes, -lift)
+    )
+    top = int(jnp.finfo(dtype).maxexp) - 2
+    power = jnp.clip(shared.exponent, -top, top)
+    factors = {over: as_float(other)}
+    factors["rows" if over == "columns" else "columns"] = power_of_two(power, dtype)
+    first, second = jax.lax.optimization_barrier((factors["rows"], factors["columns"]))
+    squares = jnp.square(g.astype(dtype) * first * second)
+    return scaling(jnp.sqrt(jnp.sum(squares, axis=axes, keepdims=True)), back - power)
+
+
+def _count(used: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """How many rows or columns of each matrix are not empty, at least 1."""
+    return jnp.maximum(jnp.sum((used != 0).astype(used.dtype), axis=axes, keepdims=True), 1)

@@ -1,0 +1,118 @@
+"""Factors of rows and columns beyond a float's range: a mantissa and an integer exponent each."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_ZERO = -(2**20)  # exponent of a zero: below all others, and sums of a few stay in int32
+
+
+class Scaling(NamedTuple):
+    """Non-negative numbers ``mantissa * 2**exponent``, one per row or per column.
+
+    Attributes:
+      mantissa: float32 (float64 for a float64 gradient), the parameter's shape with size 1 along the
+        axes that share a factor; 0 where the row or column is empty.
+      exponent: int32, same shape.
+    """
+
+    mantissa: jax.Array
+    exponent: jax.Array
+
+    def shifted(self, power: jax.Array | int) -> Scaling:
+        """The numbers times ``2**power``."""
+        return Scaling(self.mantissa, self.exponent + power)
+
+
+def scaling(x: jax.Array, exponent: jax.Array | int = 0) -> Scaling:
+    """The numbers ``x * 2**exponent`` with mantissas in [1/2, 1); zeros have the lowest exponent.
+
+    Example:
+      >>> scaling(jnp.float32(12.0), 100)
+      Scaling(mantissa=Array(0.75, dtype=float32), exponent=Array(104, dtype=int32))
+    """
+    mantissa, shift = jnp.frexp(x)
+    return Scaling(mantissa, jnp.where(mantissa == 0, _ZERO, shift + exponent))
+
+
+def total(a: Scaling, b: Scaling) -> Scaling:
+    """``a + b``; whatever rounds away beside the larger one is lost, as in a float."""
+    a, b = scaling(*a), scaling(*b)
+    top = jnp.maximum(a.exponent, b.exponent)
+    return scaling(
+        a.mantissa * power_of_two(a.exponent - top, a.mantissa.dtype)
+        + b.mantissa * power_of_two(b.exponent - top, b.mantissa.dtype),
+        top,
+    )
+
+
+def divided(
+    factors: Scaling, norms: Scaling, eps: jax.Array, gain: jax.Array | float = 1.0
+) -> Scaling:
+    """``gain * factors / (factors * norms + eps)``; where the divisor is 0 it counts as 1.
+
+    This is the half-step of Sinkhorn's algorithm: ``factors * norms`` are the norms of the iterate's rows
+    or columns. An empty row or column has the factor 0 and keeps it.
+
+    Example:
+      >>> float(divided(scaling(jnp.float32(2)), scaling(jnp.float32(3)), jnp.float32(2)).mantissa)
+      0.5
+    """
+    current = Scaling(factors.mantissa * norms.mantissa, factors.exponent + norms.exponent)
+    divisor = total(current, scaling(eps))
+    zero = divisor.mantissa == 0
+    return scaling(
+        factors.mantissa * gain / jnp.where(zero, 1, divisor.mantissa),
+        factors.exponent - jnp.where(zero, 0, divisor.exponent),
+    )
+
+
+def as_float(factors: Scaling, highest: int | None = None) -> jax.Array:
+    """The factors as floats, their exponents clipped to ``highest`` and to the normal numbers."""
+    exponent = factors.exponent
+    if highest is not None:
+        exponent = jnp.minimum(exponent, highest)
+    return factors.mantissa * power_of_two(exponent, factors.mantissa.dtype)
+
+
+def scaled(g: jax.Array, rows: Scaling, columns: Scaling) -> jax.Array:
+    """``diag(rows) G diag(columns)``, entry by entry, with 2^18 to spare below the largest number.
+
+    Factors that raise an entry come first and those that lower it last, so no intermediate result is
+    smaller than both the entry and the result. None is too large either where both ``rows G`` and the
+    result are of the size of a norm.
+    """
+    dtype = rows.mantissa.dtype
+    top = int(jnp.finfo(dtype).maxexp)
+    raising = jnp.clip(rows.exponent, 0, top - 8) + jnp.minimum(rows.exponent + top - 18, 0)
+    lowering = rows.exponent - raising
+    half = columns.exponent >> 1
+    # Behind a barrier, or XLA computes the factors' bits once an entry instead of once a row or column.
+    factors = jax.lax.optimization_barrier(
+        (
+            power_of_two(raising, dtype),
+            power_of_two(half, dtype),
+            columns.mantissa * power_of_two(columns.exponent - half, dtype),
+            rows.mantissa * power_of_two(lowering, dtype),
+        )
+    )
+    x = g.astype(dtype)
+    for factor in factors:
+        x = x * factor
+    return x
+
+
+def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
+    """``2**exponent``, exactly, the exponent clipped to the normal numbers of ``dtype``.
+
+    Example:
+      >>> power_of_two(jnp.array([-3, 0, 1000]), jnp.float32)
+      Array([1.2500000e-01, 1.0000000e+00, 1.7014118e+38], dtype=float32)
+    """
+    info = jnp.finfo(dtype)
+    biased = jnp.clip(exponent, int(info.minexp), int(info.maxexp) - 1) - int(info.minexp) + 1
+    bits = biased.astype(jnp.int64 if info.bits == 64 else jnp.int32) << info.nmant
+    return jax.lax.bitcast_convert_type(bits, dtype)
