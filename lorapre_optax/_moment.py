@@ -153,12 +153,12 @@ History: TypeAlias = Any
 """A `FullHistory` or a `FactoredHistory`; each takes back in ``keep`` what its own ``step`` returned."""
 
 
-def init(options: MomentOptions, layout: LayoutLike, seed: int = 0) -> Callable:
+def init(options: MomentOptions, layout: LayoutLike, seed: int = 0) -> Callable[..., LowRankState]:
     """The ``init`` of one low-rank moment; ``seed`` tells the moments of one optimizer apart."""
 
     def init_fn(params: PyTree) -> LowRankState:
         leaves = flatten_with_layout(layout, params)
-        kept = leaves.map(lambda *leaf: _start(*leaf, options, seed))
+        kept = leaves.map(lambda path, own, leaf: _start(path, own, leaf, options, seed))
         return _state(leaves, jnp.zeros([], jnp.int32), kept, lambda kept: kept)
 
     return init_fn

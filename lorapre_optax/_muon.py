@@ -131,11 +131,12 @@ def scale_by_lorapre_muon(
 def _distributed(leaves: LayoutLeaves, moments: PyTree, steps: Any, eps: Any) -> PyTree:
     """The moments with every matrix orthogonalised, equal matrices in one stack over the devices."""
     values = leaves.align(moments)
-    places = [i for i, own in enumerate(leaves.layouts) if own is not None and own.role != "vector"]
-    found = distributed_orthogonalize(
-        [values[i] for i in places], [leaves.layouts[i] for i in places], steps, eps
-    )
-    for i, direction in zip(places, found, strict=True):
+    layouts = {
+        i: own for i, own in enumerate(leaves.layouts) if own is not None and own.role != "vector"
+    }
+    matrices = [values[i] for i in layouts]
+    found = distributed_orthogonalize(matrices, list(layouts.values()), steps, eps)
+    for i, direction in zip(layouts, found, strict=True):
         values[i] = direction
     return leaves.unflatten(values)
 

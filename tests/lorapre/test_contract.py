@@ -182,6 +182,13 @@ def test_one_cholesky_call_solves_a_model(layers, monkeypatch):
         assert calls() == 3
 
 
+def test_an_eager_init_compiles_the_hash_once_for_each_shape():
+    params = {f"layer_{i}": {"q": {"kernel": jnp.ones((24, 40))}} for i in range(6)}
+    before = _factors._hashed_normal._cache_size()
+    lorapre_adamw(1e-3, 3).init(params)
+    assert _factors._hashed_normal._cache_size() - before <= 1
+
+
 def test_groups_return_each_inverse_to_its_place(monkeypatch):
     rng = np.random.default_rng(0)
     grams = []
@@ -199,7 +206,7 @@ def test_groups_return_each_inverse_to_its_place(monkeypatch):
 @jax.jit
 def step_of(left, right, target, gamma=0.3, damping=1e-9):
     """B', A' of one matrix by the library's pure functions."""
-    old = _factors.prepare(left, right, KERNEL, target, "relative")
+    old = _factors.prepare(left, right, KERNEL, target.ndim, "relative")
     grams = [old.left_gram, old.right_gram]
     inverses = _solves.damped_inverses(grams, damping)
     return old, _factors.newton_step(target, old, *inverses, gamma, KERNEL, "relative")
