@@ -12,10 +12,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.ready-docs
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile -q
+PART ?= 1/6
 LIBRARY_TESTS := layout_optax sage_optax lorapre_optax tests/layout tests/sage tests/lorapre tests/sharding tests/compatibility
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-distributed test test-library lint format wheel plan bench-sinkhorn bench-collectives bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality bench-finetuning bench-lowering faults figures docs docs-serve clean
+.PHONY: help setup demo demo-distributed test test-all test-part test-library lint format wheel plan bench-sinkhorn bench-collectives bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality bench-finetuning bench-lowering bench-mfu bench-accelerator faults figures docs docs-serve clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -40,13 +42,25 @@ demo: $(READY) ## Train a small Llama with AdamW, Lion-Hybrid and SAGE-Hybrid on
 demo-distributed: $(READY) ## Train the demo in two processes of four simulated devices; compare with one process
 	@$(BIN)/python -m examples.llama.demo_distributed $(ARGS)
 
-test: $(READY) ## Run all tests: formulas, golden vectors, properties, meshes, faults, the example (about a quarter of an hour)
-	@echo "== Running all tests on Python $(VERSION)"
-	@$(BIN)/python -m pytest -n auto -q $(ARGS)
+test: $(READY) ## Prove every formula, golden vector, promise and error message once (some eight minutes on two cores)
+	@echo "== Running the tests on Python $(VERSION), first with quick code generation"
+	@TEST_CODEGEN=quick $(PYTEST) -m "not extended" $(ARGS)
+	@echo "== Running the tests of bits, bytes and long loops with full code generation"
+	@$(PYTEST) -m "full_codegen and not extended" $(ARGS)
+
+test-all: $(READY) ## Run the whole suite: make test, and longer trainings, deaths of processes, every mode of the grid
+	@echo "== Running all tests on Python $(VERSION), first with quick code generation"
+	@TEST_CODEGEN=quick $(PYTEST) $(ARGS)
+	@echo "== Running the tests of bits, bytes and long loops with full code generation"
+	@$(PYTEST) -m full_codegen $(ARGS)
+
+test-part: $(READY) ## Run one part of what test-all has beyond test (make test-part PART=2/6)
+	@echo "== Running part $(PART) of the extended tests on Python $(VERSION)"
+	@TEST_CODEGEN=quick TEST_PART=$(PART) $(PYTEST) -m extended $(ARGS)
 
 test-library: $(READY) ## Run the tests of the three packages only
 	@echo "== Running the packages' tests on Python $(VERSION)"
-	@$(BIN)/python -m pytest -n auto -q $(LIBRARY_TESTS) $(ARGS)
+	@TEST_CODEGEN=quick $(PYTEST) -m "not extended" $(LIBRARY_TESTS) $(ARGS)
 
 lint: $(READY) ## Check format, style and types (ruff, pyright)
 	@$(BIN)/ruff format --check .
@@ -69,16 +83,16 @@ plan: $(READY) ## Which optimizer fits: memory of a Llama by optimizer (make pla
 	@$(BIN)/python -m examples.llama.plan $(or $(ARGS),--preset sage_1.3b --device-gb 16)
 
 bench-step-time: $(READY) ## Time every optimizer's step against AdamW's, paired (measured cells are kept)
-	@$(BIN)/python -m benchmarks.step_time $(ARGS)
+	@$(BIN)/python -m benchmarks.steps.step_time $(ARGS)
 
 bench-memory: $(READY) ## State, temporaries, bytes and compile time of every optimizer's step
-	@$(BIN)/python -m benchmarks.memory $(ARGS)
+	@$(BIN)/python -m benchmarks.steps.memory $(ARGS)
 
 bench-sinkhorn: $(READY) ## Time the Sinkhorn kernel against the plain loop
 	@$(BIN)/python -m benchmarks.sinkhorn $(ARGS)
 
 bench-collectives: $(READY) ## What each update moves between devices, read from the compiled programs
-	@$(BIN)/python -m benchmarks.collectives $(ARGS)
+	@$(BIN)/python -m benchmarks.meshes.collectives $(ARGS)
 
 bench-lorapre: $(READY) ## Train the demo with LoRA-Pre's ranks and options (about an hour; finished runs are kept)
 	@$(BIN)/python -m benchmarks.lorapre_quality $(ARGS)
@@ -90,10 +104,16 @@ bench-finetuning: $(READY) ## Fine-tune a small Llama with every method: exact m
 	@$(BIN)/python -m benchmarks.finetuning $(ARGS)
 
 bench-lowering: $(READY) ## Compile Llama-3.1-8B's fine-tuning steps from shapes alone: bytes of a device
-	@$(BIN)/python -m benchmarks.lowering $(ARGS)
+	@$(BIN)/python -m benchmarks.meshes.lowering $(ARGS)
 
 bench-quality: $(READY) ## Every optimizer at its tuned rate on the same tokens (hours in all; goes on where it stopped)
 	@$(BIN)/python -m benchmarks.quality $(ARGS)
+
+bench-mfu: $(READY) ## Model FLOPs utilisation, tokens/s and the optimizer's share of a step (ARGS="--profile out/profile")
+	@$(BIN)/python -m benchmarks.mfu $(ARGS)
+
+bench-accelerator: $(READY) ## On a machine with a GPU or TPU: everything that is unmeasured, in six minutes (rows are kept)
+	@$(BIN)/python -m benchmarks.accelerator $(ARGS)
 
 faults: $(READY) ## Kill, damage and starve a small run many times; the table of what survives (a few minutes)
 	@$(BIN)/python -m tests.faults.kill $(ARGS)

@@ -28,19 +28,19 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.common import circumstances, describe_circumstances, table
-from examples.llama.arithmetic import arithmetic_problems, arithmetic_text
-from examples.llama.evaluate import Task, evaluate
-from examples.llama.finetune import FinetuneConfig, FinetuneRun, instruction_data
-from examples.llama.finetune_program import FinetuneProgram
-from examples.llama.hf_write import save_folder
-from examples.llama.instructions import prompt_template
-from examples.llama.loading import Model, load_model
-from examples.llama.metrics import read_json, write_json
-from examples.llama.presets import LlamaConfig
-from examples.llama.tokenizer import BOS, EOS
-from examples.llama.train import Run
-from examples.llama.train_config import TrainConfig
-from examples.llama.tuning import search_rate
+from examples.llama.comparing.tuning import search_rate
+from examples.llama.data.arithmetic import arithmetic_problems, arithmetic_text
+from examples.llama.data.instructions import prompt_template
+from examples.llama.data.tokenizer import BOS, EOS
+from examples.llama.finetuning.evaluation import Task, evaluate
+from examples.llama.finetuning.loading import Model, load_model
+from examples.llama.finetuning.program import FinetuneProgram
+from examples.llama.finetuning.run import FinetuneConfig, FinetuneRun, instruction_data
+from examples.llama.model.config import LlamaConfig
+from examples.llama.model.hf_write import save_folder
+from examples.llama.reporting.files import read_json, write_json
+from examples.llama.training.config import TrainConfig
+from examples.llama.training.run import Run
 
 MODEL = LlamaConfig(
     vocab_size=320,

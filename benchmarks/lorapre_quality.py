@@ -17,14 +17,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.cells import Cells, as_row, perplexity_text
 from benchmarks.common import circumstances, describe_circumstances, table
-from examples.llama.comparison import Row
-from examples.llama.metrics import write_json
-from examples.llama.rank_plot import plot_ranks
-from examples.llama.tuned_rates import tuned_rate
-from examples.llama.tuning import search_rate
-from examples.llama.variants import Variant, parse_variant
+from benchmarks.quality.cells import Cells, as_row, perplexity_text
+from examples.llama.comparing.rank_plot import plot_ranks
+from examples.llama.comparing.rows import Row
+from examples.llama.comparing.tuning import search_rate
+from examples.llama.optimizers.rates import tuned_rate
+from examples.llama.optimizers.variants import Variant, parse_variant
+from examples.llama.reporting.files import write_json
 
 RANKS = (16, 4, 64)
 STEPS, LONG = 150, 400

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -11,9 +10,9 @@ import optax
 
 import sage_optax
 from benchmarks import baselines
-from examples.llama.optimizer_options import OptimizerOptions
-from examples.llama.optimizers import OptimizerEntry, register_optimizer
-from layout_optax import resolve_layout
+from examples.llama.optimizers.options import OptimizerOptions
+from examples.llama.optimizers.registry import OptimizerEntry, register_optimizer
+from layout_optax import by_role
 
 
 def factored_tables(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
@@ -28,18 +27,19 @@ def factored_tables(learning_rate: Any, options: OptimizerOptions) -> optax.Grad
     >>> sum(leaf.size for leaf in jax.tree.leaves(state)) < 256 * 128 / 50
     True
     """
-    rules: dict[Hashable, optax.GradientTransformation] = {
-        "table": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+    directions = {
+        "embedding": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
         "matrix": optax.chain(
             sage_optax.scale_by_sinkhorn(),
             optax.scale(10.0 if options.scale is None else options.scale),
         ),
         "vector": optax.scale_by_adam(),
     }
-    return optax.chain(
-        optax.partition(rules, _table_matrix_or_vector),
-        optax.add_decayed_weights(options.weight_decay, options.decay_mask()),
-        optax.scale_by_learning_rate(learning_rate),
+    return by_role(
+        directions,
+        learning_rate,
+        weight_decay=options.weight_decay,
+        weight_decay_mask=options.decay_mask(),
     )
 
 
@@ -96,16 +96,12 @@ def products(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTra
         return tuple(tree.unflatten(part) for part in zip(*steps, strict=True))
 
     adam = optax.scale_by_adam()
-    rules: dict[Hashable, optax.GradientTransformation] = {
-        "table": adam,
+    directions = {
+        "embedding": adam,
         "vector": adam,
         "matrix": optax.GradientTransformation(init, update),
     }
-    return optax.chain(
-        optax.partition(rules, _table_matrix_or_vector),
-        optax.add_decayed_weights(options.weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    return by_role(directions, learning_rate, weight_decay=options.weight_decay)
 
 
 PEERS = {
@@ -163,10 +159,3 @@ def _low_rank(options: OptimizerOptions) -> dict[str, Any]:
         "weight_decay": options.weight_decay,
         "weight_decay_mask": options.decay_mask(),
     }
-
-
-def _table_matrix_or_vector(params: Any) -> Any:
-    names = {"embedding": "table", "head": "table"}
-    return jax.tree.map(
-        lambda layout: names.get(layout.role, layout.role), resolve_layout(None, params)
-    )

@@ -26,11 +26,11 @@ import numpy as np
 
 from benchmarks.common import circumstances, describe_circumstances, table
 from benchmarks.peers import register_peers
-from benchmarks.programs import trainer_settings
-from benchmarks.updates import Store, device_name
-from examples.llama.host_memory import keep_freed_memory
-from examples.llama.program import Program
-from examples.llama.variants import parse_variant, parse_variant_rates
+from benchmarks.steps.programs import trainer_settings
+from benchmarks.steps.updates import Store, device_name
+from examples.llama.devices.host_memory import keep_freed_memory
+from examples.llama.optimizers.variants import parse_variant, parse_variant_rates
+from examples.llama.training.program import Program
 
 KEYS = (
     "preset",
@@ -49,7 +49,7 @@ HELDOUT_BATCHES = 16
 
 def write_tokens(path: pathlib.Path, data: str, vocab_size: int) -> None:
     """Tokenizes a corpus as the trainer does and stores both sides of its split, compressed."""
-    from examples.llama.data import DataConfig, prepare_data  # needs the trainer's packages
+    from examples.llama.data.dataset import DataConfig, prepare_data
 
     found = prepare_data(DataConfig(data=data, vocab_size=vocab_size))
     np.savez_compressed(path, train=found.train_tokens, heldout=found.heldout_tokens)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 
-from layout_optax.roles import ParamLayout
+from layout_optax.layout import ParamLayout
 
 
 def compute_dtype(dtype: Any) -> jnp.dtype:

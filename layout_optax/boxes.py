@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from layout_optax.roles import PyTree, path_string
+from layout_optax.layout import PyTree, path_string
 
 
 def unboxed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

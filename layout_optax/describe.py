@@ -9,15 +9,9 @@ import jax
 import numpy as np
 import optax
 
+from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty, path_string
+from layout_optax.leaves import flatten_with_layout
 from layout_optax.memory import StateLeaf, leaf_bytes, state_leaves
-from layout_optax.roles import (
-    LayoutLike,
-    ParamLayout,
-    PyTree,
-    flatten_with_layout,
-    is_empty,
-    path_string,
-)
 from layout_optax.rules import infer_layout, infer_leaf
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from layout_optax.roles import ParamLayout
+from layout_optax.layout import ParamLayout
 
 _NUMBERED_STACK = re.compile(r"^((?:\w+_)?(?:layers|blocks|layer|block))_(\d+)$")
 

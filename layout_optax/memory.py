@@ -14,7 +14,8 @@ import jax
 import numpy as np
 import optax
 
-from layout_optax.roles import LayoutLike, PyTree, flatten_with_layout, is_empty, path_string
+from layout_optax.layout import LayoutLike, PyTree, is_empty, path_string
+from layout_optax.leaves import flatten_with_layout
 from layout_optax.sharding import state_shardings
 
 

@@ -8,6 +8,7 @@ same answer on the whole tree and on the masked trees inside `optax.partition`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 import optax
 
-from layout_optax.roles import (
+from layout_optax.layout import (
     LayoutLike,
     ParamLayout,
     PyTree,
@@ -201,11 +202,20 @@ def infer_leaf(keys: Sequence[Any], shape: tuple[int, ...], rules: Sequence[Rule
     Raises:
       ValueError: if nothing explains the leaf; the message gives its path and the rule to add.
     """
-    path, ndim = path_string(keys), len(shape)
+    named = any(_is_name(key) for key in keys)
+    return _infer(path_string(keys), named, tuple(shape), tuple(rules))
+
+
+@functools.lru_cache(
+    maxsize=65536
+)  # a hybrid asks at every leaf for its role, its rate and its direction
+def _infer(path: str, named: bool, shape: tuple[int, ...], rules: tuple[Rule, ...]) -> Inferred:
+    """`infer_leaf` of a path, which tries the rules once for a leaf of a model."""
+    ndim = len(shape)
     for pattern, value in rules:
         if re.search(pattern, path):
             return Inferred(_read_rule(pattern, value, path, ndim), f"rule {pattern!r}")
-    if not any(_is_name(key) for key in keys):
+    if not named:
         layouts = {0: SCALAR, 1: VECTOR}
         return Inferred(layouts.get(ndim, KERNEL).resolve(ndim), "unnamed: last two axes (in, out)")
     for preset in _MAXTEXT_PRESETS:

@@ -11,7 +11,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from layout_optax.roles import PyTree, is_empty, path_string
+from layout_optax.layout import PyTree, is_empty, path_string
 
 
 def state_shardings(

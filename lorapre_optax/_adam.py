@@ -1,14 +1,16 @@
 """LoRA-Pre Adam: Adam whose two moments are thin factors (Algorithm 1 of the paper)."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from layout_optax.roles import LayoutLike, ParamLayout, flatten_with_layout
+from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number, check_one_of
+from layout_optax.layout import ANY_LEAF, LayoutLike
+from layout_optax.leaves import flatten_with_layout
+from layout_optax.routing import WholeModel, takes_whole_model
 from lorapre_optax._factors import DampingKind
 from lorapre_optax._moment import (
     InitialSubspace,
@@ -24,7 +26,6 @@ from lorapre_optax._moment import (
     open_histories,
     residual_weight,
 )
-from lorapre_optax._numbers import Number, at, check_decay, check_number, check_one_of
 from lorapre_optax._rank import RankLike
 from lorapre_optax._routing import Others, route_matrices
 
@@ -114,8 +115,8 @@ def scale_by_lorapre_adam(
       >>> print(updates["mlp"]["kernel"][0, 0].round(3), state.nu.left["mlp"]["kernel"].shape)
       1.0 (4, 40)
     """
-    check_decay("b1", b1)
-    check_decay("b2", b2)
+    check_factor_decay("b1", b1)
+    check_factor_decay("b2", b2)
     for name, value in (("eps", eps), ("bound", bound)):
         check_number(name, value, 0)
     for name, value in (("residual", residual), ("gamma1", gamma1), ("gamma2", gamma2)):
@@ -166,6 +167,7 @@ def scale_by_lorapre_adam(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@takes_whole_model(weight_decay=0.0)
 def lorapre_adamw(
     learning_rate: optax.ScalarOrSchedule,
     rank: RankLike = 128,
@@ -185,16 +187,9 @@ def lorapre_adamw(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
-    weight_decay: Number = 0.0,
-    weight_decay_mask: Any = None,
     others: Others = "adamw",
-    embedding_learning_rate: optax.ScalarOrSchedule | None = None,
-    head_learning_rate: optax.ScalarOrSchedule | None = None,
-    vector_learning_rate: optax.ScalarOrSchedule | None = None,
-    matrix_learning_rate: optax.ScalarOrSchedule | None = None,
-    other_learning_rate: optax.ScalarOrSchedule | None = None,
-    learning_rate_multipliers: Mapping[str, float] | None = None,
     layout: LayoutLike = None,
+    **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
     """LoRA-Pre AdamW for a whole model: low-rank moments on matrices, full AdamW on everything else.
 
@@ -219,17 +214,10 @@ def lorapre_adamw(
       initial_subspace: see `low_rank_ema`.
       factor_dtype: see `low_rank_ema`.
       full_rank_fallback: see `low_rank_ema`.
-      weight_decay: decoupled, times the learning rate of the role.
-      weight_decay_mask: tree of booleans, or a callable from parameters to one; None decays everything.
       others: ``"adamw"`` or ``"sage"`` for embedding, head and vectors. Leaves that a rule gave to nobody
         get AdamW.
-      embedding_learning_rate: rate of the embedding's direction and decay; None for ``learning_rate``.
-      head_learning_rate: the same for the head.
-      vector_learning_rate: the same for vectors.
-      matrix_learning_rate: the same for matrices.
-      other_learning_rate: the same for leaves that are not ours.
-      learning_rate_multipliers: factors on ``learning_rate`` by role, instead of rates of their own.
       layout: see `layout_optax.ParamLayout`; None infers it.
+      **whole_model: see `layout_optax.by_role`.
 
     Returns:
       The transformation; with `optax.inject_hyperparams` pass ``static_args=STATIC_ARGS``.
@@ -268,24 +256,14 @@ def lorapre_adamw(
         full_adam(b1, b2, eps),
         others=others,
         learning_rate=learning_rate,
-        rates=(
-            embedding_learning_rate,
-            head_learning_rate,
-            vector_learning_rate,
-            matrix_learning_rate,
-            other_learning_rate,
-        ),
-        multipliers=learning_rate_multipliers,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
         layout=layout,
+        **whole_model,
     )
 
 
 def full_adam(b1: Number, b2: Number, eps: Number) -> optax.GradientTransformationExtraArgs:
     """Adam's direction with full moments on every leaf, whatever its role; float32 arithmetic."""
-    anything = ParamLayout("vector", (), ())
-    return scale_by_lorapre_adam(None, b1, b2, eps, layout=anything)
+    return scale_by_lorapre_adam(None, b1, b2, eps, layout=ANY_LEAF)
 
 
 def _squared_weight(decay: Any, count: jax.Array, dtype: Any) -> jax.Array:

@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from layout_optax.axes import named_sharding
-from layout_optax.roles import ParamLayout
+from layout_optax.layout import ParamLayout
 from lorapre_optax._newton_schulz import orthogonalize
 
 Parts = list[tuple[str, ...]]

@@ -33,7 +33,7 @@ from layout_optax.axes import (
     subscripts,
 )
 from layout_optax.keys import bits_of_seeds, path_words, seeds_of_words
-from layout_optax.roles import ParamLayout
+from layout_optax.layout import ParamLayout
 
 DampingKind: TypeAlias = Literal["relative", "absolute"]
 INIT_STD = 0.02

@@ -1,12 +1,12 @@
 """LoRA-Pre on the tables, SinkGD on the matrices: hardly any state at all."""
 
-import inspect
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import optax
 
-from layout_optax.roles import LayoutLike
+from layout_optax.hyperparameters import Number, choose
+from layout_optax.layout import LayoutLike
+from layout_optax.routing import OTHER, WholeModel, by_role, takes_whole_model, times
 from lorapre_optax._adam import (
     BiasCorrection,
     SecondMoment,
@@ -15,55 +15,38 @@ from lorapre_optax._adam import (
 )
 from lorapre_optax._factors import DampingKind
 from lorapre_optax._moment import InitialSubspace
-from lorapre_optax._numbers import Number, check_number
 from lorapre_optax._rank import RankLike
-from lorapre_optax._recommended import RECOMMENDED
-from sage_optax._hybrid import HeadRule
-from sage_optax._routing import OTHER, choose, route, sinkgd_direction
-from sage_optax._sage import scale_by_sage
-from sage_optax._sinkhorn import Variant
-
-# The options of `scale_by_lorapre_adam`, with the recommended ones in place of the paper's.
-_DEFAULTS: dict[str, Any] = {
-    name: parameter.default
-    for name, parameter in inspect.signature(scale_by_lorapre_adam).parameters.items()
-} | dict(RECOMMENDED)
+from sage_optax import scale_by_sage, scale_by_sinkhorn
 
 
+@takes_whole_model(weight_decay=0.01)
 def lorapre_sinkgd(
     learning_rate: optax.ScalarOrSchedule,
     rank: RankLike = 64,
-    b1: Number = _DEFAULTS["b1"],
-    b2: Number = _DEFAULTS["b2"],
-    eps: Number = _DEFAULTS["eps"],
+    b1: Number = 0.9,
+    b2: Number = 0.95,
+    eps: Number = 1e-8,
     *,
-    table_scale: Number = _DEFAULTS["scale"],
-    bias_correction: BiasCorrection = _DEFAULTS["bias_correction"],
-    bound: Number | None = _DEFAULTS["bound"],
-    residual: Number | None = _DEFAULTS["residual"],
-    second_moment: SecondMoment = _DEFAULTS["second_moment"],
-    gamma1: Number | None = _DEFAULTS["gamma1"],
-    gamma2: Number | None = _DEFAULTS["gamma2"],
-    damping: Number = _DEFAULTS["damping"],
-    damping_kind: DampingKind = _DEFAULTS["damping_kind"],
-    initial_subspace: InitialSubspace = _DEFAULTS["initial_subspace"],
-    factor_dtype: Any = _DEFAULTS["factor_dtype"],
-    full_rank_fallback: bool = _DEFAULTS["full_rank_fallback"],
+    table_scale: Number = 1.0,
+    bias_correction: BiasCorrection = "exact",
+    bound: Number | None = 1.0,
+    residual: Number | None = 0.9,
+    second_moment: SecondMoment = "low_rank",
+    gamma1: Number | None = None,
+    gamma2: Number | None = None,
+    damping: Number = 1e-4,
+    damping_kind: DampingKind = "relative",
+    initial_subspace: InitialSubspace = "gradient",
+    factor_dtype: Any = None,
+    full_rank_fallback: bool = True,
     scale: Any = 10.0,
     iterations: Any = 5,
     sinkhorn_eps: Any = 1e-8,
-    variant: Variant = "unit",
+    variant: Literal["unit", "sqrt"] = "unit",
     vector_rule: Literal["adamw", "sage"] = "adamw",
-    head_rule: HeadRule = "table",
-    embedding_learning_rate: optax.ScalarOrSchedule | None = None,
-    head_learning_rate: optax.ScalarOrSchedule | None = None,
-    vector_learning_rate: optax.ScalarOrSchedule | None = None,
-    matrix_learning_rate: optax.ScalarOrSchedule | None = None,
-    other_learning_rate: optax.ScalarOrSchedule | None = None,
-    learning_rate_multipliers: Mapping[str, float] | None = None,
-    weight_decay: Number = 0.01,
-    weight_decay_mask: Any = None,
+    head_rule: Literal["table", "matrix", "adamw"] = "table",
     layout: LayoutLike = None,
+    **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoRA-Pre Adam on embedding and head, SinkGD on matrices, full AdamW on vectors.
 
@@ -105,15 +88,8 @@ def lorapre_sinkgd(
       variant: see `sage_optax.scale_by_sinkhorn`.
       vector_rule: ``"adamw"`` or ``"sage"``.
       head_rule: ``"table"`` (LoRA-Pre), ``"matrix"`` (SinkGD) or ``"adamw"`` with full moments.
-      embedding_learning_rate: rate of the embedding's direction and decay; None for ``learning_rate``.
-      head_learning_rate: the same for the head.
-      vector_learning_rate: the same for vectors.
-      matrix_learning_rate: the same for matrices.
-      other_learning_rate: the same for leaves that are not ours, which get AdamW with full moments.
-      learning_rate_multipliers: factors on ``learning_rate`` by role (``"other"`` among them).
-      weight_decay: decoupled, times the role's rate; the default is `sage_optax.sinkgd_hybrid`'s.
-      weight_decay_mask: a tree of booleans over all parameters, or a callable to one; None decays all.
       layout: see `layout_optax.ParamLayout`; None infers it.
+      **whole_model: see `layout_optax.by_role`.
 
     Returns:
       The transformation; with `optax.inject_hyperparams` pass ``static_args=STATIC_ARGS``.
@@ -131,7 +107,6 @@ def lorapre_sinkgd(
       >>> sorted(x.shape for x in jax.tree.leaves(state) if x.ndim)  # nothing for the kernel
       [(4, 32), (4, 32), (4, 64), (4, 64)]
     """
-    check_number("weight_decay", weight_decay, 0)
     table = scale_by_lorapre_adam(
         rank,
         b1,
@@ -153,22 +128,14 @@ def lorapre_sinkgd(
     )
     adam = full_adam(b1, b2, eps)
     vectors = {"adamw": adam, "sage": scale_by_sage(layout=layout)}
-    return route(
-        table=table,
-        vector=choose("vector_rule", vector_rule, vectors),
-        matrix=sinkgd_direction(scale, iterations, sinkhorn_eps, variant, layout),
-        other=adam,
-        head_rule=head_rule,
-        learning_rate=learning_rate,
-        rates={
-            "embedding": embedding_learning_rate,
-            "head": head_learning_rate,
-            "vector": vector_learning_rate,
-            "matrix": matrix_learning_rate,
-            OTHER: other_learning_rate,
-        },
-        multipliers=learning_rate_multipliers,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        layout=layout,
+    matrix = times(
+        scale_by_sinkhorn(iterations, sinkhorn_eps, variant=variant, layout=layout), scale
     )
+    directions = {
+        "embedding": table,
+        "head": choose("head_rule", head_rule, {"table": table, "matrix": matrix, "adamw": adam}),
+        "vector": choose("vector_rule", vector_rule, vectors),
+        "matrix": matrix,
+        OTHER: adam,
+    }
+    return by_role(directions, learning_rate, layout=layout, **whole_model)

@@ -1,12 +1,14 @@
 """LoRA-Pre Lion: the sign of a momentum whose history is two thin factors."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax.numpy as jnp
 import optax
 
-from layout_optax.roles import LayoutLike, ParamLayout, flatten_with_layout
+from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number
+from layout_optax.layout import ANY_LEAF, LayoutLike
+from layout_optax.leaves import flatten_with_layout
+from layout_optax.routing import WholeModel, takes_whole_model
 from lorapre_optax._factors import DampingKind
 from lorapre_optax._moment import (
     InitialSubspace,
@@ -20,11 +22,9 @@ from lorapre_optax._moment import (
     open_histories,
     residual_weight,
 )
-from lorapre_optax._numbers import Number, at, check_decay, check_number
 from lorapre_optax._rank import RankLike
 from lorapre_optax._routing import route_matrices
-from sage_optax._damper import lion_step
-from sage_optax._sage import scale_by_sage
+from sage_optax import scale_by_sage
 
 
 def scale_by_lorapre_lion(
@@ -87,8 +87,8 @@ def scale_by_lorapre_lion(
       >>> print(updates["mlp"]["kernel"][0, 0], state.left["mlp"]["kernel"].shape)
       -1.0 (4, 40)
     """
-    check_decay("b1", b1)
-    check_decay("b2", b2)
+    check_factor_decay("b1", b1)
+    check_factor_decay("b2", b2)
     check_number("residual", residual, 0, 1)
     check_number("gamma", gamma, 0, 1)
     options = MomentOptions(
@@ -107,7 +107,8 @@ def scale_by_lorapre_lion(
             g = in_compute_dtype(leaf)
             past = history.past(g)
             if not history.factored:
-                direction, moment = lion_step(g, past, d1, d2)
+                # The order of operations is optax's, so that results agree bit for bit.
+                direction, moment = jnp.sign((1.0 - d1) * g + d1 * past), (1 - d2) * g + d2 * past
                 return direction, history.keep(None, moment)
             newton = history.step(g, rate)
             mix = d1 * past + (1 - d1) * g
@@ -122,6 +123,7 @@ def scale_by_lorapre_lion(
     return optax.GradientTransformationExtraArgs(init(options, layout), update_fn)
 
 
+@takes_whole_model(weight_decay=0.0)
 def lorapre_lion(
     learning_rate: optax.ScalarOrSchedule,
     rank: RankLike = 128,
@@ -136,16 +138,9 @@ def lorapre_lion(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
-    weight_decay: Number = 0.0,
-    weight_decay_mask: Any = None,
     others: Literal["lion", "sage"] = "lion",
-    embedding_learning_rate: optax.ScalarOrSchedule | None = None,
-    head_learning_rate: optax.ScalarOrSchedule | None = None,
-    vector_learning_rate: optax.ScalarOrSchedule | None = None,
-    matrix_learning_rate: optax.ScalarOrSchedule | None = None,
-    other_learning_rate: optax.ScalarOrSchedule | None = None,
-    learning_rate_multipliers: Mapping[str, float] | None = None,
     layout: LayoutLike = None,
+    **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
     """LoRA-Pre Lion for a whole model: low-rank momentum on matrices, full Lion on everything else.
 
@@ -165,17 +160,10 @@ def lorapre_lion(
       initial_subspace: see `low_rank_ema`.
       factor_dtype: see `low_rank_ema`; of the matrices.
       full_rank_fallback: see `low_rank_ema`.
-      weight_decay: decoupled, times the learning rate of the role.
-      weight_decay_mask: tree of booleans, or a callable from parameters to one; None decays everything.
       others: ``"lion"`` or ``"sage"`` for embedding, head and vectors. Leaves that a rule gave to nobody
         get Lion.
-      embedding_learning_rate: rate of the embedding's direction and decay; None for ``learning_rate``.
-      head_learning_rate: the same for the head.
-      vector_learning_rate: the same for vectors.
-      matrix_learning_rate: the same for matrices.
-      other_learning_rate: the same for leaves that are not ours.
-      learning_rate_multipliers: factors on ``learning_rate`` by role, instead of rates of their own.
       layout: see `layout_optax.ParamLayout`; None infers it.
+      **whole_model: see `layout_optax.by_role`.
 
     Returns:
       The transformation; with `optax.inject_hyperparams` pass ``static_args=STATIC_ARGS``.
@@ -205,23 +193,13 @@ def lorapre_lion(
         full_rank_fallback=full_rank_fallback,
         layout=layout,
     )
-    anything = ParamLayout("vector", (), ())
     return route_matrices(
         direction,
-        scale_by_lorapre_lion(None, b1, b2, layout=anything),
+        scale_by_lorapre_lion(None, b1, b2, layout=ANY_LEAF),
         others=others,
         learning_rate=learning_rate,
-        rates=(
-            embedding_learning_rate,
-            head_learning_rate,
-            vector_learning_rate,
-            matrix_learning_rate,
-            other_learning_rate,
-        ),
-        multipliers=learning_rate_multipliers,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
         layout=layout,
         family="lion",
         sage=scale_by_sage(b1, b2, layout=layout),
+        **whole_model,
     )

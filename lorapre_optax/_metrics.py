@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from layout_optax.axes import compute_dtype
-from layout_optax.roles import LayoutLike, ParamLayout, PyTree
+from layout_optax.layout import LayoutLike, ParamLayout, PyTree
 from lorapre_optax import _factors
 from lorapre_optax._factors import Prepared, core_axes, einsum_axes, factor_sharding
 from lorapre_optax._solves import damped_inverse_roots

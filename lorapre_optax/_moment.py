@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import optax
 
 from layout_optax.axes import compute_dtype, zeros_without
-from layout_optax.roles import LayoutLeaves, LayoutLike, ParamLayout, PyTree, flatten_with_layout
+from layout_optax.hyperparameters import Number, at, check_number, check_one_of
+from layout_optax.layout import LayoutLike, ParamLayout, PyTree
+from layout_optax.leaves import LayoutLeaves, flatten_with_layout
 from lorapre_optax import _factors
 from lorapre_optax._factors import DampingKind
-from lorapre_optax._numbers import Number, at, check_number, check_one_of
 from lorapre_optax._rank import RankLike, leaf_rank
 from lorapre_optax._solves import damped_inverses
 from lorapre_optax._subspace import Start, gradient_rights

@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from layout_optax.roles import LayoutLeaves, LayoutLike, PyTree, flatten_with_layout
+from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number
+from layout_optax.layout import LayoutLike, PyTree
+from layout_optax.leaves import LayoutLeaves, flatten_with_layout
 from lorapre_optax._factors import DampingKind
 from lorapre_optax._moment import (
     InitialSubspace,
@@ -31,7 +33,6 @@ from lorapre_optax._moment import (
     open_histories,
     residual_weight,
 )
-from lorapre_optax._numbers import Number, at, check_decay, check_number
 from lorapre_optax._rank import RankLike
 
 
@@ -94,7 +95,7 @@ def low_rank_ema(
       >>> round(float(updates["mlp"]["kernel"][0, 0]), 5)  # step 1 is the update itself
       1.0
     """
-    check_decay("decay", decay)
+    check_factor_decay("decay", decay)
     check_number("gamma", gamma, 0, 1)
     check_number("residual", residual, 0, 1)
     options = MomentOptions(
@@ -171,7 +172,7 @@ def low_rank_trace(
       >>> state.full["norm"]["scale"].shape, state.right["q"]["kernel"].shape
       ((32,), (8, 64))
     """
-    check_decay("decay", decay)
+    check_factor_decay("decay", decay)
     check_number("gamma", gamma, 0, 1)
     check_number("residual", residual, 0, 1)
     options = MomentOptions(

@@ -1,25 +1,21 @@
 """LoRA-Pre Muon: an orthogonalised accumulator whose history is two thin factors (Algorithm 2)."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Unpack
 
 import optax
 
-from layout_optax.roles import (
-    LayoutLeaves,
-    LayoutLike,
-    ParamLayout,
-    PyTree,
-    flatten_with_layout,
-)
+from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number
+from layout_optax.layout import LayoutLike, ParamLayout, PyTree
+from layout_optax.leaves import LayoutLeaves, flatten_with_layout
+from layout_optax.routing import WholeModel, takes_whole_model
 from lorapre_optax._adam import full_adam, scale_by_lorapre_adam
 from lorapre_optax._distributed_newton_schulz import distributed_orthogonalize
 from lorapre_optax._factors import DampingKind
 from lorapre_optax._moment import InitialSubspace, MomentOptions, as_updates, init
 from lorapre_optax._momentum import step_trace
 from lorapre_optax._newton_schulz import orthogonalize
-from lorapre_optax._numbers import Number, at, check_decay, check_number
 from lorapre_optax._rank import RankLike
 from lorapre_optax._recommended import RECOMMENDED
 from lorapre_optax._routing import Others, route_matrices
@@ -88,7 +84,7 @@ def scale_by_lorapre_muon(
       >>> state.left["mlp"]["kernel"].shape
       (4, 40)
     """
-    check_decay("mu", mu)
+    check_factor_decay("mu", mu)
     for name, value in (("ns_steps", ns_steps), ("eps", eps), ("consistent_rms", consistent_rms)):
         check_number(name, value, 0)
     check_number("gamma", gamma, 0, 1)
@@ -131,12 +127,13 @@ def scale_by_lorapre_muon(
 def _distributed(leaves: LayoutLeaves, moments: PyTree, steps: Any, eps: Any) -> PyTree:
     """The moments with every matrix orthogonalised, equal matrices in one stack over the devices."""
     values = leaves.align(moments)
-    layouts = {
+    matrices = {
         i: own for i, own in enumerate(leaves.layouts) if own is not None and own.role != "vector"
     }
-    matrices = [values[i] for i in layouts]
-    found = distributed_orthogonalize(matrices, list(layouts.values()), steps, eps)
-    for i, direction in zip(layouts, found, strict=True):
+    found = distributed_orthogonalize(
+        [values[i] for i in matrices], list(matrices.values()), steps, eps
+    )
+    for i, direction in zip(matrices, found, strict=True):
         values[i] = direction
     return leaves.unflatten(values)
 
@@ -151,6 +148,7 @@ def _shape_factor(layout: ParamLayout, shape: Sequence[int], consistent_rms: Any
     return math.sqrt(max(fan_in, fan_out)) * consistent_rms
 
 
+@takes_whole_model(weight_decay=0.0)
 def lorapre_muon(
     learning_rate: optax.ScalarOrSchedule,
     rank: RankLike = 128,
@@ -169,19 +167,12 @@ def lorapre_muon(
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
     whole_matrices: bool = False,
-    weight_decay: Number = 0.0,
-    weight_decay_mask: Any = None,
     adam_b1: Number = 0.9,
     adam_b2: Number = 0.999,
     table_rank: RankLike = None,
     others: Others = "adamw",
-    embedding_learning_rate: optax.ScalarOrSchedule | None = None,
-    head_learning_rate: optax.ScalarOrSchedule | None = None,
-    vector_learning_rate: optax.ScalarOrSchedule | None = None,
-    matrix_learning_rate: optax.ScalarOrSchedule | None = None,
-    other_learning_rate: optax.ScalarOrSchedule | None = None,
-    learning_rate_multipliers: Mapping[str, float] | None = None,
     layout: LayoutLike = None,
+    **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
     """LoRA-Pre Muon for a whole model: matrices orthogonalised, everything else full AdamW or SAGE.
 
@@ -206,20 +197,13 @@ def lorapre_muon(
       factor_dtype: see `low_rank_ema`.
       full_rank_fallback: see `low_rank_ema`.
       whole_matrices: see `scale_by_lorapre_muon`.
-      weight_decay: decoupled, times the learning rate of the role.
-      weight_decay_mask: tree of booleans, or a callable from parameters to one; None decays everything.
       adam_b1: b1 of AdamW on the rest.
       adam_b2: b2 of AdamW on the rest.
       table_rank: if given, embedding and head get LoRA-Pre Adam at this rank with the options of
         `lorapre_optax.RECOMMENDED`: then no moment of a matrix or table is kept in full. Ours, not the paper's.
       others: ``"adamw"`` or ``"sage"``, see `lorapre_adamw`.
-      embedding_learning_rate: rate of the embedding's direction and decay; None for ``learning_rate``.
-      head_learning_rate: the same for the head.
-      vector_learning_rate: the same for vectors.
-      matrix_learning_rate: the same for matrices.
-      other_learning_rate: the same for leaves that are not ours.
-      learning_rate_multipliers: factors on ``learning_rate`` by role, instead of rates of their own.
       layout: see `layout_optax.ParamLayout`; None infers it.
+      **whole_model: see `layout_optax.by_role`.
 
     Returns:
       The transformation; with `optax.inject_hyperparams` pass ``static_args=STATIC_ARGS``.
@@ -270,15 +254,6 @@ def lorapre_muon(
         others=others,
         table=table,
         learning_rate=learning_rate,
-        rates=(
-            embedding_learning_rate,
-            head_learning_rate,
-            vector_learning_rate,
-            matrix_learning_rate,
-            other_learning_rate,
-        ),
-        multipliers=learning_rate_multipliers,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
         layout=layout,
+        **whole_model,
     )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from layout_optax.axes import sharding_without, subscripts
-from layout_optax.roles import ParamLayout
+from layout_optax.layout import ParamLayout
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """K. Jordan's coefficients (https://kellerjordan.github.io/posts/muon/), tuned for slope at zero."""

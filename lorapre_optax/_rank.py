@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from layout_optax.roles import ROLES, ParamLayout
+from layout_optax.layout import ROLES, ParamLayout
 
 RankLike: TypeAlias = (
     int

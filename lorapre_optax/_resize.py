@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from layout_optax.axes import compute_dtype, sharding_without
-from layout_optax.roles import LayoutLike, ParamLayout, PyTree, is_empty
+from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty
 from lorapre_optax._factors import (
     INIT_STD,
     broadcast,

@@ -1,19 +1,20 @@
 """LoRA-Pre SGD: heavy-ball momentum whose history is two thin factors."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import optax
 
-from layout_optax.roles import LayoutLike, ParamLayout
+from layout_optax.hyperparameters import Number, check_factor_decay
+from layout_optax.layout import ANY_LEAF, LayoutLike
+from layout_optax.routing import WholeModel, takes_whole_model, times
 from lorapre_optax._factors import DampingKind
 from lorapre_optax._moment import InitialSubspace
 from lorapre_optax._momentum import low_rank_trace
-from lorapre_optax._numbers import Number, check_decay
 from lorapre_optax._rank import RankLike
 from lorapre_optax._routing import route_matrices
 
 
+@takes_whole_model(weight_decay=0.0)
 def lorapre_sgd(
     learning_rate: optax.ScalarOrSchedule,
     rank: RankLike = 128,
@@ -28,16 +29,9 @@ def lorapre_sgd(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
-    weight_decay: Number = 0.0,
-    weight_decay_mask: Any = None,
     others: Literal["sgd", "sage"] = "sgd",
-    embedding_learning_rate: optax.ScalarOrSchedule | None = None,
-    head_learning_rate: optax.ScalarOrSchedule | None = None,
-    vector_learning_rate: optax.ScalarOrSchedule | None = None,
-    matrix_learning_rate: optax.ScalarOrSchedule | None = None,
-    other_learning_rate: optax.ScalarOrSchedule | None = None,
-    learning_rate_multipliers: Mapping[str, float] | None = None,
     layout: LayoutLike = None,
+    **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
     """SGD with momentum for a whole model: low-rank traces of matrices, full ones of everything else.
 
@@ -62,18 +56,11 @@ def lorapre_sgd(
       initial_subspace: see `low_rank_ema`.
       factor_dtype: see `low_rank_ema`; of the matrices.
       full_rank_fallback: see `low_rank_ema`.
-      weight_decay: decoupled, times the learning rate of the role.
-      weight_decay_mask: tree of booleans, or a callable from parameters to one; None decays everything.
       others: ``"sgd"`` or ``"sage"`` for embedding, head and vectors. Leaves that a rule gave to nobody
         get SGD. SAGE's updates have entries of about 1: with ``"sage"`` give those roles a rate of
         their own.
-      embedding_learning_rate: rate of the embedding's direction and decay; None for ``learning_rate``.
-      head_learning_rate: the same for the head.
-      vector_learning_rate: the same for vectors.
-      matrix_learning_rate: the same for matrices.
-      other_learning_rate: the same for leaves that are not ours.
-      learning_rate_multipliers: factors on ``learning_rate`` by role, instead of rates of their own.
       layout: see `layout_optax.ParamLayout`; None infers it.
+      **whole_model: see `layout_optax.by_role`.
 
     Returns:
       The transformation; with `optax.inject_hyperparams` pass ``static_args=STATIC_ARGS``. Updates keep
@@ -90,7 +77,7 @@ def lorapre_sgd(
       >>> print(updates["mlp"]["kernel"][0, 0].round(6), updates["norm"]["scale"][0].round(6))
       -0.1 -0.1
     """
-    check_decay("momentum", momentum)  # before low_rank_trace, which calls it decay
+    check_factor_decay("momentum", momentum)  # before low_rank_trace, which calls it decay
     trace = low_rank_trace(
         momentum,
         rank,
@@ -104,23 +91,12 @@ def lorapre_sgd(
         full_rank_fallback=full_rank_fallback,
         layout=layout,
     )
-    anything = ParamLayout("vector", (), ())
     return route_matrices(
-        # Named for rates, but this is the one public way to multiply by a number or a schedule.
-        optax.chain(trace, optax.scale_by_learning_rate(scale, flip_sign=False)),
-        low_rank_trace(momentum, None, nesterov=nesterov, layout=anything),
+        times(trace, scale),
+        low_rank_trace(momentum, None, nesterov=nesterov, layout=ANY_LEAF),
         others=others,
         learning_rate=learning_rate,
-        rates=(
-            embedding_learning_rate,
-            head_learning_rate,
-            vector_learning_rate,
-            matrix_learning_rate,
-            other_learning_rate,
-        ),
-        multipliers=learning_rate_multipliers,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
         layout=layout,
         family="sgd",
+        **whole_model,
     )

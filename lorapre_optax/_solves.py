@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 import jax.numpy as jnp
 
-from layout_optax.roles import PyTree
+from layout_optax.layout import PyTree
 from lorapre_optax._factors import DampingKind
 
 GROUP_BYTES = 128 * 2**20

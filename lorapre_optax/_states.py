@@ -12,14 +12,8 @@ from typing import Any, NamedTuple
 import jax
 
 from layout_optax.axes import shape_without
-from layout_optax.roles import (
-    LayoutLike,
-    ParamLayout,
-    PyTree,
-    flatten_with_layout,
-    is_empty,
-    path_string,
-)
+from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty, path_string
+from layout_optax.leaves import flatten_with_layout
 from lorapre_optax._adam import LorapreAdamState
 from lorapre_optax._factors import with_rank
 from lorapre_optax._moment import LowRankState

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layout_optax.roles import ParamLayout
+from layout_optax.layout import ParamLayout
 from lorapre_optax._factors import broadcast, einsum_axes, factor_sharding, gram, normal_factor
 from lorapre_optax._solves import damped_inverse_roots
 

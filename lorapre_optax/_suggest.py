@@ -11,14 +11,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from layout_optax.axes import compute_dtype, sharding_without
-from layout_optax.roles import (
-    LayoutLike,
-    ParamLayout,
-    PyTree,
-    flatten_with_layout,
-    is_empty,
-    path_string,
-)
+from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty, path_string
+from layout_optax.leaves import flatten_with_layout
 from lorapre_optax._factors import einsum_axes
 from lorapre_optax._subspace import normalised
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from layout_optax.axes import shape_without
-from layout_optax.roles import ParamLayout
+from layout_optax.layout import ParamLayout
 from lorapre_optax._factors import INIT_STD, EinsumAxes, einsum_axes, power_of_two, with_rank
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from layout_optax.axes import rms
-from layout_optax.roles import ParamLayout
+from layout_optax.layout import ParamLayout
 
 Damper = Literal["both", "ema"] | None
 EpsMode = Literal["absolute", "relative"]

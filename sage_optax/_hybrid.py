@@ -1,15 +1,16 @@
 """The hybrids: SAGE-Hybrid, the paper's method, and its two controls."""
 
-from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, Unpack
 
 import jax.numpy as jnp
 import optax
 
-from layout_optax.roles import LayoutLike
+from layout_optax.hyperparameters import choose
+from layout_optax.layout import LayoutLike
+from layout_optax.routing import OTHER, WholeModel, adam_direction, by_role, takes_whole_model
 from sage_optax._damper import Damper, EpsMode
 from sage_optax._options import momentum_dtype
-from sage_optax._routing import OTHER, adam_direction, choose, route, sinkgd_direction
+from sage_optax._routing import sinkgd_direction
 from sage_optax._sage import scale_by_sage
 from sage_optax._sinkhorn import Variant
 
@@ -17,6 +18,7 @@ HeadRule: TypeAlias = Literal["table", "matrix", "adamw"]
 Rate: TypeAlias = optax.ScalarOrSchedule
 
 
+@takes_whole_model(weight_decay=0.01)
 def sage_hybrid(
     learning_rate: Rate,
     b1: Rate = 0.9,
@@ -35,15 +37,8 @@ def sage_hybrid(
     adam_b1: Any = 0.9,
     adam_b2: Any = 0.999,
     adam_eps: Any = 1e-8,
-    embedding_learning_rate: Rate | None = None,
-    head_learning_rate: Rate | None = None,
-    vector_learning_rate: Rate | None = None,
-    matrix_learning_rate: Rate | None = None,
-    other_learning_rate: Rate | None = None,
-    learning_rate_multipliers: Mapping[str, float] | None = None,
-    weight_decay: Any = 0.01,
-    weight_decay_mask: Any = None,
     layout: LayoutLike = None,
+    **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
     r"""SAGE-Hybrid, the paper's method: SAGE on tables and vectors, SinkGD on matrices.
 
@@ -75,15 +70,8 @@ def sage_hybrid(
       adam_b1: decay of the first moment where AdamW's direction is used. The three may be schedules.
       adam_b2: decay of its second moment.
       adam_eps: its eps.
-      embedding_learning_rate: rate of the embedding's direction and decay; None for ``learning_rate``.
-      head_learning_rate: the same for the head.
-      vector_learning_rate: the same for vectors.
-      matrix_learning_rate: the same for matrices.
-      other_learning_rate: the same for leaves that are not ours, which get AdamW.
-      learning_rate_multipliers: factors on ``learning_rate`` by role (``"other"`` among them).
-      weight_decay: decoupled, times the role's rate.
-      weight_decay_mask: a tree of booleans over all parameters, or a callable to one; None decays all.
       layout: see `layout_optax.LayoutLike`.
+      **whole_model: see `layout_optax.by_role`.
 
     Returns:
       The transformation; with `optax.inject_hyperparams` pass ``static_args=STATIC_ARGS``.
@@ -105,27 +93,18 @@ def sage_hybrid(
     )
     dtype = momentum_dtype(mu_dtype)
     adam = adam_direction(adam_b1, adam_b2, adam_eps, None if dtype == jnp.int8 else dtype)
-    return route(
-        table=sage,
-        vector=choose("vector_rule", vector_rule, {"sage": sage, "adamw": adam}),
-        matrix=sinkgd_direction(scale, iterations, sinkhorn_eps, variant, layout),
-        other=adam,
-        head_rule=head_rule,
-        learning_rate=learning_rate,
-        rates={
-            "embedding": embedding_learning_rate,
-            "head": head_learning_rate,
-            "vector": vector_learning_rate,
-            "matrix": matrix_learning_rate,
-            OTHER: other_learning_rate,
-        },
-        multipliers=learning_rate_multipliers,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        layout=layout,
-    )
+    matrix = sinkgd_direction(scale, iterations, sinkhorn_eps, variant, layout)
+    directions = {
+        "embedding": sage,
+        "head": choose("head_rule", head_rule, {"table": sage, "matrix": matrix, "adamw": adam}),
+        "vector": choose("vector_rule", vector_rule, {"sage": sage, "adamw": adam}),
+        "matrix": matrix,
+        OTHER: adam,
+    }
+    return by_role(directions, learning_rate, layout=layout, **whole_model)
 
 
+@takes_whole_model(weight_decay=0.01)
 def lion_hybrid(
     learning_rate: Rate,
     b1: Rate = 0.9,
@@ -137,15 +116,8 @@ def lion_hybrid(
     sinkhorn_eps: Any = 1e-8,
     variant: Variant = "unit",
     head_rule: HeadRule = "table",
-    embedding_learning_rate: Rate | None = None,
-    head_learning_rate: Rate | None = None,
-    vector_learning_rate: Rate | None = None,
-    matrix_learning_rate: Rate | None = None,
-    other_learning_rate: Rate | None = None,
-    learning_rate_multipliers: Mapping[str, float] | None = None,
-    weight_decay: Any = 0.01,
-    weight_decay_mask: Any = None,
     layout: LayoutLike = None,
+    **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
     """Lion-Hybrid, the control: Lion on tables and vectors, SinkGD on matrices.
 
@@ -161,15 +133,8 @@ def lion_hybrid(
       sinkhorn_eps: see `sage_hybrid`.
       variant: see `sage_hybrid`.
       head_rule: see `sage_hybrid`; ``"table"`` is Lion here.
-      embedding_learning_rate: see `sage_hybrid`.
-      head_learning_rate: see `sage_hybrid`.
-      vector_learning_rate: see `sage_hybrid`.
-      matrix_learning_rate: see `sage_hybrid`.
-      other_learning_rate: see `sage_hybrid`.
-      learning_rate_multipliers: see `sage_hybrid`.
-      weight_decay: see `sage_hybrid`.
-      weight_decay_mask: see `sage_hybrid`.
       layout: see `sage_hybrid`.
+      **whole_model: see `layout_optax.by_role`.
 
     Returns:
       The transformation.
@@ -196,18 +161,12 @@ def lion_hybrid(
         sinkhorn_eps=sinkhorn_eps,
         variant=variant,
         head_rule=head_rule,
-        embedding_learning_rate=embedding_learning_rate,
-        head_learning_rate=head_learning_rate,
-        vector_learning_rate=vector_learning_rate,
-        matrix_learning_rate=matrix_learning_rate,
-        other_learning_rate=other_learning_rate,
-        learning_rate_multipliers=learning_rate_multipliers,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
         layout=layout,
+        **whole_model,
     )
 
 
+@takes_whole_model(weight_decay=0.01)
 def sinkgd_hybrid(
     learning_rate: Rate,
     adam_b1: Any = 0.9,
@@ -220,15 +179,8 @@ def sinkgd_hybrid(
     sinkhorn_eps: Any = 1e-8,
     variant: Variant = "unit",
     head_rule: HeadRule = "table",
-    embedding_learning_rate: Rate | None = None,
-    head_learning_rate: Rate | None = None,
-    vector_learning_rate: Rate | None = None,
-    matrix_learning_rate: Rate | None = None,
-    other_learning_rate: Rate | None = None,
-    learning_rate_multipliers: Mapping[str, float] | None = None,
-    weight_decay: Any = 0.01,
-    weight_decay_mask: Any = None,
     layout: LayoutLike = None,
+    **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
     """SinkGD-Hybrid: AdamW on tables and vectors, SinkGD on matrices.
 
@@ -245,15 +197,8 @@ def sinkgd_hybrid(
       sinkhorn_eps: see `sage_hybrid`.
       variant: see `sage_hybrid`.
       head_rule: ``"table"`` and ``"adamw"`` are AdamW here, ``"matrix"`` SinkGD.
-      embedding_learning_rate: see `sage_hybrid`.
-      head_learning_rate: see `sage_hybrid`.
-      vector_learning_rate: see `sage_hybrid`.
-      matrix_learning_rate: see `sage_hybrid`.
-      other_learning_rate: see `sage_hybrid`.
-      learning_rate_multipliers: see `sage_hybrid`.
-      weight_decay: see `sage_hybrid`.
-      weight_decay_mask: see `sage_hybrid`.
       layout: see `sage_hybrid`.
+      **whole_model: see `layout_optax.by_role`.
 
     Returns:
       The transformation.
@@ -274,22 +219,12 @@ def sinkgd_hybrid(
             "sage_hybrid or lion_hybrid."
         )
     adam = adam_direction(adam_b1, adam_b2, adam_eps, dtype)
-    return route(
-        table=adam,
-        vector=adam,
-        matrix=sinkgd_direction(scale, iterations, sinkhorn_eps, variant, layout),
-        other=adam,
-        head_rule=head_rule,
-        learning_rate=learning_rate,
-        rates={
-            "embedding": embedding_learning_rate,
-            "head": head_learning_rate,
-            "vector": vector_learning_rate,
-            "matrix": matrix_learning_rate,
-            OTHER: other_learning_rate,
-        },
-        multipliers=learning_rate_multipliers,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        layout=layout,
-    )
+    matrix = sinkgd_direction(scale, iterations, sinkhorn_eps, variant, layout)
+    directions = {
+        "embedding": adam,
+        "head": choose("head_rule", head_rule, {"table": adam, "matrix": matrix, "adamw": adam}),
+        "vector": adam,
+        "matrix": matrix,
+        OTHER: adam,
+    }
+    return by_role(directions, learning_rate, layout=layout, **whole_model)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from layout_optax.keys import element_bits
-from layout_optax.roles import ParamLayout
+from layout_optax.layout import ParamLayout
 
 LEVELS = 127
 

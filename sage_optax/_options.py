@@ -6,16 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layout_optax.roles import ParamLayout
-
 STATIC_ARGS: tuple[str, ...] = ("layout", "mu_dtype", "weight_decay_mask")
 """Arguments that `optax.inject_hyperparams` must not turn into numbers or schedules. optax wants only names
 that the factory has, so for `sinkgd`, which has no momentum, leave ``"mu_dtype"`` out."""
-
-
-def value_at(number: Any, count: jax.Array) -> Any:
-    """The value of a number or schedule at a step."""
-    return number(count) if callable(number) else number
 
 
 def check_options(damper: Any, eps_mode: Any) -> None:
@@ -28,50 +21,6 @@ def check_options(damper: Any, eps_mode: Any) -> None:
         raise ValueError(f"sage: damper must be 'both', 'ema' or None, got {damper!r}.")
     if eps_mode not in ("absolute", "relative"):
         raise ValueError(f"sage: eps_mode must be 'absolute' or 'relative', got {eps_mode!r}.")
-
-
-def check_numbers(**numbers: Any) -> None:
-    """Refuses plain numbers out of range; schedules and injected arrays are not looked at.
-
-    Raises:
-      ValueError: naming the number and its range.
-    """
-    for name, value in numbers.items():
-        if not isinstance(value, (int, float)):
-            continue
-        if name == "eps" and not value > 0:
-            raise ValueError(f"sage: eps must be positive, got {value}.")
-        if name != "eps" and not 0 <= value < 1:
-            raise ValueError(f"sage: {name} must be in [0, 1), got {value}.")
-
-
-def check_layout(layout: Any, params: Any) -> None:
-    """Refuses a layout that `optax.inject_hyperparams` has called with a step count.
-
-    Raises:
-      ValueError: if it shows; the message says what to pass.
-    """
-    of_a_number = layout == ParamLayout("vector", (), ()) and any(
-        map(np.ndim, jax.tree.leaves(params))
-    )
-    if isinstance(layout, jax.Array) or of_a_number:
-        raise ValueError(_CALLED.format("layout"))
-
-
-def check_mask(weight_decay_mask: Any) -> None:
-    """Refuses a mask that `optax.inject_hyperparams` has called with a step count.
-
-    Raises:
-      ValueError: if it shows; the message says what to pass.
-    """
-    if isinstance(weight_decay_mask, (jax.Array, bool, np.bool_)):
-        raise ValueError(_CALLED.format("weight_decay_mask"))
-
-
-_CALLED = (
-    "{} arrived as what it gives for a single number. Under optax.inject_hyperparams a callable is "
-    "taken for a schedule: pass static_args=STATIC_ARGS."
-)
 
 
 def momentum_dtype(mu_dtype: Any) -> np.dtype | None:

@@ -12,22 +12,18 @@ import jax.numpy as jnp
 import optax
 
 from layout_optax.axes import compute_dtype, zeros_without
-from layout_optax.roles import (
-    LayoutLeaves,
-    LayoutLike,
-    flatten_with_layout,
-    is_empty,
-)
-from sage_optax._damper import Damper, EpsMode, lion_step, sage_damping
-from sage_optax._int8 import decode, encode
-from sage_optax._options import (
+from layout_optax.hyperparameters import (
+    at,
+    check_decay,
     check_layout,
     check_mask,
-    check_numbers,
-    check_options,
-    momentum_dtype,
-    value_at,
+    check_number,
 )
+from layout_optax.layout import LayoutLike, is_empty
+from layout_optax.leaves import LayoutLeaves, flatten_with_layout
+from sage_optax._damper import Damper, EpsMode, lion_step, sage_damping
+from sage_optax._int8 import decode, encode
+from sage_optax._options import check_options, momentum_dtype
 
 
 class SageState(NamedTuple):
@@ -117,7 +113,9 @@ def scale_by_sage(
       (2,)
     """
     check_options(damper, eps_mode)
-    check_numbers(b1=b1, b2=b2, eps=eps)
+    check_decay("b1", b1)
+    check_decay("b2", b2)
+    check_number("eps", eps, 0, strictly=True)
     dtype = momentum_dtype(mu_dtype)
     int8 = dtype == jnp.int8
 
@@ -145,7 +143,7 @@ def scale_by_sage(
         del params, extra_args
         ours = flatten_with_layout(layout, updates)
         count = jnp.asarray(optax.safe_increment(state.count))
-        rate1, rate2, offset = (value_at(number, state.count) for number in (b1, b2, eps))
+        rate1, rate2, offset = (at(number, state.count) for number in (b1, b2, eps))
 
         def step(path, layout, g, mu, magnitude, row_max):
             narrow = g.dtype
@@ -273,7 +271,7 @@ def sage_damper(
     check_options(damper, eps_mode)
     ours = flatten_with_layout(layout, updates)
     count = jnp.asarray(optax.safe_increment(state.count))
-    decay, offset = value_at(b2, state.count), value_at(eps, state.count)
+    decay, offset = at(b2, state.count), at(eps, state.count)
 
     def damping(path, layout, g, magnitude):
         if is_empty(magnitude):

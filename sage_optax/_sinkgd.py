@@ -11,8 +11,9 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from layout_optax.roles import LayoutLike, flatten_with_layout
-from sage_optax._options import check_layout, check_mask
+from layout_optax.hyperparameters import check_layout, check_mask
+from layout_optax.layout import LayoutLike
+from layout_optax.leaves import flatten_with_layout
 from sage_optax._sinkhorn import Variant, sinkhorn
 
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from layout_optax.axes import compute_dtype, contract, zeros_without
-from layout_optax.roles import ParamLayout
+from layout_optax.layout import ParamLayout
 
 Variant = Literal["unit", "sqrt"]
 

@@ -1,9 +1,75 @@
-"""Test-wide settings: eight virtual CPU devices and a hypothesis profile without deadlines."""
+"""Test-wide settings: virtual devices, how much XLA optimizes, the parts of the suite, hypothesis.
+
+Two environment variables, which the Makefile sets, choose what a run does:
+
+* ``TEST_CODEGEN=quick`` has XLA:CPU generate plain code: the partitioner and the mathematics stay, compiling
+  takes a third of the time. Tests marked ``full_codegen`` (bits, bytes, HLO, long scans) are left to a run
+  without it.
+* ``TEST_PART=2/6`` keeps the second of six parts of the tests, whole files at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Sequence
 
 import hypothesis
 import jax
+import pytest
 
-# Before the backend starts: sharding tests want a 2 x 4 mesh, the others do not notice.
+QUICK = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
+
+
+def accepts(flags: str) -> bool:
+    """Whether XLA starts with these flags: it ends the process at one that it does not know."""
+    command = [sys.executable, "-c", "import jax; jax.devices('cpu')"]
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    return (
+        subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+    )
+
+
+def use_quick_codegen() -> None:
+    """Puts the flags that this XLA knows where workers and subprocesses inherit them."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if all(flag in flags for flag in QUICK):  # a worker of pytest-xdist
+        return
+    if accepts(" ".join((*flags, *QUICK))):
+        flags += QUICK
+    else:
+        flags += [flag for flag in QUICK if accepts(" ".join((*flags, flag)))]
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+
+
+def in_part(nodeid: str, part: int, parts: int) -> bool:
+    """Whether a test's file belongs to one of several parts, numbered from 1."""
+    return zlib.crc32(nodeid.partition("::")[0].encode()) % parts == part - 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what another run does: see the module's docstring."""
+    kept: Sequence[pytest.Item] = items
+    if QUICK_CODEGEN:
+        kept = [item for item in kept if item.get_closest_marker("full_codegen") is None]
+    if PART:
+        number, count = map(int, PART.split("/"))
+        kept = [item for item in kept if in_part(item.nodeid, number, count)]
+    if len(kept) < len(items):
+        kept_ids = {id(item) for item in kept}
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept_ids])
+        items[:] = kept
+
+
+QUICK_CODEGEN = os.environ.get("TEST_CODEGEN") == "quick"
+PART = os.environ.get("TEST_PART", "")
+
+# Before the backend starts.
+if QUICK_CODEGEN:
+    use_quick_codegen()
+# Sharding tests want a 2 x 4 mesh, the others do not notice.
 jax.config.update("jax_num_cpu_devices", 8)
 
 hypothesis.settings.register_profile(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from layout_optax.roles import ParamLayout
+from layout_optax.layout import ParamLayout
 
 
 def to_matrices(x, layout: ParamLayout) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from layout_optax.roles import ParamLayout
+from layout_optax.layout import ParamLayout
 from tests.reference import from_matrices, to_matrices
 
 

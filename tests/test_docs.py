@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 import lorapre_optax
-from benchmarks.quality_rows import FULL
+from benchmarks.quality.rows import FULL
 from tests.snippets import run_page, snippets
 
 ROOT = pathlib.Path(__file__).parents[1]

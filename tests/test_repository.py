@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import pathlib
@@ -9,6 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,6 +19,48 @@ import layout_optax
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("layout_optax", "sage_optax", "lorapre_optax")
 LAYERS = {"layout_optax": 0, "sage_optax": 1, "lorapre_optax": 2}
+
+EXAMPLE = ROOT / "examples" / "llama"
+COMMANDS = {
+    *("train", "finetune", "generate", "evaluate", "export", "compare", "plan"),
+    "demo_distributed",
+}
+GROUND = {"model", "data", "optimizers", "devices", "reporting"}
+"""The example's folders that import nothing of each other."""
+MAY_IMPORT = {
+    **{folder: set() for folder in GROUND},
+    "training": GROUND,
+    "finetuning": GROUND | {"training"},
+    "comparing": GROUND | {"training"},
+    "commands": GROUND | {"training", "finetuning", "comparing"},
+}
+"""Each folder of the example, and the others that it may import; a command is a module beside the folders."""
+
+
+PUBLIC = {
+    "layout_optax": """ANY_LEAF MemoryReport ParamLayout WholeModel adam_direction by_role describe infer_layout
+        memory_report resolve_layout state_bytes state_shardings unboxed""",
+    "sage_optax": """STATIC_ARGS ParamLayout SageState describe lion_hybrid sage sage_damper sage_hybrid
+        scale_by_sage scale_by_sinkhorn sinkgd sinkgd_hybrid state_shardings unboxed""",
+    "lorapre_optax": """RECOMMENDED STATIC_ARGS LorapreAdamState LowRankState ParamLayout describe lorapre_adamw
+        lorapre_lion lorapre_metrics lorapre_muon lorapre_sgd lorapre_sinkgd low_rank_ema low_rank_trace
+        resize_ranks scale_by_lorapre_adam scale_by_lorapre_lion scale_by_lorapre_muon state_shardings
+        suggest_ranks unboxed""",
+}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_the_public_names_are_these(name):
+    assert sorted(importlib.import_module(name).__all__) == sorted(PUBLIC[name].split())
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_no_package_imports_a_private_module_of_another(name):
+    for path in (ROOT / name).rglob("*.py"):
+        for package in re.findall(
+            r"^\s*(?:from|import)\s+(\w+_optax)\._", path.read_text(), re.MULTILINE
+        ):
+            assert package == name, f"{path} imports a private module of {package}"
 
 
 @pytest.mark.parametrize("name", PACKAGES)
@@ -52,6 +96,53 @@ def test_packages_import_only_what_lies_below_them(name):
                 assert top in allowed, f"{path} imports {module}"
 
 
+@pytest.mark.parametrize("folder", sorted(MAY_IMPORT))
+def test_folders_of_the_example_import_only_what_lies_below_them(folder):
+    modules = EXAMPLE.glob("*.py") if folder == "commands" else (EXAMPLE / folder).glob("*.py")
+    allowed = MAY_IMPORT[folder] | ({folder} - {"commands"})
+    for path in modules:
+        for imported in _imports(path):
+            if imported.startswith("examples.llama."):
+                where = imported.split(".")[2]
+                assert where in allowed, f"{path.relative_to(ROOT)} imports {imported}"
+
+
+def test_nothing_imports_a_command():
+    commands = {f"examples.llama.{name}" for name in COMMANDS}
+    for path in [*EXAMPLE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        found = commands.intersection(_imports(path))
+        assert not found, f"{path.relative_to(ROOT)} imports {found}"
+
+
+def test_the_example_is_its_folders_and_its_commands():
+    inside = [path for path in EXAMPLE.rglob("*.py") if path.name != "__init__.py"]
+    assert {path.stem for path in inside if path.parent == EXAMPLE} == COMMANDS
+    assert {path.parent.name for path in inside if path.parent != EXAMPLE} == {*MAY_IMPORT} - {
+        "commands"
+    }
+    for folder in MAY_IMPORT.keys() - {"commands"}:
+        body = ast.parse((EXAMPLE / folder / "__init__.py").read_text()).body
+        assert len(body) == 1, f"{folder}/__init__.py holds more than its docstring"
+        assert isinstance(body[0], ast.Expr), folder
+
+
+@pytest.mark.parametrize("folder", [*PACKAGES, "examples"])
+def test_no_import_is_for_the_type_checker_alone(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        assert "typing.TYPE_CHECKING" not in _imports(path), path.relative_to(ROOT)
+
+
+def _imports(path: pathlib.Path) -> Iterator[str]:
+    """What a file imports, inside functions too: modules, and names as `module.name`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.relative_to(ROOT)} has a relative import"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
 def test_importing_the_packages_starts_no_backend_and_needs_no_flax():
     code = (
         "import sys, layout_optax, sage_optax, lorapre_optax\n"
@@ -75,7 +166,7 @@ def test_ci_calls_exactly_the_readmes_commands():
     ci = (ROOT / ".ci" / "run").read_text()
     assert re.search(r"^\s*make test\b", readme, re.MULTILINE)
     assert re.search(r"^\s*make demo\b", readme, re.MULTILINE)
-    assert re.search(r"^make test$", ci, re.MULTILINE)
+    assert re.search(r"^step make test$", ci, re.MULTILINE)
 
 
 def test_versions_agree():

@@ -21,7 +21,8 @@ from benchmarks.baselines.common import (
     with_adamw,
 )
 from layout_optax.keys import fold, leaf_seeds
-from layout_optax.roles import ParamLayout, flatten_with_layout
+from layout_optax.layout import ParamLayout
+from layout_optax.leaves import flatten_with_layout
 
 
 class ScaleByApolloState(NamedTuple):

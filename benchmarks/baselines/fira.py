@@ -18,7 +18,7 @@ from benchmarks.baselines.common import (
     to_matrices,
     with_adamw,
 )
-from layout_optax.roles import flatten_with_layout
+from layout_optax.leaves import flatten_with_layout
 
 
 class ScaleByFiraState(NamedTuple):

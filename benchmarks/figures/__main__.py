@@ -22,9 +22,9 @@ import optax
 from benchmarks.common import circumstances, describe_circumstances, table, write_results
 from benchmarks.figures import cosine, damper, sinkhorn, spectrum
 from benchmarks.figures.observe import steps_of
-from examples.llama.data import Dataset
-from examples.llama.presets import LlamaConfig
-from examples.llama.train_config import TrainConfig
+from examples.llama.data.dataset import Dataset
+from examples.llama.model.config import LlamaConfig
+from examples.llama.training.config import TrainConfig
 
 
 def measure(

@@ -13,7 +13,7 @@ import optax
 
 from benchmarks.figures.observe import Seen
 from benchmarks.figures.style import BLUE, ORANGE, RED, finish, panels, save
-from examples.llama.update_stats import sage_states
+from examples.llama.training.step_statistics import sage_states
 from layout_optax import ParamLayout, infer_layout
 from sage_optax import SageState, sage_damper
 

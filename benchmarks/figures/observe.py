@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from examples.llama.data import Dataset, prepare_data, train_iterator
-from examples.llama.loss import next_token_loss
-from examples.llama.model import apply, create
-from examples.llama.presets import LlamaConfig
-from examples.llama.step import accumulated_gradients, warmup_cosine
-from examples.llama.train_config import TrainConfig, data_config, resolve
+from examples.llama.data.batches import train_iterator
+from examples.llama.data.dataset import Dataset, prepare_data
+from examples.llama.model.config import LlamaConfig
+from examples.llama.model.llama import apply, create
+from examples.llama.model.loss import next_token_loss
+from examples.llama.training.config import TrainConfig, data_config, resolve
+from examples.llama.training.step import accumulated_gradients, warmup_cosine
 
 
 class Seen(NamedTuple):

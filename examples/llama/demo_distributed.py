@@ -19,17 +19,17 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from examples.llama.launch import Command, LaunchError, free_port, run_together
-from examples.llama.metrics import (
+from examples.llama.devices.launch import Command, LaunchError, free_port, run_together
+from examples.llama.optimizers.registry import OPTIMIZERS
+from examples.llama.reporting.files import (
     CONFIG,
     SUMMARY,
     command_line,
     jsonable,
     read_json,
-    read_metrics,
     write_json,
 )
-from examples.llama.optimizers import OPTIMIZERS
+from examples.llama.reporting.metrics import read_metrics
 
 FAILED_EXIT = 1
 

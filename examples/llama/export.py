@@ -17,9 +17,9 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from examples.llama.checkpoints import quiet_orbax
-from examples.llama.hf_write import TOKENIZER_FILES, Dtype, save_folder
-from examples.llama.loading import Model, load_model
+from examples.llama.finetuning.loading import Model, load_model
+from examples.llama.model.hf_write import TOKENIZER_FILES, Dtype, save_folder
+from examples.llama.training.checkpoints import quiet_orbax
 
 USAGE_EXIT = 2
 

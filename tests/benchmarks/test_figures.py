@@ -73,6 +73,7 @@ def test_ranks_grow_with_the_share(results):
     assert first["first"]["1"] == pytest.approx(first["G"]["1"], abs=2e-3)  # one gradient so far
 
 
+@pytest.mark.extended
 def test_everything_is_written_and_drawn_again_from_the_file(results, tmp_path):
     stored = {"circumstances": figures.circumstances("test"), **results}
     (tmp_path / "explained.json").write_text(json.dumps(stored))

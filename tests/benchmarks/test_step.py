@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import memory, step_time
 from benchmarks.peers import register_peers
-from benchmarks.updates import Store, Update, operations, random_tree
-from examples.llama.optimizers import OPTIMIZERS
+from benchmarks.steps import memory, step_time
+from benchmarks.steps.updates import Store, Update, operations, random_tree
+from examples.llama.optimizers.registry import OPTIMIZERS
 
 
 def test_an_update_is_the_optimizers():
@@ -74,7 +74,7 @@ def test_memory_refuses_what_does_not_fit():
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr("examples.llama.optimizers.OPTIMIZERS", dict(OPTIMIZERS))
+    monkeypatch.setattr("examples.llama.optimizers.registry.OPTIMIZERS", dict(OPTIMIZERS))
     register_peers()
 
 
@@ -87,12 +87,14 @@ def test_the_floor_takes_three_products_a_moment():
     assert 12 * 16 * matrices < flops < 12 * 16 * matrices + 40 * update.parameter_count
 
 
+@pytest.mark.full_codegen
 def test_temporaries_are_fewer_when_ordered_for_memory():
     update = Update("demo", "sage_hybrid")
     default = update.compile()[0].memory_analysis().temp_size_in_bytes
     assert memory._scheduled_for_memory(update) < default
 
 
+@pytest.mark.extended
 @pytest.mark.usefixtures("registry")
 def test_both_benchmarks_write_their_pages_and_go_on(tmp_path, capsys, monkeypatch):
     arguments = ["--presets", "demo", "--optimizers", "adamw", "--out", str(tmp_path)]

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from benchmarks import token_training
-from benchmarks.programs import trainer_settings
-from examples.llama import presets
-from examples.llama.optimizers import OPTIMIZERS
-from examples.llama.train_config import TrainConfig, resolve
+from benchmarks.steps.programs import trainer_settings
+from examples.llama.model import config as presets
+from examples.llama.optimizers.registry import OPTIMIZERS
+from examples.llama.training.config import TrainConfig, resolve
 from tests.llama import tiny
 
 
 @pytest.fixture(autouse=True)
 def tiny_preset(monkeypatch):
     monkeypatch.setitem(presets.PRESETS, "tiny", tiny.MODEL)
-    monkeypatch.setattr("examples.llama.optimizers.OPTIMIZERS", dict(OPTIMIZERS))
+    monkeypatch.setattr("examples.llama.optimizers.registry.OPTIMIZERS", dict(OPTIMIZERS))
 
 
 @pytest.fixture

@@ -48,8 +48,15 @@ SECOND = [("lorapre_sinkgd", AxisType.Auto), ("sage_hybrid", AxisType.Explicit)]
 
 def over(cases):
     """Parametrizes a test with an optimizer and a kind of mesh."""
-    ids = [f"{optimizer}-{kind.name}" for optimizer, kind in cases]
-    return pytest.mark.parametrize(("optimizer", "kind"), cases, ids=ids)
+    rows = [
+        pytest.param(
+            *case,
+            id=f"{case[0]}-{case[1].name}",
+            marks=[pytest.mark.extended] if case in SECOND else [],
+        )
+        for case in cases
+    ]
+    return pytest.mark.parametrize(("optimizer", "kind"), rows)
 
 
 def make_mesh(kind, shape=(2, 4)):

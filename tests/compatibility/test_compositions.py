@@ -156,6 +156,7 @@ def whole_stack(tx):
     return optax.apply_if_finite(accumulated, 3)
 
 
+@pytest.mark.extended
 def test_all_of_them_at_once_on_a_mesh_through_a_checkpoint(tmp_path):
     def build(mesh, tx):
         tx = whole_stack(tx)

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from examples.llama.checkpoints import FOLDER
+from examples.llama.training.checkpoints import FOLDER
 
 
 def array_file(out: Path, step: int) -> Path:

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from examples.llama.checkpoints import Checkpoints
-from examples.llama.resume import target
-from examples.llama.train import EXIT_CODES, Run
+from examples.llama.training.checkpoints import Checkpoints
+from examples.llama.training.resume import target
+from examples.llama.training.run import EXIT_CODES, Run
 from tests.llama import tiny
 
 RESULT = "result.json"

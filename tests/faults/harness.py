@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from examples.llama.checkpoints import FOLDER
-from examples.llama.metrics import read_metrics
+from examples.llama.reporting.metrics import read_metrics
+from examples.llama.training.checkpoints import FOLDER
 from tests.faults.entry import RESULT, Job, train
 
 PATIENCE = 300.0

@@ -20,12 +20,12 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from examples.llama.checkpoints import FOLDER, Checkpoints
-from examples.llama.metrics import command_line, versions
-from examples.llama.program import Program
-from examples.llama.report import size
-from examples.llama.resume import target
-from examples.llama.train_config import TrainConfig, resolve
+from examples.llama.reporting.files import command_line, versions
+from examples.llama.reporting.summary import size
+from examples.llama.training.checkpoints import FOLDER, Checkpoints
+from examples.llama.training.config import TrainConfig, resolve
+from examples.llama.training.program import Program
+from examples.llama.training.resume import target
 from tests.faults import harness
 from tests.faults.damage import DAMAGES
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from examples.llama.checkpoints import DAMAGED_FOLDER, checkpoint_steps
+from examples.llama.training.checkpoints import DAMAGED_FOLDER, checkpoint_steps
 from tests.faults import harness
 from tests.faults.damage import DAMAGES
 

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from examples.llama.launch import free_port
-from examples.llama.metrics import METRICS, SUMMARY, read_json, read_metrics
+from examples.llama.devices.launch import free_port
+from examples.llama.reporting.files import METRICS, SUMMARY, read_json
+from examples.llama.reporting.metrics import read_metrics
 
 DEADLINE = 60.0
 
@@ -24,7 +25,7 @@ def start(tmp_path, steps, *options):
         found.append(
             subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "tests.llama.distributed_worker"),
+                    *(sys.executable, "-m", "tests.llama.devices.distributed_worker"),
                     *(f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process-id={i}"),
                     *("--simulate-devices=2", f"--steps={steps}", f"--eval-every={steps}"),
                     f"--out={tmp_path / 'run'}",
@@ -68,6 +69,7 @@ def end(processes):
         process.wait()
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("victim", "how"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)]
 )
@@ -86,6 +88,7 @@ def test_the_other_process_ends_with_an_error(tmp_path, victim, how):
     assert not (tmp_path / "run" / SUMMARY).exists()
 
 
+@pytest.mark.extended
 def test_both_go_on_from_the_last_checkpoint(tmp_path):
     options = (120, "--checkpoint-every=5")
     processes = start(tmp_path, *options)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from layout_optax import ParamLayout, describe, infer_layout, state_bytes
-from layout_optax.roles import flatten_with_layout
+from layout_optax.leaves import flatten_with_layout
 from tests.layout.llama_trees import STYLES, D, F, L, V
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "describe"

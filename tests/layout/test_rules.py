@@ -11,8 +11,9 @@ import optax
 import pytest
 from flax import nnx
 
-from layout_optax import ParamLayout, infer_layout, resolve_layout
-from layout_optax.roles import flatten_with_layout
+import sage_optax
+from layout_optax import ParamLayout, infer_layout, resolve_layout, rules
+from layout_optax.leaves import flatten_with_layout
 from layout_optax.rules import stack_axes
 
 
@@ -201,3 +202,17 @@ def test_rules_reach_a_transformation_as_a_partial():
     params = {"w": shape(4, 6)}
     layout = functools.partial(infer_layout, rules=[("w", ParamLayout(M, 0, 1))])
     assert resolve_layout(layout, params)["w"] == ParamLayout(M, (0,), (1,))
+
+
+def test_a_leaf_is_inferred_once_however_often_an_optimizer_asks():
+    """Init and update ask for roles, rates and directions; the rules are tried once a leaf."""
+    width = 37  # a shape that no other test has
+    params = {
+        "embed_tokens": {"embedding": jnp.ones((width, 8))},
+        "layers": {str(i): {"up": {"kernel": jnp.ones((8, width))}} for i in range(9)},
+    }
+    tx = sage_optax.sage_hybrid(1e-3, matrix_learning_rate=1e-4)
+    before = rules._infer.cache_info().misses
+    state = jax.eval_shape(tx.init, params)
+    jax.eval_shape(tx.update, params, state, params)
+    assert rules._infer.cache_info().misses - before == 10

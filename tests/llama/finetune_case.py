@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from examples.llama.arithmetic import arithmetic_text
-from examples.llama.finetune import FinetuneConfig
-from examples.llama.hf_write import save_folder
-from examples.llama.presets import LlamaConfig
-from examples.llama.tokenizer import train_tokenizer
+from examples.llama.data.arithmetic import arithmetic_text
+from examples.llama.data.tokenizer import train_tokenizer
+from examples.llama.finetuning.run import FinetuneConfig
+from examples.llama.model.config import LlamaConfig
+from examples.llama.model.hf_write import save_folder
 from tests.llama.random_params import random_params
 
 MODEL = LlamaConfig(

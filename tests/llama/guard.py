@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from examples.llama.loss import next_token_loss
-from examples.llama.model import abstract, apply, structure
-from examples.llama.optimizers import make_optimizer
-from examples.llama.presets import LlamaConfig
-from examples.llama.step import warmup_cosine
-from examples.llama.synthetic import synthetic_documents
+from examples.llama.data.sources import synthetic_documents
+from examples.llama.model.config import LlamaConfig
+from examples.llama.model.llama import abstract, apply, structure
+from examples.llama.model.loss import next_token_loss
+from examples.llama.optimizers.registry import make_optimizer
+from examples.llama.training.step import warmup_cosine
 
 MODEL = LlamaConfig(
     vocab_size=128,  # characters

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-from examples.llama.model import Params, abstract, stack_layers
-from examples.llama.presets import LlamaConfig
+from examples.llama.model.config import LlamaConfig
+from examples.llama.model.llama import Params, abstract, stack_layers
 
 
 def random_params(config: LlamaConfig, *, scan_layers: bool = False, seed: int = 0) -> Params:

@@ -11,9 +11,9 @@ import numpy as np
 from rich.console import Console
 from tokenizers import Tokenizer, models
 
-from examples.llama.data import DataConfig, Dataset
-from examples.llama.presets import LlamaConfig
-from examples.llama.train_config import TrainConfig
+from examples.llama.data.dataset import DataConfig, Dataset
+from examples.llama.model.config import LlamaConfig
+from examples.llama.training.config import TrainConfig
 
 MODEL = LlamaConfig(
     vocab_size=64,

@@ -60,6 +60,7 @@ def test_full_moments_equal_optax_sgd():
     assert owned(first, "up/kernel") == [(16, 24)]  # 10 * 40 > 16 * 24
 
 
+@pytest.mark.full_codegen
 def test_others_sage():
     params = as_float32(draw())
     grads = as_float32(GRADS)

@@ -114,6 +114,7 @@ def test_residual_restores_the_weight_outside_the_subspace(kappa):
     assert abs(weight - (full - (0.9 - kappa) * outside)) < 0.02
 
 
+@pytest.mark.full_codegen
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_full_moments_are_exactly_lion(dtype):
     """Vectors, tables without a rank and matrices where factors do not pay; state and directions."""

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from examples.llama.model import abstract
-from examples.llama.presets import preset
+from examples.llama.model.config import preset
+from examples.llama.model.llama import abstract
 from layout_optax import ParamLayout, state_bytes
 from lorapre_optax import (
     RECOMMENDED,

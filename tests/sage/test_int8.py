@@ -105,6 +105,7 @@ def test_rounding_depends_on_step_and_path_only():
     assert (code("a", 1) != code("b", 1)).any()
 
 
+@pytest.mark.full_codegen
 @pytest.mark.parametrize("axis", [0, 1])
 def test_scanned_layers_equal_unscanned_layers_bit_for_bit(axis):
     stack = random_tree({"norm": {"scale": (3, 8)}, "up": {"kernel": (3, 4, 8)}})

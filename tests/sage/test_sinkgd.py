@@ -288,6 +288,7 @@ def test_contractions_ask_for_full_precision():
     assert text.count("Precision.HIGHEST, Precision.HIGHEST") == 2
 
 
+@pytest.mark.full_codegen
 def test_no_matrix_is_written_but_the_direction():
     g = jax.ShapeDtypeStruct((256, 512), jnp.float32)
     compiled_update = compiled(WEIGHT).lower(g, 5, 1e-8).compile()

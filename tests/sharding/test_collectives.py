@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import collectives as benchmark
-from benchmarks.hlo import moved
+from benchmarks.meshes import collectives as benchmark
+from benchmarks.meshes.hlo import moved
 from layout_optax import state_shardings
 from tests.sharding import grid
 
@@ -73,4 +73,4 @@ def test_the_benchmark_writes_its_page(tmp_path):
     benchmark.main(["--cases", "SAGE", "--output", str(tmp_path)])
     page = (tmp_path / "collectives.md").read_text()
     assert "| SAGE | Explicit |" in page
-    assert "python -m benchmarks.collectives --cases SAGE" in page
+    assert "python -m benchmarks.meshes.collectives --cases SAGE" in page

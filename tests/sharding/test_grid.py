@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from layout_optax import state_shardings
-from layout_optax.roles import flatten_with_layout
+from layout_optax.leaves import flatten_with_layout
 from tests.sharding import grid
 
 STEPS = 3
@@ -34,14 +34,17 @@ def cases():
     """Each transformation in its modes: mesh axes, under `jax.set_mesh` or not, and the turn of the specs.
 
     The four modes of a direction see the four turns, so that together they see every cell; of the compositions
-    two modes are enough. ``SHARDING_GRID=full`` gives every mode of a direction every cell.
+    two modes are enough. The first mode of a composition and two modes of a direction are no extended tests.
+    ``SHARDING_GRID=full`` gives every mode of a direction every cell.
     """
     modes = [("explicit", False), ("auto", True), ("explicit", True), ("auto", False)]
     for name in TRANSFORMATIONS:
         for turn, (kind, in_context) in enumerate(modes):
             if turn < 2 or FULL or name in grid.DIRECTIONS:
                 where = kind + ("-set_mesh" if in_context else "")
-                yield pytest.param(name, kind, in_context, turn, id=f"{name}-{where}")
+                once = turn < (2 if name in grid.DIRECTIONS else 1)
+                marks = [] if once else [pytest.mark.extended]
+                yield pytest.param(name, kind, in_context, turn, id=f"{name}-{where}", marks=marks)
 
 
 def paths_of(name, turn):

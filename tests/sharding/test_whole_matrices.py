@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.hlo import collectives, moved
+from benchmarks.meshes.hlo import collectives, moved
 from layout_optax import ParamLayout
 from lorapre_optax import scale_by_lorapre_muon
 from lorapre_optax._distributed_newton_schulz import distributed_orthogonalize

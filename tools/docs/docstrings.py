@@ -13,7 +13,7 @@ import griffe
 
 PACKAGES = ("lorapre_optax", "sage_optax", "layout_optax")
 TYPES = {
-    "LayoutLike": "layout_optax.roles.LayoutLike",
+    "LayoutLike": "layout_optax.layout.LayoutLike",
     "RankLike": "lorapre_optax._rank.RankLike",
 }
 ROOT = pathlib.Path(__file__).parents[2]

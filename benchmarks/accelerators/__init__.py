@@ -1,0 +1,1 @@
+"""What `benchmarks.accelerator` measures on a GPU or TPU, and its page."""

@@ -1,0 +1,1 @@
+"""Optimizers side by side, in quality, time and bytes."""

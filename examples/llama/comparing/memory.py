@@ -1,0 +1,288 @@
+"""What training a Llama holds on each device, optimizer by optimizer, without allocating any of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from examples.llama.devices.mesh import AXES, RULES, dimension_names
+from examples.llama.model.config import LlamaConfig
+from examples.llama.model.llama import abstract
+from examples.llama.optimizers.options import OptimizerOptions
+from examples.llama.optimizers.rates import parse_rates
+from examples.llama.optimizers.registry import make_optimizer, optimizer_entry
+from examples.llama.optimizers.variants import Variant
+from layout_optax import memory_report, resolve_layout
+from layout_optax.layout import ROLES, path_string
+from layout_optax.memory import leaf_bytes
+
+QUALITY: dict[str, float] = {
+    "muon": 28.5,
+    "lorapre_muon": 29.8,
+    "adafactor": 39.2,
+    "lorapre_adamw:options=recommended": 39.2,
+    "galore": 39.8,
+    "lorapre_muon:table_rank": 41.4,
+    "sage_hybrid": 47.3,
+    "sage_hybrid_int8": 47.8,
+    "lion_hybrid": 48.2,
+    "adamw": 56.2,
+    "lorapre_sinkgd": 62.9,
+    "sinkgd_hybrid": 67.2,
+    "lorapre_adamw": 92.3,
+    "sage": 94.1,
+    "lion": 106.8,
+    "sinkgd": 108.6,
+}
+"""Held-out perplexity of the demo, 3.3 million parameters after 400 steps of 2048 tokens, each at its own
+searched rate, ranks 16, the mean over the seeds that were run: docs/results/quality.md. `table_rank` stands
+for factors on the table too. A short run of a small model: it orders, it does not promise."""
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What one optimizer needs on each device, in bytes.
+
+    Attributes:
+        key: The variant, `galore (paper's formula)` or `lora`.
+        label: Its name in the table.
+        rank: Rank of its factors or projections, or None.
+        source: `abstract evaluation` of the optimizer's own `init`, or `formula`.
+        parameters: All parameters, frozen ones too.
+        gradients: Gradients of those that are trained, in the parameters' dtype.
+        state: Optimizer state by role; `shared` is what belongs to no parameter.
+        all_devices_state: Optimizer state over all devices, copies counted once.
+        matrix_elements: Numbers kept for the matrices over all devices.
+    """
+
+    key: str
+    label: str
+    rank: int | None
+    source: str
+    parameters: int
+    gradients: int
+    state: Mapping[str, int]
+    all_devices_state: int
+    matrix_elements: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Optimizer state of all roles on each device."""
+        return sum(self.state.values())
+
+    @property
+    def bytes(self) -> int:
+        """Parameters, gradients and state on each device."""
+        return self.parameters + self.gradients + self.state_bytes
+
+
+class Planner:
+    """Plans for one model.
+
+    Args:
+        model: The shape.
+        rank: Rank where a variant names none.
+        dtype: Dtype of parameters and gradients; each optimizer chooses that of its state from it.
+        mesh: Sizes of the mesh's axes (`mesh.AXES`), or None for one device. No device need exist.
+        finetune: Train attention and MLP matrices only; the rest is frozen, without gradient or state.
+
+    Raises:
+        ValueError: The mesh leaves a size open, or a rank is not positive.
+
+    >>> from examples.llama.model.config import preset
+    >>> from examples.llama.optimizers.variants import parse_variant
+    >>> planner = Planner(preset("sage_1.3b"), rank=512)
+    >>> round(planner.row(parse_variant("sage_hybrid")).state_bytes / 2**30, 3)
+    0.979
+    """
+
+    def __init__(
+        self,
+        model: LlamaConfig,
+        *,
+        rank: int,
+        dtype: DTypeLike = np.float32,
+        mesh: Mapping[str, int] | None = None,
+        finetune: bool = False,
+    ):
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        if mesh is not None and any(size < 1 for size in mesh.values()):
+            raise ValueError("plan: every size of --mesh must be given, as in fsdp=8")
+        self.model, self.rank, self.dtype, self.finetune = model, rank, np.dtype(dtype), finetune
+        self.mesh = None
+        if mesh is not None:
+            self.mesh = AbstractMesh(tuple(mesh[axis] for axis in AXES), AXES)
+
+    def row(self, variant: Variant) -> PlanRow:
+        """What an optimizer of the registry needs, by abstract evaluation of its `init`.
+
+        Raises:
+            ValueError: The optimizer does not take one of the options.
+        """
+        entry = optimizer_entry(variant.optimizer)
+        fields = variant.fields()
+        name = fields.pop("optimizer")
+        if entry.has_rank:
+            fields.setdefault("rank", self.rank)
+        if "role_multipliers" in fields:
+            fields["role_multipliers"] = parse_rates(fields["role_multipliers"], ROLES, "role")
+        tx = make_optimizer(name, 1e-3, OptimizerOptions(**fields))
+        params = self._params(scan_layers=not entry.needs_unscanned)
+        trained = self._trained(params)
+        report = memory_report(tx, trained, self._shardings(trained))
+        matrices = [kept for row in report.rows if row.role == "matrix" for kept in row.state]
+        return PlanRow(
+            key=variant.key,
+            label=variant.label,
+            rank=fields.get("rank"),
+            source="abstract evaluation",
+            parameters=self._device_bytes(params),
+            gradients=report.per_device.parameters,
+            state={role: part.per_device.state for role, part in report.by_role.items()},
+            all_devices_state=report.total.state,
+            matrix_elements=sum(math.prod(kept.value.shape) for kept in matrices),
+        )
+
+    def galore_paper(self, rank: int | None = None) -> PlanRow:
+        """GaLore by its paper's formula, (min + 2 max) r numbers a matrix, AdamW on the rest.
+
+        The paper stores the projection of the smaller side and two moments on the larger one;
+        `optax.contrib.galore` keeps its moments on the smaller side, (max + 2 min) r. Numbers of the
+        parameters' dtype; on a mesh they are counted as copies on every device, as optax's are.
+        """
+        rank = self.rank if rank is None else rank
+        adamw = self.row(Variant("adamw"))
+        shapes = self._matrix_shapes()
+        elements = sum(
+            count * min(rank, p, q) * (min(p, q) + 2 * max(p, q)) for count, p, q in shapes
+        )
+        matrices = elements * self.dtype.itemsize
+        others = adamw.all_devices_state - 2 * self.dtype.itemsize * sum(
+            count * p * q for count, p, q in shapes
+        )
+        return dataclasses.replace(
+            adamw,
+            key="galore (paper's formula)",
+            label="GaLore (paper's formula)",
+            rank=rank,
+            source="formula (min + 2 max) r",
+            state={**adamw.state, "matrix": matrices},
+            all_devices_state=others + matrices,
+            matrix_elements=elements,
+        )
+
+    def lora(self, rank: int | None = None) -> PlanRow:
+        """LoRA adapters on every matrix, (p + q) r parameters each, trained by AdamW; the rest frozen.
+
+        Adapters, their gradients and moments are float32 and copies on every device of a mesh.
+        """
+        rank = self.rank if rank is None else rank
+        elements = sum(count * min(rank, p, q) * (p + q) for count, p, q in self._matrix_shapes())
+        return PlanRow(
+            key="lora",
+            label="LoRA adapters, AdamW",
+            rank=rank,
+            source="formula (p + q) r",
+            parameters=self._device_bytes(self._params()) + 4 * elements,
+            gradients=4 * elements,
+            state={"matrix": 8 * elements, "shared": 4},
+            all_devices_state=8 * elements + 4,
+            matrix_elements=2 * elements,
+        )
+
+    def _params(self, *, scan_layers: bool = True) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype),
+            abstract(self.model, scan_layers=scan_layers),
+        )
+
+    def _trained(self, params: Any) -> Any:
+        """The parameters without those that are frozen."""
+        return _only_matrices(params, resolve_layout(None, params)) if self.finetune else params
+
+    def _shardings(self, params: Any) -> Any:
+        """The sharding of each parameter by the example's rules, or None without a mesh."""
+        mesh = self.mesh
+        if mesh is None:
+            return None
+
+        def sharding(keys: Any, leaf: Any) -> NamedSharding:
+            names = dimension_names(path_string(keys), len(leaf.shape))
+            sizes = zip(names, leaf.shape, strict=True)
+            return NamedSharding(mesh, PartitionSpec(*(self._axes(mesh, *pair) for pair in sizes)))
+
+        return jax.tree_util.tree_map_with_path(sharding, params)
+
+    def _axes(self, mesh: AbstractMesh, name: str, size: int) -> tuple[str, ...]:
+        """The mesh axes of a dimension, none where they do not divide it (it is copied then)."""
+        axes = tuple(axis for axis in RULES[name] if mesh.shape[axis] > 1)
+        return () if size % math.prod(mesh.shape[axis] for axis in axes) else axes
+
+    def _device_bytes(self, params: Any) -> int:
+        shardings = self._shardings(params)
+        if shardings is None:
+            return sum(map(leaf_bytes, jax.tree.leaves(params)))
+        shards = jax.tree.map(
+            lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)), params, shardings
+        )
+        return self.dtype.itemsize * sum(jax.tree.leaves(shards))
+
+    def _matrix_shapes(self) -> list[tuple[int, int, int]]:
+        """Number of layers, rows and columns of each matrix."""
+        params = self._params()
+        layouts = jax.tree.leaves(resolve_layout(None, params))
+        return [
+            (leaf.shape[0], leaf.shape[1], leaf.shape[2])
+            for leaf, layout in zip(jax.tree.leaves(params), layouts, strict=True)
+            if layout.role == "matrix"
+        ]
+
+
+def recommend(
+    rows: Sequence[PlanRow], limit: float, preference: Sequence[str] | None = None
+) -> PlanRow | None:
+    """The row to take: of those that fit, the one whose optimizer comes first in an order.
+
+    Rows of formulas are never recommended, since nothing here implements them. A row's place is that of
+    its key without ranks (`table_rank` without its number), else that of its optimizer; among rows of one
+    place the one with the largest state wins. Optimizers that the order does not name come last.
+
+    Args:
+        rows: What was planned.
+        limit: Bytes that there are on a device.
+        preference: Keys or names of optimizers; by default those of `QUALITY` in order of perplexity.
+
+    Returns:
+        The row, or None if none fits.
+    """
+    order = list(preference) if preference is not None else sorted(QUALITY, key=QUALITY.__getitem__)
+    fitting = [row for row in rows if row.source == "abstract evaluation" and row.bytes <= limit]
+
+    def place(row: PlanRow) -> tuple[int, int]:
+        name, *options = row.key.split(":")
+        plain = [
+            "table_rank" if option.startswith("table_rank=") else option
+            for option in options
+            if not option.startswith("rank=")
+        ]
+        names = (":".join([name, *plain]), name)
+        return next((order.index(n) for n in names if n in order), len(order)), -row.state_bytes
+
+    return min(fitting, key=place, default=None)
+
+
+def _only_matrices(params: Any, layouts: Any) -> Any:
+    """A nested dict without the leaves whose layout is no matrix, and without dicts left empty."""
+    if not isinstance(params, dict):
+        return params if layouts.role == "matrix" else None
+    kept = {key: _only_matrices(value, layouts[key]) for key, value in params.items()}
+    return {key: value for key, value in kept.items() if value} or None

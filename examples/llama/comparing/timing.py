@@ -1,0 +1,77 @@
+"""Step times to compare: two programs in turns, so that both see the same state of the machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from examples.llama.training.program import Program
+from examples.llama.training.step import TrainState
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Times of single steps of two programs, in seconds, taken in turns.
+
+    >>> StepTimes([2.0, 2.0, 3.0], [1.0, 1.0, 9.0]).ratio
+    2.0
+    """
+
+    seconds: list[float]
+    reference_seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        """Median step of the program."""
+        return statistics.median(self.seconds)
+
+    @property
+    def reference_median(self) -> float:
+        """Median step of the reference."""
+        return statistics.median(self.reference_seconds)
+
+    @property
+    def ratio(self) -> float:
+        """Median step of the program over that of the reference."""
+        return self.median / self.reference_median
+
+
+def paired_step_times(
+    program: Program, reference: Program, batches: Sequence[np.ndarray], rounds: int
+) -> StepTimes:
+    """Times the steps of two programs in turns, each step waited for.
+
+    Which of the two goes first changes from round to round. One step of each is taken beforehand and
+    not counted; a step that an optimizer takes once in many (GaLore's new projections, at its first
+    step) is therefore not in the result.
+
+    Args:
+        program: What is timed.
+        reference: What it is compared with.
+        batches: Batches to use in turn; both programs get the same.
+        rounds: Steps of each that are timed.
+    """
+    states = [program.init(0), reference.init(0)]
+    times: tuple[list[float], list[float]] = ([], [])
+    for round_number in range(rounds + 1):
+        tokens = batches[round_number % len(batches)]
+        for which in (0, 1) if round_number % 2 else (1, 0):
+            states[which], seconds = _timed_step((program, reference)[which], states[which], tokens)
+            if round_number:
+                times[which].append(seconds)
+    return StepTimes(*times)
+
+
+def _timed_step(
+    program: Program, state: TrainState, tokens: np.ndarray
+) -> tuple[TrainState, float]:
+    started = time.perf_counter()
+    # A small rate: the time does not depend on it, and many steps at it cannot diverge.
+    state, _, _ = program.step(state, tokens, 1e-5)
+    jax.block_until_ready(state)
+    return state, time.perf_counter() - started

@@ -1,0 +1,1 @@
+"""From text or records to batches."""

@@ -1,0 +1,253 @@
+"""Exact match on problems with known answers: prompts, completions, answers, accuracy."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from examples.llama.data.documents import DataError
+from examples.llama.data.instructions import QUERY_FIELDS, Template, field, read_records
+from examples.llama.finetuning.answers import AnswerKind, find_answer, same_answer, wilson_interval
+from examples.llama.finetuning.loading import Model, load_model
+from examples.llama.finetuning.run import template_of
+from examples.llama.model.generation import GREEDY, Generator, Sampling, round_up
+from examples.llama.reporting.files import jsonable, versions, write_json
+
+ITEMS, SUMMARY = "items.jsonl", "summary.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A set of problems with known answers.
+
+    Attributes:
+        data: Where it is, as `read_records` takes it.
+        split: Split of a hub data set.
+        query_field: Field of the problem.
+        answer_field: Field of the answer, or of a solution that ends in it.
+        kind: Whether answers are numbers or LaTeX.
+    """
+
+    data: str
+    split: str = "test"
+    query_field: str | None = None
+    answer_field: str = "answer"
+    kind: AnswerKind = "number"
+
+
+TASKS = {
+    "gsm8k": Task("hf:openai/gsm8k:main", query_field="question"),
+    "math500": Task("hf:HuggingFaceH4/MATH-500", query_field="problem", kind="math"),
+}
+"""The tasks of the LoRA-Pre paper's fine-tuning table."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One problem's result.
+
+    Attributes:
+        query: The problem.
+        response: What the model wrote.
+        predicted: The answer found in it, or None.
+        reference: The right answer.
+        correct: Whether they are the same.
+        stopped: Whether the model ended by itself; otherwise the limit did.
+    """
+
+    query: str
+    response: str
+    predicted: str | None
+    reference: str
+    correct: bool
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of a task.
+
+    Attributes:
+        items: One for each problem.
+    """
+
+    items: Sequence[Item]
+
+    @property
+    def correct(self) -> int:
+        """Problems whose answer is right."""
+        return sum(item.correct for item in self.items)
+
+    @property
+    def accuracy(self) -> float:
+        """Their share."""
+        return self.correct / len(self.items)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures to report."""
+        low, high = wilson_interval(self.correct, len(self.items))
+        return {
+            "problems": len(self.items),
+            "correct": self.correct,
+            "accuracy": self.accuracy,
+            "interval_95": [low, high],
+            "without_answer": sum(item.predicted is None for item in self.items),
+            "not_stopped": sum(not item.stopped for item in self.items),
+        }
+
+
+def evaluate(
+    model: Model,
+    records: Sequence[Mapping[str, Any]],
+    template: Template,
+    task: Task,
+    *,
+    batch_size: int = 32,
+    new_tokens: int = 256,
+    sampling: Sampling = GREEDY,
+    dtype: str = "float32",
+) -> Evaluation:
+    """Lets a model solve problems.
+
+    Args:
+        model: The model.
+        records: The problems; a response that they carry is not shown to the model.
+        template: From a record to the prompt.
+        task: Fields and kind of the answers; its data is not read.
+        batch_size: Problems that are solved at the same time.
+        new_tokens: Longest response.
+        sampling: How tokens are chosen.
+        dtype: Compute dtype.
+
+    Raises:
+        DataError: There is no problem, or a record has no answer; the message says which.
+    """
+    if not records:
+        raise DataError("There are no problems to evaluate on.")
+    queries, references, prompts = [], [], []
+    for i, record in enumerate(records):
+        solution = str(record.get(task.answer_field, ""))
+        reference = find_answer(solution, task.kind) or (solution if task.kind == "math" else "")
+        if not reference:
+            raise DataError(
+                f"Problem {i}: no {task.kind} answer in its field {task.answer_field!r}: {solution!r}."
+            )
+        parts = template(record)
+        unlearned = parts[:-1] if parts[-1].learned else parts
+        prompts.append(model.encode("".join(part.text for part in unlearned)))
+        references.append(reference)
+        queries.append(field(record, task.query_field, QUERY_FIELDS))
+    generator = Generator(
+        model.structure(dtype),
+        model.params,
+        batch_size=min(batch_size, len(prompts)),
+        prompt_tokens=min(
+            round_up(max(map(len, prompts))), max(1, model.config.max_seq_len - new_tokens)
+        ),
+        new_tokens=new_tokens,
+        stop_ids=model.stop_ids,
+    )
+    items = []
+    rows = zip(queries, references, generator(prompts, sampling), strict=True)
+    for query, reference, completion in rows:
+        response = model.decode(completion.tokens)
+        predicted = find_answer(response, task.kind)
+        correct = same_answer(predicted, reference)
+        items.append(Item(query, response, predicted, reference, correct, completion.stopped))
+    return Evaluation(items)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measures exact match on problems with known answers."""
+
+    model: str
+    """Folder of a run, or a Hugging Face folder."""
+    out: Path
+    """Folder for items.jsonl and summary.json."""
+    task: Annotated[
+        str | None, tyro.conf.arg(help=f"A named task: {', '.join(TASKS)}; otherwise give --data.")
+    ] = None
+    data: str | None = None
+    """A JSONL file, hf:NAME[:CONFIG] or arithmetic:SEED[:COUNT[:STEPS]]."""
+    split: str = "test"
+    """Split of a hub data set."""
+    query_field: str | None = None
+    """Field of the problem; by default query, question, problem or instruction."""
+    answer_field: str = "answer"
+    """Field of the answer, or of a solution that ends in it."""
+    kind: AnswerKind = "number"
+    """Whether answers are numbers or LaTeX."""
+    template: str = "alpaca"
+    """alpaca, plain, chat (the tokenizer's own), or a file with {query}; the one of the fine-tuning."""
+    tokenizer: str | None = None
+    """A tokenizer.json or its folder; by default the model's."""
+    limit: int | None = None
+    """Evaluate on the first so many problems."""
+    batch_size: int = 32
+    """Problems solved at the same time."""
+    new_tokens: int = 512
+    """Longest response."""
+    temperature: float = 0.0
+    """0 for the most likely token, otherwise logits are divided by it."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens of at least this probability."""
+    seed: int = 0
+    """Seed of the draws."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of matrix products and cache."""
+
+
+def task_of(config: EvaluateConfig) -> Task:
+    """The task that a configuration names or describes.
+
+    Raises:
+        DataError: It is unknown, or there is neither task nor data.
+    """
+    if config.task is not None:
+        if config.task not in TASKS:
+            raise DataError(f"Unknown task {config.task!r}; the tasks are {', '.join(TASKS)}.")
+        return TASKS[config.task]
+    if config.data is None:
+        raise DataError("Give --task or --data.")
+    return Task(
+        config.data, config.split, config.query_field, config.answer_field, kind=config.kind
+    )
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluates as a command line asks, writes the results, and returns the summary."""
+    task = task_of(config)
+    model = load_model(config.model, tokenizer=config.tokenizer)
+    found = read_records(task.data, split=task.split, limit=config.limit)
+    records = [record for _, record in found]
+    template = template_of(model, config.template, config.tokenizer, query=task.query_field)
+    started = time.perf_counter()
+    result = evaluate(
+        model,
+        records,
+        template,
+        task,
+        batch_size=config.batch_size,
+        new_tokens=config.new_tokens,
+        sampling=Sampling(config.temperature, config.top_p, config.seed),
+        dtype=config.compute_dtype,
+    )
+    summary = result.summary() | {
+        "seconds": time.perf_counter() - started,
+        "config": jsonable(config),
+        "task": asdict(task),
+        "versions": versions(),
+    }
+    config.out.mkdir(parents=True, exist_ok=True)
+    with (config.out / ITEMS).open("w", encoding="utf-8") as lines:
+        for item in result.items:
+            lines.write(json.dumps(asdict(item)) + "\n")
+    write_json(config.out / SUMMARY, summary)
+    return summary

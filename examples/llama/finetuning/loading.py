@@ -1,0 +1,241 @@
+"""Opens a trained model, however it is stored: a Hugging Face folder, a training or a fine-tuning run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+from tokenizers import Tokenizer
+
+from examples.llama.data.documents import DataError
+from examples.llama.data.instruction_batches import encode_text
+from examples.llama.data.tokenizer import load_tokenizer, separator_id
+from examples.llama.finetuning.adapters import AdapterSpec
+from examples.llama.finetuning.program import FinetuneProgram, Tuned
+from examples.llama.model.config import LlamaConfig, RopeScaling
+from examples.llama.model.hf import load_params, read_config
+from examples.llama.model.llama import Params, abstract, stack_layers, structure, unstack_layers
+from examples.llama.model.subtrees import select
+from examples.llama.optimizers.options import OptimizerOptions
+from examples.llama.reporting.files import CONFIG
+from examples.llama.training.checkpoints import CheckpointError, Checkpoints, checkpoint_steps
+from examples.llama.training.program import Program
+from examples.llama.training.resume import target
+from examples.llama.training.settings import Settings
+
+FINETUNE = "finetune"
+"""The section of a fine-tuning run's config.json that says what was tuned and from which model."""
+
+
+class Model:
+    """A stored model: shape and tokenizer read at once, parameters when asked for.
+
+    Attributes:
+        folder: Where it is.
+        config: Its shape.
+        tokenizer: Its tokenizer.
+        stop_ids: Tokens that end a text.
+        hub_folder: The Hugging Face folder that it is, or was fine-tuned from; None for one trained here.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: LlamaConfig,
+        tokenizer: Tokenizer,
+        stop_ids: Sequence[int],
+        read: Callable[..., Params],
+        hub_folder: Path | None,
+    ):
+        self.folder, self.config, self.tokenizer = folder, config, tokenizer
+        self.stop_ids = tuple(stop_ids)
+        self.hub_folder = hub_folder
+        self._read = read
+
+    def read(
+        self,
+        *,
+        scan_layers: bool = True,
+        shardings: Any = None,
+        wanted: Callable[[str], bool] | None = None,
+    ) -> Params:
+        """Parameters, on the host or, with a sharding for each leaf of the whole, where these say.
+
+        Args:
+            scan_layers: Which form of the dict to fill.
+            shardings: A sharding for every leaf of the whole dict, or None.
+            wanted: Which paths to read; the dict then holds these alone. All when None.
+        """
+        return self._read(scan_layers=scan_layers, shardings=shardings, wanted=wanted)
+
+    @cached_property
+    def params(self) -> Params:
+        """All parameters in the scanned form, on the first device."""
+        return self.read(shardings=on_one_device(abstract(self.config)))
+
+    def structure(self, dtype: Any = "float32") -> Any:
+        """The structure that `params` fit."""
+        return structure(self.config, dtype=dtype)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a prompt, the special tokens that begin a text included."""
+        return encode_text(self.tokenizer, text, first=True)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; special ones are left out."""
+        return self.tokenizer.decode(list(tokens))
+
+    def token_ids(self, names: Sequence[str]) -> list[int]:
+        """Ids of tokens by their text.
+
+        Raises:
+            DataError: There is no such token.
+        """
+        found = []
+        for name in names:
+            token = self.tokenizer.token_to_id(name)
+            if token is None:
+                raise DataError(f"The tokenizer of {self.folder} has no token {name!r}.")
+            found.append(token)
+        return found
+
+
+def load_model(folder: str | Path, *, tokenizer: str | Path | None = None) -> Model:
+    """Opens a model.
+
+    Args:
+        folder: A Hugging Face folder, or the folder of a run of `train` or `finetune` with checkpoints, of
+            which the newest whole one counts.
+        tokenizer: A `tokenizer.json` or its folder to use instead of the model's.
+
+    Raises:
+        FileNotFoundError: There is no config.json.
+        ValueError: The model or its tokenizer cannot be used; the message says why.
+    """
+    folder = Path(folder).expanduser()
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {CONFIG} in {folder}; give a Hugging Face folder or a run's folder"
+        )
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    read_tokenizer = load_tokenizer(folder if tokenizer is None else tokenizer)
+    if "settings" not in fields:
+        return _hub_model(folder, fields, read_tokenizer)
+    return _run_model(folder, fields, read_tokenizer)
+
+
+def on_one_device(params: Params) -> Any:
+    """The sharding of each leaf that puts it on the first device."""
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda _: sharding, params)
+
+
+def settings_from_json(fields: dict[str, Any]) -> Settings:
+    """The settings that a run has written down.
+
+    Raises:
+        ValueError: They are of another version of this program.
+
+    >>> from examples.llama.reporting.files import jsonable
+    >>> from examples.llama.training.config import TrainConfig, resolve
+    >>> config = TrainConfig(optimizer="lorapre_adamw", learning_rate=1e-3, bound=float("inf"))
+    >>> settings = resolve(config)
+    >>> settings_from_json(jsonable(settings)) == settings
+    True
+    """
+    try:
+        model = dict(fields["model"])
+        if model["rope_scaling"] is not None:
+            model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
+        options: dict[str, Any] = {
+            name: float(value) if value in ("Infinity", "-Infinity", "NaN") else value
+            for name, value in fields["options"].items()
+        }
+        parts = {"model": LlamaConfig(**model), "options": OptimizerOptions(**options)}
+        return Settings(**{**fields, **parts})
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"the run's settings are of another version of this program ({error})"
+        ) from error
+
+
+def tuned_to_json(tuned: Tuned) -> dict[str, Any]:
+    """What was tuned, fit for JSON."""
+    return dataclasses.asdict(tuned)
+
+
+def tuned_from_json(fields: dict[str, Any]) -> Tuned:
+    """The inverse of `tuned_to_json`, also after a trip through JSON.
+
+    >>> tuned = Tuned(adapter=AdapterSpec("dora", rank=4))
+    >>> tuned_from_json(json.loads(json.dumps(tuned_to_json(tuned)))) == tuned
+    True
+    """
+    patterns, adapter = fields["patterns"], fields["adapter"]
+    if adapter is not None:
+        adapter = AdapterSpec(**{**adapter, "targets": tuple(adapter["targets"])})
+    return Tuned(None if patterns is None else tuple(patterns), adapter)
+
+
+def _hub_model(folder: Path, fields: dict[str, Any], tokenizer: Tokenizer) -> Model:
+    config = read_config(folder)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        known = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+        fields = fields if known is None else {**fields, "eos_token_id": known}
+    stop = fields.get("eos_token_id")
+    stop_ids = [] if stop is None else stop if isinstance(stop, list) else [stop]
+
+    def read(*, scan_layers: bool, shardings: Any, wanted: Any) -> Params:
+        return load_params(folder, config, scan_layers, shardings=shardings, wanted=wanted)
+
+    return Model(folder, config, tokenizer, stop_ids, read, folder)
+
+
+def _run_model(folder: Path, fields: dict[str, Any], tokenizer: Tokenizer) -> Model:
+    settings = dataclasses.replace(
+        settings_from_json(fields["settings"]), mesh=None, mesh_mode=None, mesh_strict=None
+    )
+    hub_folder = None
+    if FINETUNE in fields:
+        base = load_model(fields[FINETUNE]["base"])
+        hub_folder, stop_ids = base.hub_folder, base.stop_ids
+        program: Program = FinetuneProgram(
+            settings, tuned_from_json(fields[FINETUNE]["tuned"]), base.read
+        )
+    else:
+        program, stop_ids = Program(settings), [separator_id(tokenizer)]
+
+    def read(*, scan_layers: bool, shardings: Any, wanted: Any) -> Params:
+        params = _newest_params(folder, program)
+        if isinstance(program, FinetuneProgram):
+            params = program.merged(params)
+        if settings.scan_layers != scan_layers:
+            params = stack_layers(params) if scan_layers else unstack_layers(params)
+        if shardings is not None:
+            params = jax.device_put(params, shardings)
+        return params if wanted is None else select(params, wanted)
+
+    stops = [token for token in stop_ids if token is not None]
+    return Model(folder, settings.model, tokenizer, stops, read, hub_folder)
+
+
+def _newest_params(folder: Path, program: Program) -> Params:
+    """The parameters of the newest whole checkpoint."""
+    problems = []
+    if checkpoint_steps(folder):
+        with Checkpoints(folder, read_only=True) as checkpoints:
+            for step in checkpoints.steps():
+                try:
+                    return checkpoints.restore(step, target(program)).params
+                except CheckpointError as error:
+                    problems.append(f"step {step}: {error}")
+    found = "; ".join(problems) or "there is none"
+    raise ValueError(f"{folder} has no checkpoint that can be read ({found})")

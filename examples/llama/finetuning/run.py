@@ -1,0 +1,311 @@
+"""One fine-tuning run: what is trained, on which data, and the trainer's configuration for it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from examples.llama.data.instruction_batches import (
+    InstructionData,
+    heldout_rows,
+    instruction_iterator,
+    prepare_instructions,
+    rows_per_epoch,
+)
+from examples.llama.data.instructions import Template, chat_template, prompt_template, read_records
+from examples.llama.devices.mesh import MeshMode
+from examples.llama.devices.processes import ClusterConfig
+from examples.llama.finetuning.adapters import TARGETS, AdapterSpec
+from examples.llama.finetuning.loading import FINETUNE, Model, load_model, tuned_to_json
+from examples.llama.finetuning.program import FinetuneProgram, Tuned
+from examples.llama.model.subtrees import trainable_patterns
+from examples.llama.optimizers.options import OptionSet
+from examples.llama.optimizers.registry import OPTIMIZERS, optimizer_entry
+from examples.llama.reporting.files import CONFIG, jsonable, read_json, write_json
+from examples.llama.reporting.summary import RunSummary
+from examples.llama.training.config import CheckpointConfig, TrainConfig, resolve
+from examples.llama.training.run import Run
+
+ADAPTERS = ("lora", "rslora", "dora")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(CheckpointConfig, ClusterConfig):
+    """Fine-tunes a Llama on instructions. Defaults are those of the LoRA-Pre paper's experiment."""
+
+    model: Annotated[
+        str, tyro.conf.arg(help="Hugging Face folder, or folder of a run, to start from.")
+    ] = ""
+    data: str = ""
+    """A JSONL file, hf:NAME[:CONFIG] or arithmetic:SEED[:COUNT[:STEPS]]."""
+    method: Annotated[
+        str,
+        tyro.conf.arg(
+            help=f"Adapters: {', '.join(ADAPTERS)}. Optimizers of the trainable parameters themselves: "
+            f"{', '.join(OPTIMIZERS)}."
+        ),
+    ] = "lorapre_adamw"
+    rank: int = 8
+    """Rank of adapters, factors or projections."""
+    alpha: float = 16.0
+    """Of adapters: the scale is alpha / rank, with rslora alpha / sqrt(rank)."""
+    targets: tuple[str, ...] = TARGETS
+    """Projections that get an adapter."""
+    trainable: str = "matrices"
+    """Parameters that are trained without adapters: matrices (attention and MLP), all, or patterns of paths
+    separated by commas, as layers/self_attn/*."""
+    learning_rate: float = 2e-5
+    """Peak learning rate."""
+    scale: float | None = None
+    """Factor on the matrices' direction, for the optimizers that have it."""
+    options: OptionSet | None = None
+    """LoRA-Pre Adam's options: the paper's (the default) or the recommended ones."""
+    update_gap: int | None = None
+    """Steps between two projections of GaLore."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, multiplied by the learning rate."""
+    clip_norm: float = 1.0
+    """Global gradient norm to clip to; 0 for no clipping."""
+    warmup_fraction: float = 0.03
+    """Share of the steps that warms up."""
+    final_rate_fraction: float = 0.0
+    """Rate at the end of the cosine, as a share of the peak."""
+    epochs: float = 1.0
+    """Passes over the data."""
+    steps: int | None = None
+    """Optimizer steps, in place of epochs."""
+    batch_size: int = 128
+    """Rows of one step."""
+    seq_len: int = 512
+    """Predicted tokens of a row; a longer example is cut."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after the other."""
+    packing: bool = True
+    """Put several examples into a row, without attention between them; otherwise one, padded."""
+    template: str = "alpaca"
+    """alpaca, plain, chat (the tokenizer's own), or a file with {query}."""
+    query_field: str | None = None
+    """Field of the query; by default query, question, problem or instruction."""
+    response_field: str | None = None
+    """Field of the response; by default response, answer, output or solution."""
+    split: str = "train"
+    """Split of a hub data set."""
+    limit: int | None = None
+    """Read at most so many records."""
+    heldout_fraction: float = 0.02
+    """Share of the examples held out to measure the loss on."""
+    tokenizer: str | None = None
+    """A tokenizer.json or its folder; by default the model's."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of matrix products and activations; parameters and gradients are float32."""
+    remat: bool = False
+    """Recompute activations in the backward pass."""
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at once; by default what fits 256 MiB."""
+    mesh: str | None = None
+    """Sizes of the device mesh's axes: data=2,fsdp=2,tensor=2; one may be *. By default one device."""
+    mesh_mode: MeshMode | None = None
+    """Whether the mesh's axes are Auto (the default) or Explicit."""
+    mesh_strict: bool | None = None
+    """Refuse a model that the mesh does not divide, instead of copying that parameter along that axis."""
+    seed: int = 0
+    """Seed of adapters, the held-out split and the order of the data."""
+    eval_every: int | None = None
+    """Steps between evaluations of the held-out loss; by default a tenth of the run."""
+    eval_batches: int = 16
+    """Batches of an evaluation."""
+    log_every: int = 10
+    """Steps between log lines."""
+    statistics_every: int = 0
+    """Steps between statistics of updates, damper and factors (not of adapters), 0 for none."""
+    tensorboard: bool = True
+    """Write TensorBoard files too."""
+    out: Path = Path("runs/finetune")
+    """Folder for config.json, tokenizer.json, metrics.jsonl, summary.json and checkpoints."""
+    overwrite: bool = False
+    """Replace the run in that folder, with its checkpoints."""
+
+
+class FinetuneRun(Run):
+    """One fine-tuning run, checked and ready to start; `train` trains it.
+
+    Args:
+        config: What was asked for.
+        model: An opened model to use instead of opening it.
+        data: Prepared data to use instead of reading it.
+        program: A compiled program to use where it serves.
+        console: Where to show progress.
+
+    Raises:
+        ValueError: The configuration, the model, the data or the batch cannot be used.
+        FileNotFoundError: There is no such model.
+        FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` is set.
+    """
+
+    module = "examples.llama.finetune"
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        *,
+        model: Model | None = None,
+        data: InstructionData | None = None,
+        program: FinetuneProgram | None = None,
+        console: Console | None = None,
+    ):
+        check(config)
+        self.finetune = config
+        self.tuned = tuned(config)
+        self.base = model or load_model(config.model, tokenizer=config.tokenizer)
+        data = data or instruction_data(config, self.base)
+        rows = rows_per_epoch(data, config.seq_len)
+        steps = config.steps or max(1, math.ceil(config.epochs * rows / config.batch_size))
+        train_config = trainer_config(config, steps)
+        settings = resolve(train_config, self.base.config)
+        if program is None or not program.serves(settings) or program.tuned != self.tuned:
+            program = FinetuneProgram(settings, self.tuned, self.base.read)
+        super().__init__(
+            train_config,
+            model=self.base.config,
+            dataset=data,  # type: ignore[arg-type] (what a run asks of it both have)
+            program=program,
+            console=console,
+            name=config.method,
+        )
+
+    def _open_batches(self) -> tuple[Any, list[np.ndarray]]:
+        settings, share = self.settings, self.program.share_of_batch()
+        data: Any = self.dataset
+        batches = instruction_iterator(
+            data, settings.batch_size, settings.seq_len, settings.seed, **share
+        )
+        rows = settings.batch_size // settings.accumulate
+        count = settings.eval_batches * settings.accumulate
+        return batches, heldout_rows(data, rows, settings.seq_len, count, **share)
+
+    def describe(self) -> dict[str, Any]:
+        """What must be the same when a run goes on: what is tuned and from which model, too."""
+        return super().describe() | {f"{FINETUNE}.{k}": v for k, v in self._section().items()}
+
+    def _section(self) -> dict[str, Any]:
+        base = Path(self.finetune.model).expanduser().absolute()
+        return jsonable({"base": base, "tuned": tuned_to_json(self.tuned)})
+
+    def _write_config(self) -> None:
+        super()._write_config()
+        path = self.config.out / CONFIG
+        fields = read_json(path) or {}
+        assert isinstance(self.program, FinetuneProgram)
+        fields |= {
+            "config": jsonable(self.finetune),
+            FINETUNE: self._section()
+            | {
+                "trained_parameters": self.program.parameter_count(),
+                "model_parameters": self.program.model_parameter_count(),
+            },
+        }
+        write_json(path, fields)
+
+
+def finetune(config: FinetuneConfig, **arguments: Any) -> RunSummary:
+    """Prepares and trains; see `FinetuneRun` for the arguments and errors."""
+    return FinetuneRun(config, **arguments).train()
+
+
+def check(config: FinetuneConfig) -> None:
+    """Raises ValueError for what is missing or does not go together, before anything is read."""
+    if not config.model or not config.data:
+        raise ValueError("give --model (a Hugging Face folder or a run) and --data")
+    if config.method in ADAPTERS:
+        if config.trainable != "matrices":
+            raise ValueError("trainable is for methods without adapters; use targets")
+        if config.statistics_every:
+            raise ValueError("there are no statistics of adapters; leave statistics_every out")
+    elif config.method not in OPTIMIZERS:
+        raise ValueError(
+            f"unknown method {config.method!r}; the methods are {', '.join((*ADAPTERS, *OPTIMIZERS))}"
+        )
+    elif config.targets != TARGETS:
+        raise ValueError("targets is for adapters; use trainable")
+    if not config.heldout_fraction > 0:
+        raise ValueError("heldout_fraction must be positive: its loss is what a run reports")
+    if config.steps is None and not config.epochs > 0:
+        raise ValueError(f"epochs must be positive, got {config.epochs}")
+
+
+def tuned(config: FinetuneConfig) -> Tuned:
+    """What a configuration trains.
+
+    >>> tuned(FinetuneConfig(method="rslora", rank=4)).adapter.scale
+    8.0
+    >>> tuned(FinetuneConfig(method="galore")).patterns
+    ('layers/*kernel',)
+    """
+    if config.method in ADAPTERS:
+        kind: Any = config.method
+        return Tuned(adapter=AdapterSpec(kind, config.rank, config.alpha, config.targets))
+    return Tuned(trainable_patterns(config.trainable))
+
+
+def trainer_config(config: FinetuneConfig, steps: int) -> TrainConfig:
+    """The trainer's configuration: adapters are trained with AdamW."""
+    optimizer = "adamw" if config.method in ADAPTERS else config.method
+    entry = optimizer_entry(optimizer)
+    given = {name: getattr(config, name) for name in ("scale", "options", "update_gap")}
+    given["rank"] = config.rank if entry.has_rank else None
+    same = (
+        *("learning_rate", "weight_decay", "clip_norm", "warmup_fraction", "final_rate_fraction"),
+        *("batch_size", "seq_len", "accumulate", "compute_dtype", "remat", "loss_chunk", "seed"),
+        *("mesh", "mesh_mode", "mesh_strict", "eval_every", "eval_batches", "log_every"),
+        *("statistics_every", "tensorboard", "out", "overwrite"),
+        *CheckpointConfig.__dataclass_fields__,
+    )
+    return TrainConfig(
+        preset=Path(config.model).name,
+        protocol="demo",  # every field of it is given
+        optimizer=optimizer,
+        steps=steps,
+        **given,
+        **{name: getattr(config, name) for name in same},
+    )
+
+
+def template_of(
+    model: Model,
+    name: str,
+    tokenizer: str | None = None,
+    *,
+    query: str | None = None,
+    response: str | None = None,
+) -> Template:
+    """A template by name; `chat` is that of the model's tokenizer, or of the one given."""
+    if name == "chat":
+        return chat_template(tokenizer or model.hub_folder or model.folder)
+    return prompt_template(name, query=query, response=response)
+
+
+def instruction_data(config: FinetuneConfig, model: Model) -> InstructionData:
+    """Reads and tokenizes the data of a configuration."""
+    return prepare_instructions(
+        read_records(config.data, split=config.split, limit=config.limit),
+        template_of(
+            model,
+            config.template,
+            config.tokenizer,
+            query=config.query_field,
+            response=config.response_field,
+        ),
+        model.tokenizer,
+        seq_len=config.seq_len,
+        end_id=model.stop_ids[0] if model.stop_ids else None,
+        source=config.data,
+        heldout_fraction=config.heldout_fraction,
+        packed=config.packing,
+        seed=config.seed,
+    )

@@ -1,0 +1,1 @@
+"""The network, its loss, its files and its decoding."""

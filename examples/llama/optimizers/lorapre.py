@@ -1,0 +1,107 @@
+"""The LoRA-Pre optimizers as the example's settings make them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import optax
+
+import lorapre_optax
+from examples.llama.optimizers.options import OptimizerOptions
+
+_FACTORS = ("rank", "residual", "initial_subspace", "factor_dtype", "damping")
+_ADAM = ("b1", "b2", "eps", "bias_correction", "bound", "second_moment", *_FACTORS)
+
+
+def adamw(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
+    """LoRA-Pre Adam on matrices, AdamW on the rest; the paper's rule unless told otherwise."""
+    return lorapre_optax.lorapre_adamw(
+        learning_rate, **adam_options(options), **options.only("scale"), **_common(options)
+    )
+
+
+def muon(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
+    """LoRA-Pre Muon on matrices, AdamW on the rest, at one rate as in the Muon baseline."""
+    return lorapre_optax.lorapre_muon(
+        learning_rate,
+        consistent_rms=0.2 if options.scale is None else options.scale,
+        **_switched_off(options.only(*_FACTORS, "table_rank")),
+        **options.only("b1", "b2", prefix="adam_"),
+        **_common(options),
+    )
+
+
+def sgd(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
+    """SGD with low-rank momentum on matrices and full momentum on the rest; `b1` is its decay."""
+    momentum = {} if options.b1 is None else {"momentum": options.b1}
+    return lorapre_optax.lorapre_sgd(
+        learning_rate,
+        **momentum,
+        **_switched_off(options.only(*_FACTORS)),
+        **options.only("scale"),
+        **_common(options),
+    )
+
+
+def lion(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
+    """Lion with a low-rank momentum on matrices, Lion on the rest."""
+    return lorapre_optax.lorapre_lion(
+        learning_rate,
+        **_switched_off(options.only(*_FACTORS)),
+        **options.only("b1", "b2", "scale"),
+        **_common(options),
+    )
+
+
+def sinkgd(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
+    """LoRA-Pre Adam on tables, SinkGD on matrices, AdamW on vectors; the recommended options."""
+    return lorapre_optax.lorapre_sinkgd(
+        learning_rate,
+        **adam_options(options),
+        **options.only("scale", "head_rule", "vector_rule"),
+        **_common(options),
+    )
+
+
+def adam_options(options: OptimizerOptions) -> dict[str, Any]:
+    """The arguments of LoRA-Pre Adam: a named set of options under those that were given.
+
+    >>> adam_options(OptimizerOptions(rank=4, options="recommended", bound=math.inf))["bound"]
+    >>> adam_options(OptimizerOptions(rank=4))
+    {'rank': 4}
+    """
+    base = {}
+    if options.options is not None:
+        base = (
+            dict(lorapre_optax.RECOMMENDED)
+            if options.options == "recommended"
+            else _paper_options()
+        )
+    return _switched_off({**base, **options.only(*_ADAM)})
+
+
+def _paper_options() -> dict[str, Any]:
+    """What the recommended options change, as the paper has it: the defaults of the direction."""
+    defaults = inspect.signature(lorapre_optax.scale_by_lorapre_adam).parameters
+    return {name: defaults[name].default for name in lorapre_optax.RECOMMENDED}
+
+
+def _switched_off(arguments: dict[str, Any]) -> dict[str, Any]:
+    """None for the values that stand for "none" where None already stands for "not given"."""
+    none = {"residual": 0, "bound": math.inf}
+    return {
+        name: None if name in none and value == none[name] else value
+        for name, value in arguments.items()
+    }
+
+
+def _common(options: OptimizerOptions) -> dict[str, Any]:
+    """Decay and rates by role."""
+    multipliers = options.role_multipliers
+    return {
+        "weight_decay": options.weight_decay,
+        "weight_decay_mask": options.decay_mask(),
+        "learning_rate_multipliers": None if multipliers is None else dict(multipliers),
+    }

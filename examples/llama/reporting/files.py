@@ -1,0 +1,99 @@
+"""Files of a run that are written in one piece, and the JSON in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import uuid
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+"""Names of a run's files."""
+
+_PACKAGES = ("jax", "jaxlib", "optax", "flax", "grain", "numpy", "tokenizers")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file in one piece: after a crash there is the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, or None if there is none or it is not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def jsonable(value: Any) -> Any:
+    """A value made of what strict JSON has; numbers that it has not become their names.
+
+    >>> jsonable({"rate": np.float32(0.5), "loss": float("nan"), "out": Path("runs")})
+    {'rate': 0.5, 'loss': 'NaN', 'out': 'runs'}
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, (np.generic, jax.Array)) or (
+        isinstance(value, np.ndarray) and value.ndim == 0
+    ):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return str(value) if isinstance(value, Path) else value
+
+
+def same_json(stored: Any, value: Any) -> bool:
+    """Whether a value is what was stored, where None is the same as not being there.
+
+    A setting that is new since the file was written is None where it changes nothing.
+
+    >>> same_json({"b1": None, "b2": 0.9}, {"b2": 0.9, "rank": None})
+    True
+    """
+
+    def given(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: given(item) for key, item in value.items() if item is not None}
+        if isinstance(value, (list, tuple)):
+            return [given(item) for item in value]
+        return value
+
+    return given(stored) == given(value)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers, and the device."""
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "device": f"{jax.device_count()} x {device.device_kind}",
+    }
+
+
+def command_line(module: str) -> str:
+    """The command that started this process, without paths of this machine's interpreter."""
+    return " ".join(["python", "-m", module, *sys.argv[1:]])

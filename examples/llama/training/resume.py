@@ -1,0 +1,217 @@
+"""Goes on from a checkpoint: which one, whether it is of the same run, and what was asked to change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from examples.llama.reporting.files import jsonable
+from examples.llama.training.checkpoints import CheckpointError, Checkpoints, checkpoint_steps
+from examples.llama.training.migrations import MIGRATIONS, migrate_layers, migrate_ranks
+from examples.llama.training.program import Program
+from examples.llama.training.settings import Settings
+from examples.llama.training.step import TrainState
+
+FREE = frozenset(
+    {
+        *("rate_source", "eval_every", "eval_batches", "log_every", "statistics_every"),
+        *("remat", "loss_chunk", "accumulate", "mesh", "mesh_mode", "mesh_strict"),
+    }
+)
+"""Settings that a resumed run may change: they touch what is logged, or the numbers by rounding only."""
+
+DATA = (
+    *("corpus_sha256", "tokenizer_sha256", "vocab_size", "train_tokens", "heldout_tokens"),
+    *("heldout_fraction", "seed"),
+)
+"""What makes data the same, of `Dataset.describe`; it may have moved."""
+
+
+class ResumeError(ValueError):
+    """A run cannot go on from what is in its folder; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting that is not what it was.
+
+    Attributes:
+        name: Its name, with dots for what is inside.
+        saved: What the checkpoint has.
+        asked: What was asked for now.
+    """
+
+    name: str
+    saved: Any
+    asked: Any
+
+    @property
+    def migration(self) -> str | None:
+        """The migration that makes it possible, if there is one."""
+        return next((key for key, names in MIGRATIONS.items() if self.name in names), None)
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.asked!r} and was {self.saved!r}"
+
+
+def describe_run(settings: Settings, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same in a run that goes on, by name: settings and data."""
+    flat = _flatten(jsonable(settings))
+    flat |= {f"data.{name}": jsonable(data).get(name) for name in DATA}
+    return {name: value for name, value in flat.items() if name not in FREE}
+
+
+def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[Difference]:
+    """What two descriptions differ in; a name that one of them lacks counts as None.
+
+    >>> [str(d) for d in differences({"optimizer": "lion", "rank": 4}, {"optimizer": "lion"})]
+    ['rank is None and was 4']
+    """
+    names = {**saved, **asked}
+    rows = [Difference(name, saved.get(name), asked.get(name)) for name in names]
+    return [row for row in rows if row.saved != row.asked]
+
+
+def check_same_run(
+    saved: Mapping[str, Any], asked: Mapping[str, Any], migrations: Sequence[str], folder: Path
+) -> list[Difference]:
+    """Refuses to go on with another run; returns the differences that were asked for.
+
+    Raises:
+        ResumeError: There are others; the message names each with both values.
+    """
+    found = differences(saved, asked)
+    refused = [row for row in found if row.migration not in migrations]
+    if refused:
+        hints = sorted({row.migration for row in refused if row.migration})
+        how = f"give the run's own options or another --out{_or_migrate(hints)}"
+        raise ResumeError(f"{folder} holds another run: {'; '.join(map(str, refused))}; {how}")
+    return found
+
+
+def restore_newest(
+    checkpoints: Checkpoints,
+    program: Program,
+    asked: Mapping[str, Any],
+    migrations: Sequence[str],
+    say: Callable[[str], None],
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """The state and record of the newest whole checkpoint, in the form that a program wants.
+
+    Damaged ones are moved to the folder `damaged-checkpoints`, and said.
+
+    Args:
+        checkpoints: The run's checkpoints.
+        program: What will go on; on a mesh its arrays go where it wants them, from whatever mesh.
+        asked: What the run is, from `describe_run`.
+        migrations: Names of `MIGRATIONS` that were asked for.
+        say: Shows a line.
+
+    Returns:
+        None where there is no checkpoint at all.
+
+    Raises:
+        ResumeError: All are damaged, or the newest whole one is of another run.
+        SchemaError: It is of another schema.
+        MigrationError: Its state has no counterpart in the form asked for.
+    """
+    steps = checkpoints.steps()
+    for step in steps:
+        try:
+            record = checkpoints.record(step)
+            changed = check_same_run(record["run"], asked, migrations, checkpoints.out)
+            state = _restored(checkpoints, step, program, changed)
+        except CheckpointError as error:
+            where = checkpoints.set_aside(step)
+            say(f"The checkpoint of step {step} is damaged: {error}. Moved to {where}.")
+            continue
+        for row in changed:
+            say(f"Migrated: {row}.")
+        return state, record
+    if steps:
+        raise ResumeError(
+            f"none of the {len(steps)} checkpoints in {checkpoints.folder} is whole; --overwrite starts "
+            "the run over"
+        )
+    return None
+
+
+def check_folder_holds(out: Path, asked: Mapping[str, Any], migrations: Sequence[str]) -> None:
+    """Refuses a folder whose newest readable checkpoint is of another run; before anything is compiled.
+
+    Raises:
+        ResumeError: It is.
+        SchemaError: It is of another schema.
+    """
+    if not checkpoint_steps(out):
+        return
+    with Checkpoints(out, read_only=True) as checkpoints:
+        for step in checkpoints.steps():
+            try:
+                record = checkpoints.record(step)
+            except CheckpointError:
+                continue
+            check_same_run(record["run"], asked, migrations, checkpoints.out)
+            return
+
+
+def target(program: Program) -> TrainState:
+    """Shapes, dtypes and, on a mesh, shardings of a program's train state."""
+    if program.state_shardings is None:
+        return program.abstract_state
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        program.abstract_state,
+        program.state_shardings,
+    )
+
+
+def _restored(
+    checkpoints: Checkpoints, step: int, program: Program, changed: Sequence[Difference]
+) -> TrainState:
+    """The state of one checkpoint, migrated."""
+    saved = {row.name: row.saved for row in changed}
+    asked = {row.migration for row in changed}
+    if not asked & {"layers", "rank"}:
+        return checkpoints.restore(step, target(program))
+    settings = program.settings
+    ranks = {
+        name.removeprefix("options."): saved[name] for name in MIGRATIONS["rank"] if name in saved
+    }
+    old_ranks = dataclasses.replace(
+        settings, options=dataclasses.replace(settings.options, **ranks)
+    )
+    old = old_ranks
+    if "layers" in asked:
+        old = dataclasses.replace(old, scan_layers=saved["scan_layers"])
+    state = checkpoints.restore(step, target(Program(old)))
+    if "layers" in asked:
+        like = target(Program(old_ranks))
+        shardings = None
+        if program.state_shardings is not None:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+        state = jax.jit(lambda state: migrate_layers(state, like), out_shardings=shardings)(state)
+    if "rank" in asked:
+        state = migrate_ranks(state, settings, program.abstract_state)
+        if program.state_shardings is not None:
+            state = jax.device_put(state, program.state_shardings)
+    return state
+
+
+def _or_migrate(hints: Sequence[str]) -> str:
+    return f", or ask for the change with --migrate {','.join(hints)}" if hints else ""
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one of dotted names, without the entries that are None."""
+    if not isinstance(value, Mapping):
+        return {} if value is None else {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flatten(item, f"{prefix}.{key}" if prefix else key)
+    return flat

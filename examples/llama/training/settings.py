@@ -1,0 +1,105 @@
+"""What a training run is decided to be: every setting of it, and the checks that they go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from examples.llama.data.checks import check_batch
+from examples.llama.devices.mesh import MeshMode
+from examples.llama.model.config import LlamaConfig
+from examples.llama.optimizers.options import OptimizerOptions
+from examples.llama.optimizers.registry import make_optimizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run with everything decided; what `TrainConfig` and the tables come to.
+
+    Attributes:
+        model: The model's shape.
+        optimizer: Name of the optimizer.
+        options: Its settings.
+        learning_rate: Peak learning rate.
+        rate_source: Where that rate is from.
+        steps: Optimizer steps.
+        warmup_steps: Of which so many warm up.
+        final_rate_fraction: Rate at the end, as a share of the peak.
+        batch_size: Sequences of one step.
+        seq_len: Predicted tokens of a sequence.
+        accumulate: Parts of a batch.
+        clip_norm: Global gradient norm to clip to, or None.
+        compute_dtype: Dtype of the matrix products.
+        scan_layers: Whether layers are stacked.
+        remat: Whether activations are recomputed.
+        mesh: Sizes of the mesh's axes as they were asked for, or None for one device.
+        mesh_mode: Auto or Explicit axes, or None without a mesh.
+        mesh_strict: Whether the mesh must divide the model, or None without a mesh.
+        loss_chunk: Tokens whose logits exist at once, or None for automatic.
+        seed: Seed of parameters and data order.
+        eval_every: Steps between evaluations.
+        eval_batches: Batches of an evaluation.
+        log_every: Steps between log lines.
+        statistics_every: Steps between statistics, 0 for none.
+    """
+
+    model: LlamaConfig
+    optimizer: str
+    options: OptimizerOptions
+    learning_rate: float
+    rate_source: str
+    steps: int
+    warmup_steps: int
+    final_rate_fraction: float
+    batch_size: int
+    seq_len: int
+    accumulate: int
+    clip_norm: float | None
+    compute_dtype: str
+    scan_layers: bool
+    remat: bool
+    loss_chunk: int | None
+    seed: int
+    eval_every: int
+    eval_batches: int
+    log_every: int
+    statistics_every: int
+    mesh: str | None = None
+    mesh_mode: MeshMode | None = None
+    mesh_strict: bool | None = None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Predicted tokens of one optimizer step."""
+        return self.batch_size * self.seq_len
+
+    def optimizer_from(self, schedule: Any) -> Any:
+        """The optimizer at a learning-rate schedule."""
+        return make_optimizer(self.optimizer, schedule, self.options)
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises ValueError for what the parts would refuse later or less clearly."""
+    for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_batches", "log_every"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    if not settings.learning_rate > 0:
+        raise ValueError(f"learning_rate must be positive, got {settings.learning_rate}")
+    if settings.clip_norm is not None and settings.clip_norm < 0:
+        raise ValueError(f"clip_norm must not be negative, got {settings.clip_norm}")
+    if not 0 <= settings.final_rate_fraction <= 1:
+        raise ValueError(
+            f"final_rate_fraction must be between 0 and 1, got {settings.final_rate_fraction}"
+        )
+    if settings.statistics_every < 0 or settings.statistics_every % settings.log_every:
+        raise ValueError(
+            f"statistics_every ({settings.statistics_every}) must be 0 or a multiple of log_every "
+            f"({settings.log_every})"
+        )
+    if settings.seq_len > settings.model.max_seq_len:
+        raise ValueError(
+            f"seq_len {settings.seq_len} is more than the model's max_seq_len "
+            f"({settings.model.max_seq_len})"
+        )
+    check_batch(settings.batch_size, accumulate=settings.accumulate)
+    make_optimizer(settings.optimizer, settings.learning_rate, settings.options)

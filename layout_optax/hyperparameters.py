@@ -1,0 +1,159 @@
+"""Hyperparameters: numbers and schedules, their ranges, and what `optax.inject_hyperparams` made of them.
+
+Traced values and schedules have no value at construction; the checks let them pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from layout_optax.layout import ANY_LEAF
+
+Number: TypeAlias = float | jax.Array | Callable[[Any], Any]
+"""A number, or a schedule: a function of the steps taken so far."""
+
+Choice = TypeVar("Choice")
+
+
+def at(number: Any, count: Any) -> Any:
+    """The value of a number or schedule at a step; None stays None.
+
+    Example:
+      >>> at(0.5, 3), at(lambda count: 2 * count, 3), at(None, 3)
+      (0.5, 6, None)
+    """
+    return number(count) if callable(number) else number
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float = float("inf"), *, strictly: bool = False
+) -> None:
+    """Raises ValueError unless ``low <= value <= high``; None, schedules and tracers pass.
+
+    Args:
+      name: the argument's name, for the message.
+      value: what was given.
+      low: the smallest value allowed.
+      high: the largest value allowed; infinity still asks for a finite value.
+      strictly: refuses ``low`` itself.
+
+    Raises:
+      ValueError: for a value outside of the range, NaN or infinity.
+      TypeError: for something that is no number, a string for one.
+
+    Example:
+      >>> check_number("eps", -1.0, 0)
+      Traceback (most recent call last):
+        ...
+      ValueError: eps must be at least 0, got -1.0.
+    """
+    if not _is_concrete(value):
+        return
+    number = _as_float(name, value)
+    inside = low < number <= high if strictly else low <= number <= high
+    if not inside or not np.isfinite(number):
+        least = f"above {low}" if strictly else f"at least {low}"
+        raise ValueError(
+            f"{name} must be {least if high == float('inf') else f'in [{low}, {high}]'}, got {value}."
+        )
+
+
+def check_decay(name: str, value: Any) -> None:
+    """Raises ValueError unless value is in [0, 1); None, schedules and tracers pass."""
+    if _is_concrete(value) and not 0 <= _as_float(name, value) < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}.")
+
+
+def check_factor_decay(name: str, value: Any) -> None:
+    """Like `check_decay`, for two factors: warns where float32 cannot tell sqrt(value) from 1."""
+    check_decay(name, value)
+    if _is_concrete(value) and np.float32(float(value) ** 0.5) == np.float32(1):
+        warnings.warn(
+            f"{name}={value} is so near 1 that the rate of the factors, 1 - sqrt({name}), vanishes in "
+            "float32: the factors will not learn.",
+            stacklevel=3,
+        )
+
+
+def check_rate(name: str, value: Any) -> None:
+    """Refuses a learning rate that is neither a finite number nor a schedule.
+
+    Raises:
+      ValueError: for NaN and infinity.
+      TypeError: for None, a string and anything else that is no number.
+
+    Example:
+      >>> check_rate("learning_rate", "1e-3")
+      Traceback (most recent call last):
+        ...
+      TypeError: learning_rate must be a number or a schedule, got '1e-3'.
+    """
+    if value is None:
+        raise TypeError(f"{name} must be a number or a schedule, got None.")
+    if _is_concrete(value) and not np.isfinite(_as_float(name, value)):
+        raise ValueError(f"{name} must be finite, got {value}.")
+
+
+def check_one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raises ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}.")
+
+
+def choose(name: str, value: Any, choices: Mapping[Any, Choice]) -> Choice:
+    """The choice that an option names.
+
+    Raises:
+      ValueError: if it names none of them.
+    """
+    check_one_of(name, value, tuple(choices))
+    return choices[value]
+
+
+def check_layout(layout: Any, params: Any) -> None:
+    """Refuses a layout that `optax.inject_hyperparams` has called with a step count.
+
+    Raises:
+      ValueError: if it shows; the message says what to pass.
+    """
+    of_a_number = (
+        layout is not ANY_LEAF and layout == ANY_LEAF and any(map(np.ndim, jax.tree.leaves(params)))
+    )
+    if isinstance(layout, jax.Array) or of_a_number:
+        raise ValueError(_CALLED.format("layout"))
+
+
+def check_mask(weight_decay_mask: Any) -> None:
+    """Refuses a mask that `optax.inject_hyperparams` has called with a step count.
+
+    Raises:
+      ValueError: if it shows; the message says what to pass.
+    """
+    if isinstance(weight_decay_mask, (jax.Array, bool, np.bool_)):
+        raise ValueError(_CALLED.format("weight_decay_mask"))
+
+
+_CALLED = (
+    "{} arrived as what it gives for a single number. Under optax.inject_hyperparams a callable is "
+    "taken for a schedule: pass static_args=STATIC_ARGS."
+)
+
+
+def _is_concrete(value: Any) -> bool:
+    """Whether a hyperparameter is a number that can be looked at now."""
+    return value is not None and not callable(value) and not isinstance(value, Tracer)
+
+
+def _as_float(name: str, value: Any) -> float:
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"{name} must be a number or a schedule, got {value!r}.")
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number or a schedule, got {value!r}.") from error

@@ -1,0 +1,288 @@
+"""One rule per role: `by_role` sends each leaf to its direction, its weight decay and its learning rate.
+
+Only directions and rates are partitioned. Weight decay stands between them over the whole tree, so that
+a mask given as a tree has the structure of the parameters as the user knows them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from layout_optax.hyperparameters import Number, check_layout, check_mask, check_number, check_rate
+from layout_optax.layout import ROLES, LayoutLike
+from layout_optax.leaves import flatten_with_layout
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+OTHER = "other"
+"""Label of unmanaged leaves: a layout rule excludes them, and they use AdamW's direction."""
+
+
+class WholeModel(TypedDict, total=False):
+    """The keywords that every optimizer of a whole model takes beside its own; see `by_role`.
+
+    Attributes:
+      embedding_learning_rate: rate of the embedding's direction and decay; None for ``learning_rate``.
+      head_learning_rate: the same for the head.
+      vector_learning_rate: the same for vectors.
+      matrix_learning_rate: the same for matrices.
+      other_learning_rate: the same for unmanaged leaves, which a layout rule excludes.
+      learning_rate_multipliers: factors on ``learning_rate`` by role (``"other"`` among them), for roles
+        without a rate of their own.
+      weight_decay: decoupled, times the role's rate. A number or a schedule.
+      weight_decay_mask: a tree of booleans over all parameters, or a callable from parameters to one;
+        None decays all.
+    """
+
+    embedding_learning_rate: optax.ScalarOrSchedule | None
+    head_learning_rate: optax.ScalarOrSchedule | None
+    vector_learning_rate: optax.ScalarOrSchedule | None
+    matrix_learning_rate: optax.ScalarOrSchedule | None
+    other_learning_rate: optax.ScalarOrSchedule | None
+    learning_rate_multipliers: Mapping[str, float] | None
+    weight_decay: Number
+    weight_decay_mask: Any
+
+
+def takes_whole_model(weight_decay: float) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Gives an optimizer the keywords of `WholeModel` in its signature and its docstring.
+
+    The optimizer ends in ``**whole_model: Unpack[WholeModel]``, which type checkers and editors read. At run
+    time ``help``, `inspect.signature` and `optax.inject_hyperparams` see the keywords one by one, with their
+    types and defaults.
+
+    Args:
+      weight_decay: the default of ``weight_decay``; every other keyword defaults to None.
+
+    Returns:
+      A decorator. The decorated function raises TypeError for a keyword that it does not take.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        bare = inspect.signature(function, eval_str=True)
+        own = [p for p in bare.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        added = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=weight_decay if name == "weight_decay" else None,
+                annotation=annotation,
+            )
+            for name, annotation in get_type_hints(WholeModel).items()
+        ]
+        signature = bare.replace(parameters=[*own, *added])
+
+        @functools.wraps(function)
+        def optimizer(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}: {error}") from None
+            kwargs.setdefault("weight_decay", weight_decay)
+            return function(*args, **kwargs)
+
+        optimizer.__dict__["__signature__"] = signature
+        optimizer.__doc__ = _with_arguments(function.__doc__)
+        return optimizer
+
+    return decorate
+
+
+def by_role(
+    directions: Mapping[str, optax.GradientTransformation],
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    layout: LayoutLike = None,
+    **whole_model: Unpack[WholeModel],
+) -> optax.GradientTransformationExtraArgs:
+    r"""An optimizer of a whole model: a direction, a decay and a learning rate for every role.
+
+    Per parameter :math:`\theta` of role :math:`k`, with the direction :math:`u_k` of its gradient
+
+    .. math::
+      \theta \leftarrow \theta - \eta_k (u_k + \lambda \theta)
+
+    Every hybrid of `sage_optax` and every whole-model optimizer of `lorapre_optax` is a call of this function
+    with directions of its own; so is any composition of yours.
+
+    Args:
+      directions: a transformation per role, without learning rate and sign flip (``scale_by_...``). The roles
+        are ``"embedding"``, ``"head"``, ``"matrix"`` and ``"vector"``; ``"other"`` takes the leaves that a
+        layout rule excludes. Without an entry the head uses the embedding's direction and ``"other"``
+        `adam_direction`.
+      learning_rate: a number or schedule for every role that has no rate of its own.
+      layout: see `layout_optax.LayoutLike`; make the directions with the same.
+      **whole_model: see `WholeModel`; ``weight_decay`` defaults to 0 here.
+
+    Returns:
+      The chain of `optax.partition` over directions, `optax.add_decayed_weights` and the rates. Updates have
+      the gradients' dtypes, whatever numbers were injected as arrays.
+
+    Raises:
+      ValueError: for a role that does not exist or has no direction, a role with both a rate and a multiplier,
+        and numbers that are not finite.
+      TypeError: for a learning rate that is neither a number nor a schedule.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> adam = optax.scale_by_adam()
+      >>> rules = {"embedding": optax.scale_by_sign(), "matrix": adam, "vector": adam}
+      >>> tx = by_role(rules, 1e-3, matrix_learning_rate=1e-4)
+      >>> params = {"embed": jnp.ones((6, 4)), "up": {"kernel": jnp.ones((4, 8))}}
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> print(updates["embed"][0, 0], updates["up"]["kernel"][0, 0].round(6))
+      -0.001 -1e-04
+    """
+    mask = whole_model.get("weight_decay_mask")
+    decay = whole_model.get("weight_decay", 0.0)
+    check_mask(mask)
+    check_number("weight_decay", decay, 0)
+    labels = labels_by_role(layout)
+    return _in_gradient_dtype(
+        optax.chain(
+            optax.partition(_complete(directions), labels),
+            optax.add_decayed_weights(decay, mask),  # pyright: ignore[reportArgumentType]
+            _scale_by_rates(
+                learning_rate,
+                {role: whole_model.get(f"{role}_learning_rate") for role in (*ROLES, OTHER)},
+                whole_model.get("learning_rate_multipliers"),
+                labels,
+            ),
+        )
+    )
+
+
+def labels_by_role(layout: LayoutLike = None) -> Callable[[Any], Any]:
+    """A callable for `optax.partition`: every leaf's role, ``"other"`` where a rule excludes it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> labels_by_role()({"norm": {"scale": jnp.ones(4)}, "none": None})
+      {'none': None, 'norm': {'scale': 'vector'}}
+    """
+
+    def labels(tree: Any) -> Any:
+        check_layout(layout, tree)
+        leaves = flatten_with_layout(layout, tree)
+        return leaves.map(lambda _, found, leaf: found.role, other=lambda: OTHER)
+
+    return labels
+
+
+def adam_direction(
+    b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, mu_dtype: Any = None
+) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` with numbers or schedules."""
+    factory = optax.scale_by_adam
+    if any(map(callable, (b1, b2, eps))):
+        factory = optax.inject_hyperparams(
+            optax.scale_by_adam, static_args=("mu_dtype",), hyperparam_dtype=jnp.dtype("float32")
+        )
+    return factory(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)  # pyright: ignore[reportArgumentType]
+
+
+def times(
+    direction: optax.GradientTransformation, scale: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+    """A direction times a number or a schedule, before decay is added."""
+    # Named for rates, but this is the one public way to multiply by a number or a schedule.
+    return optax.chain(direction, optax.scale_by_learning_rate(scale, flip_sign=False))
+
+
+def _complete(
+    directions: Mapping[str, optax.GradientTransformation],
+) -> dict[Hashable, optax.GradientTransformation]:
+    """The directions with defaults for head and unmanaged leaves."""
+    known = (*ROLES, OTHER)
+    for role in directions:
+        if role not in known:
+            raise ValueError(f"by_role: unknown role {role!r} in directions; use {known}.")
+    complete: dict[Hashable, optax.GradientTransformation] = {**directions}
+    if "embedding" in complete:
+        complete.setdefault("head", complete["embedding"])
+    if OTHER not in complete:
+        complete[OTHER] = adam_direction()
+    for role in ROLES:
+        if role not in complete:
+            raise ValueError(
+                f"by_role: directions has no entry for {role!r}. Add one, for example "
+                "adam_direction()."
+            )
+    return complete
+
+
+def _in_gradient_dtype(
+    tx: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Casts updates back where a float32 hyperparameter or moment has widened them."""
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
+        new, state = tx.update(updates, state, params, **extra_args)
+        return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def _scale_by_rates(
+    learning_rate: optax.ScalarOrSchedule,
+    rates: Mapping[str, Any],
+    multipliers: Mapping[str, float] | None,
+    labels: Callable[[Any], Any],
+) -> optax.GradientTransformation:
+    """One learning rate for all, or one per role where any role has its own."""
+    check_rate("learning_rate", learning_rate)
+    multipliers = dict(multipliers or {})
+    own = {role: rate for role, rate in rates.items() if rate is not None}
+    for role, rate in own.items():
+        check_rate(f"{role}_learning_rate", rate)
+    for role, factor in multipliers.items():
+        if role not in rates:
+            raise ValueError(
+                f"learning_rate_multipliers: unknown role {role!r}; use {tuple(rates)}."
+            )
+        if role in own:
+            raise ValueError(
+                f"learning_rate_multipliers: {role} has both {role}_learning_rate and a multiplier; "
+                "give one."
+            )
+        check_rate(f"learning_rate_multipliers[{role!r}]", factor)
+        own[role] = _times(learning_rate, factor)
+    if not own:
+        return optax.scale_by_learning_rate(learning_rate)
+    by_label: dict[Hashable, optax.GradientTransformation] = {
+        role: optax.scale_by_learning_rate(own.get(role, learning_rate)) for role in rates
+    }
+    return optax.partition(by_label, labels)
+
+
+def _times(rate: optax.ScalarOrSchedule, factor: float) -> optax.ScalarOrSchedule:
+    return (lambda count: factor * rate(count)) if callable(rate) else factor * rate
+
+
+def _with_arguments(doc: str | None) -> str:
+    """A docstring whose ``**whole_model`` line is replaced by the arguments that `WholeModel` describes."""
+    arguments = inspect.cleandoc(WholeModel.__doc__ or "").partition("Attributes:\n")[2]
+    lines = ("    " + line if line.strip() else line for line in arguments.splitlines())
+    text, line, rest = (doc or "").partition("      **whole_model:")
+    if not line:
+        return text
+    return text + "\n".join(lines) + "\n" + rest.partition("\n")[2]
+
+
+__all__ = [
+    "OTHER",
+    "WholeModel",
+    "adam_direction",
+    "by_role",
+    "labels_by_role",
+    "takes_whole_model",
+    "times",
+]

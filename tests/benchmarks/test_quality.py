@@ -1,0 +1,97 @@
+"""The quality benchmark runs each cell once, in any number of sittings, and reports what there is."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from benchmarks.common import circumstances
+from benchmarks.peers import PEERS, register_peers
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality import report as quality_report
+from benchmarks.quality import rows as quality_rows
+from benchmarks.quality.cells import Cells
+from examples.llama.optimizers.registry import OPTIMIZERS, make_optimizer
+from examples.llama.optimizers.variants import parse_variant
+from tests.llama import tiny
+from tests.llama.random_params import random_params
+
+COMMON = {"batch_size": 8, "seq_len": 16, "eval_batches": 2, "log_every": 2}
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    rows = (
+        quality_rows.QualityRow("sage_hybrid", 1e-3, core=True),
+        quality_rows.QualityRow("lion_hybrid", 1e-3),
+    )
+    for module in (quality, quality_report):
+        monkeypatch.setattr(module, "ROWS", rows)
+        monkeypatch.setattr(module, "SEEDS", (0, 1))
+        monkeypatch.setattr(module, "TRIAL", 2)
+        monkeypatch.setattr(module, "FULL", 3)
+    for module in (quality_rows, quality_report):
+        monkeypatch.setattr(module, "DAMPERS", ("both",))
+        monkeypatch.setattr(module, "SINKHORN", {"one": "sage_hybrid"})
+    monkeypatch.setattr(quality, "MOST_TRIALS", 3)
+    monkeypatch.setattr(quality, "ROBUSTNESS", (4.0,))
+    return rows
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr("examples.llama.optimizers.registry.OPTIMIZERS", dict(OPTIMIZERS))
+    register_peers()
+    register_peers()
+
+
+def test_it_goes_on_where_it_stopped_and_ends_with_nothing_missing(few_rows, tmp_path, capsys):
+    cells = Cells(
+        tmp_path / "quality.json", model=tiny.MODEL, dataset=tiny.dataset(), common=COMMON
+    )
+    published = []
+    assert not quality.measure(cells, 0.0, lambda: published.append(1))
+    assert "minutes are over" in capsys.readouterr().out
+    assert not cells.stored["cells"]
+    quality_report.write_report(cells, tmp_path, circumstances("here"))
+    assert "| SAGE-Hybrid | missing |" in (tmp_path / "quality.md").read_text()
+
+    assert quality.measure(cells, 60.0, lambda: published.append(1))
+    done = len(cells.stored["cells"])
+    again = Cells(cells.path, model=tiny.MODEL, dataset=tiny.dataset(), common=COMMON)
+    assert quality.measure(again, 60.0, lambda: published.append(1))
+    assert (again.steps_run, len(again.stored["cells"])) == (0, done)
+
+    quality_report.write_report(again, tmp_path, circumstances("here"))
+    page = (tmp_path / "quality.md").read_text()
+    tables, _, off_best = page.partition("## A rate that is off")
+    assert "missing" not in tables
+    assert (
+        off_best.count("missing") == 2
+    )  # of four multiples, the search ran one and ROBUSTNESS one
+    core, single = quality_report.full_cells(again, few_rows[0]), again.best("lion_hybrid", 3)
+    assert [cell["seed"] for cell in core] == [0, 1]
+    assert core[0]["heldout_loss"] != core[1]["heldout_loss"]
+    assert f"| {single['heldout_perplexity']:.1f} | 1 of 1 |" in page
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "quality.png",
+        "quality_pareto.png",
+        "quality_rates.png",
+    }
+
+
+@pytest.mark.usefixtures("registry")
+def test_rows_are_written_in_the_form_of_their_keys():
+    keys = [row.key for row in quality_rows.ROWS] + [key for key, _ in quality_rows.controls()]
+    for key in keys:
+        assert parse_variant(key).key == key
+    assert len(set(quality_rows.ROWS)) == len(quality_rows.ROWS)
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_update_every_parameter(name):
+    params = random_params(tiny.MODEL)
+    tx = make_optimizer(name, 1e-2, rank=2 if PEERS[name].has_rank else None)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    assert all(jax.tree.leaves(jax.tree.map(lambda u: bool((u != 0).any()), updates)))

@@ -1,0 +1,111 @@
+"""Pictures of rows that differ in rank: which there are, how rows are told apart, where names stand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from examples.llama.comparing.plots import plot_comparison, row_styles
+from examples.llama.comparing.rank_plot import has_ranks, plot_ranks, spread
+from examples.llama.comparing.rows import Row, family, markdown_table
+from examples.llama.optimizers.variants import parse_variant
+
+PLAIN = ("adamw", "adamw:matrix_rate=0.25", "sinkgd")
+RANKED = tuple(
+    f"lorapre_adamw:rank={rank}{options}"
+    for rank in (4, 8, 16)
+    for options in ("", ":options=recommended")
+)
+
+
+def row(key, perplexity=30.0, state=0.5, status="finished", rank=None):
+    variant = parse_variant(key)
+    curve = [(1000.0 * k, 4.0 / k + math.log(perplexity)) for k in range(1, 5)]
+    return Row(
+        optimizer=variant.optimizer,
+        label=variant.label,
+        status=status,
+        learning_rate=1e-3,
+        rate_source="given",
+        heldout_loss=math.log(perplexity),
+        heldout_perplexity=perplexity,
+        train_loss=2.5,
+        steps=8,
+        tokens=8000,
+        parameters=10,
+        optimizer_state_bytes=int(state * 2**20),
+        state_ratio=state,
+        tokens_per_second=1e3,
+        median_step_seconds=0.1,
+        heldout_curve=curve,
+        train_curve=curve,
+        variant=key,
+        rank=rank or variant.options.get("rank"),
+        options=dict(variant.options),
+    )
+
+
+def test_rows_that_differ_in_rank_alone_are_one_family():
+    keys = {family(row(key)).key for key in RANKED}
+    assert keys == {"lorapre_adamw", "lorapre_adamw:options=recommended"}
+    assert family(row(RANKED[1])).label == "LoRA-Pre Adam recommended"
+    assert has_ranks([row(key) for key in RANKED])
+    assert not has_ranks([row(key) for key in (*PLAIN, *RANKED[:2])])
+    assert not has_ranks([row(RANKED[0]), row(RANKED[2], status="non_finite")])
+    # The rank of the preset counts as well as one that was given.
+    assert has_ranks([row("galore", rank=48), row("galore:rank=16")])
+
+
+def test_a_family_has_a_colour_and_a_rank_a_line():
+    styles = row_styles([row(key) for key in (*PLAIN, *RANKED)])
+    looks = [tuple(style.values()) for style in styles]
+    assert len(set(looks)) == len(looks)
+    paper, recommended = styles[3::2], styles[4::2]
+    assert {style["color"] for style in paper} != {style["color"] for style in recommended}
+    for one in (paper, recommended):
+        assert len({style["color"] for style in one}) == 1
+        assert len({style["linestyle"] for style in one}) == 3
+    many = row_styles([row(f"adamw:b1={b1 / 100}") for b1 in range(24)])
+    assert len({(style["color"], style["marker"]) for style in many}) == 24
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_pictures_are_drawn_of_few_rows_and_of_many(tmp_path, copies):
+    rows = [
+        row(
+            f"{key}:weight_decay=0.{copy}", 20.0 + 3 * i + copy, 0.0 if key == "sinkgd" else 0.2 * i
+        )
+        for copy in range(copies)
+        for i, key in enumerate((*PLAIN, *RANKED))
+    ]
+    rows.append(row("lion", status="non_finite"))
+    for plot in (plot_comparison, plot_ranks):
+        path = tmp_path / plot.__name__ / "picture.png"
+        plot(rows, path, "title", "python -m x " + "--long-option value " * 40)
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_in_the_margin_keep_their_order_and_a_gap():
+    heights = [5.0, 0.0, 1.0, 1.0, 50.0, 12.0, 49.0, 200.0]
+    places = spread(heights, 10.0)
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    found = [places[i] for i in order]
+    assert all(b - a >= 10.0 - 1e-9 for a, b in itertools.pairwise(found))
+    assert places[-1] == 200.0
+    assert sum(places) == pytest.approx(sum(heights))
+    assert spread([], 1.0) == []
+
+
+def test_the_table_says_once_what_each_optimizer_stores():
+    lines = markdown_table([row(key) for key in ("galore:rank=16", *RANKED)]).splitlines()
+    at = lines.index("What each stores:")
+    assert lines[at + 2 : at + 5] == [
+        "- GaLore: a projection of the larger side and two moments on the smaller, (max + 2 min) r "
+        "numbers a matrix; two moments for the rest",
+        "- LoRA-Pre Adam: two factor pairs, (2p + 2q) r numbers a p x q matrix; two moments for the rest",
+        "",
+    ]
+    assert lines[at - 2].startswith("| LoRA-Pre Adam r=16 recommended | 30.00 |")
+    assert lines[-1].startswith("Rates: GaLore r=16 given;")
