@@ -74,10 +74,25 @@ def leaf_seeds(
       >>> bool(one == leaf_seeds("layers/q", (8, 4, 5), stack)[3])
       True
     """
+    return seeds_of_words(path_words(path), shape, layout, seed)
+
+
+def path_words(path: str) -> tuple[int, ...]:
+    """The numbers that stand for a path in a seed: the hash of its name, then its stack indices."""
     name, indices = split_path(path)
-    seeds = fold(jnp.asarray(seed, jnp.uint32), zlib.crc32(name.encode()))
-    for index in indices:
-        seeds = fold(seeds, index)
+    return zlib.crc32(name.encode()), *indices
+
+
+def seeds_of_words(
+    words: Sequence[jax.Array | int],
+    shape: Sequence[int],
+    layout: ParamLayout,
+    seed: jax.Array | int = 0,
+) -> jax.Array:
+    """`leaf_seeds` of a path given by its `path_words`, which may be traced."""
+    seeds = jnp.asarray(seed, jnp.uint32)
+    for word in words:
+        seeds = fold(seeds, word)
     for axis in layout.batch_axes(len(shape)):
         seeds = fold(seeds[..., None], jnp.arange(shape[axis], dtype=jnp.uint32))
     return seeds
@@ -94,9 +109,14 @@ def element_bits(
     Returns:
       uint32, the parameter's shape.
     """
+    return bits_of_seeds(leaf_seeds(path, shape, layout, seed), shape, layout)
+
+
+def bits_of_seeds(seeds: jax.Array, shape: Sequence[int], layout: ParamLayout) -> jax.Array:
+    """`element_bits` from the seeds of the batch indices."""
     ndim = len(shape)
     core = layout.row_axes + layout.column_axes
-    bits = jnp.expand_dims(leaf_seeds(path, shape, layout, seed), core)
+    bits = jnp.expand_dims(seeds, core)
     # Rows and columns fold in turn: a product of coordinates would repeat along diagonals.
     for axis in core:
         index = jnp.arange(shape[axis], dtype=jnp.uint32)

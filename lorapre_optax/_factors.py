@@ -15,11 +15,13 @@ ICLR 2026, https://arxiv.org/abs/2602.24283.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -30,7 +32,7 @@ from layout_optax.axes import (
     sharding_without,
     subscripts,
 )
-from layout_optax.keys import element_bits
+from layout_optax.keys import bits_of_seeds, path_words, seeds_of_words
 from layout_optax.layout import ParamLayout
 
 DampingKind: TypeAlias = Literal["relative", "absolute"]
@@ -142,11 +144,20 @@ def normal_factor(
     rank_axis = len(shape) - 2
     # The one axis after the rank moves up by one; the factor is then a small "parameter" of its own.
     core = tuple(a if a < rank_axis else a + 1 for a in remaining(kept, removed))
-    bits = element_bits(path, shape, ParamLayout("matrix", (rank_axis,), core), jnp.uint32(seed))
+    words = np.asarray(path_words(path), np.uint32)
+    own = ParamLayout("matrix", (rank_axis,), core)
+    return _place(_hashed_normal(words, np.uint32(seed), shape, own), param, removed)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "layout"))
+def _hashed_normal(
+    words: jax.Array, seed: jax.Array, shape: tuple[int, ...], layout: ParamLayout
+) -> jax.Array:
+    """Standard normal numbers from hashed coordinates: XLA compiles it once for each shape."""
+    bits = bits_of_seeds(seeds_of_words(list(words), shape, layout, seed), shape, layout)
     # 23 bits and the middle of each cell: never 0 or 1, where the quantile is infinite.
     uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
-    values = jnp.sqrt(jnp.float32(2)) * jax.lax.erf_inv(2 * uniform - 1)
-    return _place(values, param, removed)
+    return jnp.sqrt(jnp.float32(2)) * jax.lax.erf_inv(2 * uniform - 1)
 
 
 def reconstruct(

@@ -154,7 +154,7 @@ History: TypeAlias = Any
 """A `FullHistory` or a `FactoredHistory`; each takes back in ``keep`` what its own ``step`` returned."""
 
 
-def init(options: MomentOptions, layout: LayoutLike, seed: int = 0) -> Callable:
+def init(options: MomentOptions, layout: LayoutLike, seed: int = 0) -> Callable[..., LowRankState]:
     """The ``init`` of one low-rank moment; ``seed`` tells the moments of one optimizer apart."""
 
     def init_fn(params: PyTree) -> LowRankState:

@@ -182,6 +182,13 @@ def test_one_cholesky_call_solves_a_model(layers, monkeypatch):
         assert calls() == 3
 
 
+def test_an_eager_init_compiles_the_hash_once_for_each_shape():
+    params = {f"layer_{i}": {"q": {"kernel": jnp.ones((24, 40))}} for i in range(6)}
+    before = _factors._hashed_normal._cache_size()
+    lorapre_adamw(1e-3, 3).init(params)
+    assert _factors._hashed_normal._cache_size() - before <= 1
+
+
 def test_groups_return_each_inverse_to_its_place(monkeypatch):
     rng = np.random.default_rng(0)
     grams = []
