@@ -161,9 +161,7 @@ def _peaks(g: jax.Array, layout: ParamLayout, dtype: Any):
     return row_exponent, column_exponent - _PEAK_LIFT, row_used, column_used
 
 
-def _weighted(
-    squares: jax.Array, weights: jax.Array, layout: ParamLayout, over: str
-) -> jax.Array:
+def _weighted(squares: jax.Array, weights: jax.Array, layout: ParamLayout, over: str) -> jax.Array:
     """Sums of the squares times weights over rows or columns, kept with size 1."""
     axes, others = layout.column_axes, layout.row_axes
     if over == "rows":
@@ -223,7 +221,9 @@ def _first_sweep(g: jax.Array, layout: ParamLayout, rule: _Rule):
     dtype = compute_dtype(g.dtype)
     norms = _all_sizes(g.astype(dtype), layout.column_axes)
     used = norms.mantissa != 0
-    rows = divided(Scaling(used.astype(dtype), jnp.zeros_like(norms.exponent)), norms, rule.first_eps)
+    rows = divided(
+        Scaling(used.astype(dtype), jnp.zeros_like(norms.exponent)), norms, rule.first_eps
+    )
     half = (rows.exponent + _FIRST_LIFT) >> 1
     first, second = jax.lax.optimization_barrier(
         (
