@@ -96,7 +96,8 @@ def sinkhorn(
       iterations: number of sweeps, at least 1 (a smaller traced value counts as 1); may be traced.
       eps: added to each norm; may be traced.
       variant: ``"unit"`` or ``"sqrt"``.
-      vectors_dtype: see `scale_by_sinkhorn`.
+      vectors_dtype: on an accelerator, the dtype of a copy that all sweeps but the last read; None reads the
+        gradient itself.
 
     Returns:
       ``diag(r) G diag(c)``, shape of ``g``, float32 or wider. Subnormal numbers count as zero.
@@ -113,12 +114,19 @@ def sinkhorn(
     rule, gain = _Rule(eps, eps, eps, 1.0), 1.0
     if variant == "sqrt":  # the loop's iterate is n^(1/2) times ours, except the gradient itself
         rule, gain = _Rule(eps, eps / n_rows**0.5, eps / n_columns**0.5, 1.0), n_rows**0.5
+
+    def by_products(g: jax.Array) -> tuple[Scaling, Scaling]:
+        return _by_products(g, layout, iterations, rule)
+
+    def by_sums(g: jax.Array) -> tuple[Scaling, Scaling]:
+        return _by_sums(g, layout, iterations, rule, vectors_dtype)
+
+    if (
+        n_rows == n_columns == 1
+    ):  # XLA:CPU was seen to make NaN of the other form for single numbers
+        by_sums = by_products
     # Chosen when the program is lowered, so that one machine can compile for another.
-    rows, columns = jax.lax.platform_dependent(
-        g,
-        cpu=lambda g: _by_products(g, layout, iterations, rule),
-        default=lambda g: _by_sums(g, layout, iterations, rule, vectors_dtype),
-    )
+    rows, columns = jax.lax.platform_dependent(g, cpu=by_products, default=by_sums)
     return scaled(g, Scaling(rows.mantissa * gain, rows.exponent), columns)
 
 
@@ -208,7 +216,7 @@ def _by_sums(
 def _vectors_dtype(dtype: Any, wanted: Any) -> jnp.dtype:
     """What the sweeps before the last one read: the wanted dtype where it is narrower."""
     if wanted is None:
-        wanted = jnp.bfloat16 if dtype == jnp.float32 else dtype
+        return jnp.dtype(dtype)
     narrower = jnp.finfo(wanted).bits < jnp.finfo(dtype).bits
     return jnp.dtype(wanted if narrower else dtype)
 

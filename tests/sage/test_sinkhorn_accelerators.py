@@ -1,0 +1,74 @@
+"""The form of Sinkhorn's algorithm that accelerators run, on a CPU, against the float64 plain loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sage_optax import _sinkhorn, scale_by_sinkhorn
+from tests import reference
+from tests.sage import directions
+from tests.sage.common import LAYOUTS
+from tests.sage.directions import KERNEL, WEIGHT, check, normal
+from tests.sage.test_sinkhorn import EXTREMES, SETTINGS
+
+
+@pytest.fixture(autouse=True)
+def _accelerators_form(monkeypatch):
+    """Runs the other platforms' form where a CPU would run its own."""
+
+    def by_sums(g, layout, iterations, rule):
+        return _sinkhorn._by_sums(g, layout, iterations, rule)
+
+    monkeypatch.setattr(_sinkhorn, "_by_products", by_sums)
+    directions.compiled.cache_clear()
+    yield
+    directions.compiled.cache_clear()
+
+
+# Single numbers take the CPU's form everywhere.
+MATRICES = [name for name in EXTREMES if np.size(EXTREMES[name]) > 1]
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_reference_on_extremes(name):
+    for settings in SETTINGS.values():
+        check(EXTREMES[name], **settings)
+    if EXTREMES[name].shape == (24, 40):
+        check(EXTREMES[name].T, KERNEL, iterations=25)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "scalar"])
+def test_reference_on_every_layout(name):
+    layout, shape = LAYOUTS[name]
+    check(normal(*shape), layout, variant="sqrt")
+
+
+def test_a_narrow_copy_costs_less_than_three_ten_thousandths_of_the_direction():
+    """All sweeps but the last read bfloat16; heavy tails and rows and columns of many sizes included."""
+    gradients = {
+        "normal": normal(96, 160),
+        "heavy tails": np.random.default_rng(1).standard_t(2, (96, 160)),
+        "rows and columns of every size": normal(96, 160)
+        * np.exp(4 * normal(96, 1, seed=1) + 4 * normal(1, 160, seed=2)),
+    }
+    for name, g in gradients.items():
+        g = jnp.asarray(g, jnp.float32)
+        factors = jax.jit(
+            lambda g: _sinkhorn._by_sums(
+                g, WEIGHT, 5, _sinkhorn._Rule(*(jnp.float32(1e-8),) * 3, 1.0), jnp.bfloat16
+            )
+        )(g)
+        found = np.asarray(_sinkhorn.scaled(g, *factors), np.float64)
+        expected = reference.sinkhorn(np.asarray(g), WEIGHT)
+        error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+        assert error < 3e-4, name
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_no_squares_are_written_for_an_accelerator(platform):
+    """The lowered program holds no product of a matrix with a vector, which would need the squares."""
+    g = {"up": {"kernel": jnp.ones((24, 40), jnp.bfloat16)}}
+    tx = scale_by_sinkhorn()
+    text = jax.jit(tx.update).trace(g, tx.init(g)).lower(lowering_platforms=(platform,)).as_text()
+    assert "dot_general" not in text
