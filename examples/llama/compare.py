@@ -15,29 +15,30 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import tyro
 from rich.console import Console
 
 from examples.llama.comparing.comparison import CompareConfig, Comparison
 from examples.llama.devices.processes import start_devices
-from examples.llama.training.run import INTERRUPTED_EXIT, USAGE_EXIT
+from examples.llama.reporting.command import fail, parse
+from examples.llama.training.run import INTERRUPTED_EXIT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    config = tyro.cli(CompareConfig, args=arguments, prog="python -m examples.llama.compare")
+    config = parse(CompareConfig, arguments, prog="python -m examples.llama.compare")
     console = Console()
     try:
         config = start_devices(config)
         comparison = Comparison(config, console=console)
-    except ValueError as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
-        return USAGE_EXIT
+    except (ValueError, OSError) as error:
+        return fail(error, CompareConfig)
     try:
         comparison.run()
     except KeyboardInterrupt:
         Console(stderr=True).print("Interrupted. The same command continues from here.")
         return INTERRUPTED_EXIT
+    except OSError as error:
+        return fail(error, CompareConfig)
     return 0
 
 

@@ -11,24 +11,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import tyro
 from rich.console import Console
 
 from examples.llama.finetuning.evaluation import EvaluateConfig, run
-from examples.llama.training.checkpoints import quiet_orbax
-
-USAGE_EXIT = 2
+from examples.llama.reporting.command import command
+from examples.llama.training.orbax_noise import quiet_orbax
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m examples.llama.evaluate")
+    return command(EvaluateConfig, _evaluate, arguments, prog="python -m examples.llama.evaluate")
+
+
+def _evaluate(config: EvaluateConfig) -> int:
     quiet_orbax()
-    try:
-        summary = run(config)
-    except (ValueError, FileNotFoundError) as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
-        return USAGE_EXIT
+    summary = run(config)
     low, high = summary["interval_95"]
     Console().print(
         f"{summary['correct']} of {summary['problems']} right: {100 * summary['accuracy']:.2f} % "

@@ -14,15 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
 from examples.llama.finetuning.loading import Model, load_model
 from examples.llama.model.hf_write import TOKENIZER_FILES, Dtype, save_folder
+from examples.llama.reporting.command import command
 from examples.llama.reporting.folders import check_output
-from examples.llama.training.checkpoints import quiet_orbax
-
-USAGE_EXIT = 2
+from examples.llama.training.orbax_noise import quiet_orbax
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,8 @@ def export(config: ExportConfig) -> list[Path]:
         FileExistsError: The folder holds a model and `overwrite` is not set, or it is no place for one.
     """
     check_output(config.out, "model", {"--model": config.model})
+    if not config.max_file_gb > 0:
+        raise ValueError(f"max_file_gb must be positive, got {config.max_file_gb}")
     model = load_model(config.model)
     written = save_folder(
         config.out,
@@ -84,14 +84,12 @@ def _name_stop_tokens(path: Path, model: Model) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    config = tyro.cli(ExportConfig, args=arguments, prog="python -m examples.llama.export")
+    return command(ExportConfig, _export, arguments, prog="python -m examples.llama.export")
+
+
+def _export(config: ExportConfig) -> int:
     quiet_orbax()
-    try:
-        written = export(config)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
-        return USAGE_EXIT
-    for path in written:
+    for path in export(config):
         Console().print(str(path), markup=False, highlight=False, soft_wrap=True)
     return 0
 

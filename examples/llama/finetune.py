@@ -12,15 +12,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import tyro
-
 from examples.llama.finetuning.run import FinetuneConfig, FinetuneRun
+from examples.llama.reporting.command import parse
 from examples.llama.training.run import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    config = tyro.cli(FinetuneConfig, args=arguments, prog="python -m examples.llama.finetune")
+    config = parse(FinetuneConfig, arguments, prog="python -m examples.llama.finetune")
     return run_command(
         config,
         lambda config, console: FinetuneRun(config, console=console),

@@ -11,16 +11,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 
 from examples.llama.finetuning.loading import load_model
 from examples.llama.model.generation import Generator, Sampling
-from examples.llama.training.checkpoints import quiet_orbax
-
-USAGE_EXIT = 2
+from examples.llama.reporting.command import command
+from examples.llama.training.orbax_noise import quiet_orbax
 
 
 @dataclass(frozen=True)
@@ -40,32 +39,31 @@ class GenerateConfig:
     """Seed of the draws."""
     stop: list[str] | None = None
     """Tokens that end a completion, by their text; by default the model's own."""
-    compute_dtype: str = "float32"
-    """Dtype of matrix products and cache: float32 or bfloat16."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of matrix products and cache."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    config = tyro.cli(GenerateConfig, args=arguments, prog="python -m examples.llama.generate")
+    return command(GenerateConfig, _generate, arguments, prog="python -m examples.llama.generate")
+
+
+def _generate(config: GenerateConfig) -> int:
     quiet_orbax()
     console = Console()
-    try:
-        sampling = Sampling(config.temperature, config.top_p, config.seed)
-        model = load_model(config.model)
-        prompts = [model.encode(text) for text in config.prompt]
-        stop_ids = model.stop_ids if config.stop is None else model.token_ids(config.stop)
-        generator = Generator(
-            model.structure(config.compute_dtype),
-            model.params,
-            batch_size=len(prompts),
-            prompt_tokens=max(map(len, prompts)),
-            new_tokens=config.new_tokens,
-            stop_ids=stop_ids,
-        )
-        completions = generator(prompts, sampling)
-    except (ValueError, FileNotFoundError) as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
-        return USAGE_EXIT
+    sampling = Sampling(config.temperature, config.top_p, config.seed)
+    model = load_model(config.model)
+    prompts = [model.encode(text) for text in config.prompt]
+    stop_ids = model.stop_ids if config.stop is None else model.token_ids(config.stop)
+    generator = Generator(
+        model.structure(config.compute_dtype),
+        model.params,
+        batch_size=len(prompts),
+        prompt_tokens=max(map(len, prompts)),
+        new_tokens=config.new_tokens,
+        stop_ids=stop_ids,
+    )
+    completions = generator(prompts, sampling)
     for text, completion in zip(config.prompt, completions, strict=True):
         console.print(text, style="bold", end="", markup=False, soft_wrap=True, highlight=False)
         answer = model.decode(completion.tokens)

@@ -16,23 +16,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
 from examples.llama.comparing.plan import PlanConfig, answer, make_plan, plan_table
+from examples.llama.reporting.command import command
 from examples.llama.reporting.files import write_json
-
-USAGE_EXIT = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    config = tyro.cli(PlanConfig, args=arguments, prog="python -m examples.llama.plan")
-    try:
-        plan = make_plan(config)
-    except (ValueError, FileNotFoundError) as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
-        return USAGE_EXIT
+    return command(PlanConfig, _plan, arguments, prog="python -m examples.llama.plan")
+
+
+def _plan(config: PlanConfig) -> int:
+    plan = make_plan(config)
     if config.json == "-":
         print(json.dumps(plan.to_dict(), indent=2))
         return 0

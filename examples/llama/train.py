@@ -12,8 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import tyro
-
+from examples.llama.reporting.command import parse
 from examples.llama.reporting.folders import FolderError
 from examples.llama.training.checkpoints import SchemaError
 from examples.llama.training.config import TrainConfig
@@ -24,7 +23,7 @@ from examples.llama.training.run import Run, run_command
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    config = tyro.cli(TrainConfig, args=arguments, prog="python -m examples.llama.train")
+    config = parse(TrainConfig, arguments, prog="python -m examples.llama.train")
     return run_command(
         config,
         lambda config, console: Run(config, console=console),

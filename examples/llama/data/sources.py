@@ -204,7 +204,9 @@ def _field(record: object, field: str, where: str) -> str:
         raise DataError(f"{where} is of type {type(record).__name__}, not an object with fields.")
     if field not in record:
         fields = ", ".join(map(repr, record)) or "none"
-        raise DataError(f"{where} has no field {field!r} (its fields: {fields}).")
+        raise DataError(
+            f"{where} has no field {field!r} (its fields: {fields}); name its text's with --text-field."
+        )
     text = record[field]
     if not isinstance(text, str):
         raise DataError(f"{where} has type {type(text).__name__} in field {field!r}, not text.")

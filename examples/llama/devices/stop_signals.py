@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
+
+STDERR = 2
+"""Where the answer to a signal goes, whatever Python writes to at that moment."""
 
 
 class StopSignals:
@@ -49,6 +53,10 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
+        saving = " and saving" if signal.SIGTERM in self._signals or self._sync else ""
+        again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
+        # Not by print: the signal may have come in the midst of one.
+        os.write(STDERR, f"\nStopping after this step{saving}{again}.\n".encode())
         # Now and not at the second signal: that one may come while C++ runs and Python does not.
         for sig in self._previous:
             signal.signal(sig, signal.SIG_DFL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -122,14 +123,19 @@ def load_model(folder: str | Path, *, tokenizer: str | Path | None = None) -> Mo
     folder = Path(folder).expanduser()
     path = folder / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no {CONFIG} in {folder}; give a Hugging Face folder or a run's folder"
-        )
+        raise FileNotFoundError(f"no {CONFIG} in {folder}; {_how_to_get(folder)}")
     fields = json.loads(path.read_text(encoding="utf-8"))
     read_tokenizer = load_tokenizer(folder if tokenizer is None else tokenizer)
     if "settings" not in fields:
         return _hub_model(folder, fields, read_tokenizer)
     return _run_model(folder, fields, read_tokenizer)
+
+
+def _how_to_get(folder: Path) -> str:
+    """What to do about a folder that is no model: it may be the name of one on the hub."""
+    if not folder.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", str(folder)):
+        return f"if it is a model of the hub: hf download {folder} --local-dir {folder.name}"
+    return "give a Hugging Face folder or a run's folder"
 
 
 def on_one_device(params: Params) -> Any:

@@ -82,7 +82,9 @@ def save_folder(
     files = _files(tensors, np.dtype(_DTYPES[dtype]).itemsize, max_file_bytes)
     old = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
     if old and not overwrite:
-        raise FileExistsError(f"{folder} holds a model; give another folder, or overwrite it")
+        raise FileExistsError(
+            f"{folder} holds a model; give another folder, or --overwrite to replace it"
+        )
     copies = [] if tokenizer is None else _tokenizer_files(Path(tokenizer))
     folder.mkdir(parents=True, exist_ok=True)
     # Everything is written beside the old files first: an error on the way leaves them as they were.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +73,8 @@ class MetricsWriter:
         self._file.flush()
         if self._events is not None:
             for name, value in numbers.items():
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+                if math.isfinite(value):  # tensorboardX warns of every other, at length
+                    self._events.add_scalar(f"{kind}/{name}", value, step)
             self._events.flush()
 
     def sync(self) -> None:

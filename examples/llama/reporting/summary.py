@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rich.markup import escape
 from rich.table import Table
 
 from examples.llama.reporting.progress import duration
@@ -107,7 +108,8 @@ def perplexity(loss: float) -> float:
 
 def summary_table(summary: RunSummary) -> Table:
     """The summary as a table for the terminal."""
-    table = Table(title=f"{summary.optimizer} on {summary.preset}: {summary.status}", min_width=48)
+    title = escape(f"{summary.optimizer} on {summary.preset}: {summary.status}")
+    table = Table(title=title, min_width=48)
     table.add_column("result")
     table.add_column("value", justify="right")
     rows = {
@@ -135,7 +137,7 @@ def summary_table(summary: RunSummary) -> Table:
         "corpus": summary.corpus_sha256[:12],
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,6 @@ FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged-checkpoints"
 """Names of a run's folders of checkpoints, and of those that were found to be damaged."""
 
 _STATE, _RUN, _LOSS = "state", "run", "heldout_loss"
-
-
-def quiet_orbax() -> None:
-    """Hides Orbax's warnings of what is meant: a folder that is only read, a save that waits for the last."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 class CheckpointError(ValueError):

@@ -89,8 +89,12 @@ def check_same_run(
     refused = [row for row in found if row.migration not in migrations]
     if refused:
         hints = sorted({row.migration for row in refused if row.migration})
+        said = "; ".join(map(str, refused))
+        if not all(row.migration for row in refused):
+            # The others would be refused all the same.
+            said, hints = "; ".join(map(_with_migration, refused)), []
         how = f"give the run's own options or another --out{_or_migrate(hints)}"
-        raise ResumeError(f"{folder} holds another run: {'; '.join(map(str, refused))}; {how}")
+        raise ResumeError(f"{folder} holds another run: {said}; {how}")
     return found
 
 
@@ -201,6 +205,10 @@ def _restored(
         if program.state_shardings is not None:
             state = jax.device_put(state, program.state_shardings)
     return state
+
+
+def _with_migration(row: Difference) -> str:
+    return f"{row} (--migrate {row.migration} allows that)" if row.migration else str(row)
 
 
 def _or_migrate(hints: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from examples.llama.devices.processes import (
 )
 from examples.llama.devices.stop_signals import StopSignals
 from examples.llama.model.config import LlamaConfig
+from examples.llama.reporting.command import fail
 from examples.llama.reporting.files import (
     CONFIG,
     SUMMARY,
@@ -43,11 +44,11 @@ from examples.llama.training.checkpoints import (
     Checkpoints,
     SaveError,
     checkpoint_steps,
-    quiet_orbax,
 )
 from examples.llama.training.config import TrainConfig, data_config, resolve
 from examples.llama.training.migrations import parse_migrations
 from examples.llama.training.notes import rank_note
+from examples.llama.training.orbax_noise import quiet_orbax
 from examples.llama.training.program import Program
 from examples.llama.training.recorder import NonFiniteLossError, Recorder
 from examples.llama.training.replacement import Replacement, locked, recover
@@ -62,7 +63,7 @@ from examples.llama.training.step import TrainState
 
 C = TypeVar("C", bound=ClusterConfig)
 
-INTERRUPTED_EXIT, USAGE_EXIT = 130, 2
+INTERRUPTED_EXIT = 130
 TOKENIZER = "tokenizer.json"
 EXIT_CODES = {
     "finished": 0,
@@ -98,26 +99,26 @@ def run_command(
     try:
         config = start_devices(config)
     except (ValueError, RuntimeError) as error:
-        errors.print(f"error: {error}", markup=False, soft_wrap=True)
-        return USAGE_EXIT
+        return fail(error, type(config))
     console = Console(quiet=not is_main())
     try:
         run = prepared(config, console, make_run)
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
-        errors.print(f"error: {error}", markup=False, soft_wrap=True)
-        return USAGE_EXIT
+    except (ValueError, OSError) as error:
+        return fail(error, type(config))
     try:
         summary = run.train()
         finish()
-    except usage_errors as error:
-        errors.print(f"error: {error}", markup=False, soft_wrap=True)
-        return USAGE_EXIT
+    except (*usage_errors, OSError) as error:
+        # What the others were told to wait for does not come, unless all of them see the same.
+        if jax.process_count() > 1 and isinstance(error, OSError):
+            abort()
+        return fail(error, type(config))
     except Exception:
         if jax.process_count() > 1:
             abort()
         raise
     console.print(summary_table(summary))
-    console.print(f"Written to {run.config.out}", highlight=False, soft_wrap=True)
+    console.print(f"Written to {run.config.out}", markup=False, highlight=False, soft_wrap=True)
     if summary.message:
         errors.print(summary.message, markup=False, soft_wrap=True)
     return EXIT_CODES[summary.status]
@@ -128,7 +129,7 @@ def prepared(config: C, console: Console, make_run: Callable[[C, Console], Run])
     run, problem = None, None
     try:
         run = make_run(config, console)
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         problem = error
     agree(problem, "" if run is None else run.identity())
     assert run is not None

@@ -115,3 +115,21 @@ def test_summary_of_a_run_that_reached_nothing_can_be_written_and_shown(tmp_path
     console.print(summary_table(summary))
     assert "0.250 of AdamW's" in console.file.getvalue()
     assert (size(3 * 2**40), perplexity(0.0)) == ("3.00 TiB", 1.0)
+
+
+def test_bytes_that_are_no_text_end_the_lines_that_count(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write("train", 1, {"loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"kind": "train", "step": 2, "loss": \xff\xfe')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+    with MetricsWriter(tmp_path, tensorboard=False, keep_until=1) as writer:
+        writer.write("train", 2, {"loss": 2.0})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_numbers_that_are_not_finite_go_to_the_lines_alone(tmp_path, caplog):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("train", 1, {"loss": float("nan"), "grad_norm": 1.0})
+    assert read_metrics(tmp_path)[0]["loss"] == "NaN"
+    assert not caplog.records
