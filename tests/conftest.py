@@ -5,7 +5,7 @@ Two environment variables, which the Makefile sets, choose what a run does:
 * ``TEST_CODEGEN=quick`` has XLA:CPU generate plain code: the partitioner and the mathematics stay, compiling
   takes a third of the time. Tests marked ``full_codegen`` (bits, bytes, HLO, long scans) are left to a run
   without it.
-* ``TEST_PART=2/6`` keeps the second of six parts of the tests, whole files at a time.
+* ``TEST_PART=2/6`` keeps the second of six parts of the tests that ``-m`` selects, whole files at a time.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import zlib
-from collections.abc import Sequence
 
 import hypothesis
 import jax
 import pytest
+
+from tests.parts import part_of
 
 QUICK = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
 
@@ -44,19 +44,15 @@ def use_quick_codegen() -> None:
     os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
-def in_part(nodeid: str, part: int, parts: int) -> bool:
-    """Whether a test's file belongs to one of several parts, numbered from 1."""
-    return zlib.crc32(nodeid.partition("::")[0].encode()) % parts == part - 1
-
-
+@pytest.hookimpl(trylast=True)  # after -m, so that a part is one of the tests that would run
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what another run does: see the module's docstring."""
-    kept: Sequence[pytest.Item] = items
+    kept = list(items)
     if QUICK_CODEGEN:
         kept = [item for item in kept if item.get_closest_marker("full_codegen") is None]
     if PART:
-        number, count = map(int, PART.split("/"))
-        kept = [item for item in kept if in_part(item.nodeid, number, count)]
+        nodeids = part_of([item.nodeid for item in kept], *map(int, PART.split("/")))
+        kept = [item for item in kept if item.nodeid in nodeids]
     if len(kept) < len(items):
         kept_ids = {id(item) for item in kept}
         config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept_ids])
