@@ -269,12 +269,12 @@ def _times(rate: optax.ScalarOrSchedule, factor: float) -> optax.ScalarOrSchedul
 
 def _with_arguments(doc: str | None) -> str:
     """A docstring whose ``**whole_model`` line is replaced by the arguments that `WholeModel` describes."""
+    # Python 3.13 takes the indentation of docstrings off when it compiles them, earlier ones do not.
     arguments = inspect.cleandoc(WholeModel.__doc__ or "").partition("Attributes:\n")[2]
-    lines = ("    " + line if line.strip() else line for line in arguments.splitlines())
-    text, line, rest = (doc or "").partition("      **whole_model:")
+    text, line, rest = inspect.cleandoc(doc or "").partition("  **whole_model:")
     if not line:
         return text
-    return text + "\n".join(lines) + "\n" + rest.partition("\n")[2]
+    return text + arguments + "\n" + rest.partition("\n")[2]
 
 
 __all__ = [
