@@ -103,7 +103,7 @@ def train(
     for number, tokens in enumerate(
         batches(train_windows, settings.batch_size, settings.steps, seed), start=1
     ):
-        state, metrics, _ = program.step(state, tokens, peak)
+        state, metrics, _ = program.step(state, {"tokens": tokens}, peak)
         if number == 1:
             jax.block_until_ready(state)
             began = time.perf_counter()  # the first step warms up
@@ -111,7 +111,7 @@ def train(
             curve.append([number * settings.tokens_per_step, float(metrics.loss)])
     jax.block_until_ready(state)
     seconds = time.perf_counter() - began
-    loss, count = program.evaluate(state.params, heldout)
+    loss, count = program.evaluate(state.params, [{"tokens": rows} for rows in heldout])
     finite = math.isfinite(loss)
     return {
         "heldout_loss": loss if finite else None,

@@ -23,8 +23,9 @@ from examples.llama.reporting.files import CONFIG, SUMMARY, read_json
 from examples.llama.reporting.metrics import read_metrics
 from examples.llama.reporting.summary import RunSummary, summary_table
 from examples.llama.training.config import resolve
-from examples.llama.training.program import Program, _create_params
+from examples.llama.training.program import Program
 from examples.llama.training.run import train
+from examples.llama.training.sources import _create_params
 from examples.llama.training.step import init_state
 from layout_optax.layout import path_string
 from tests.llama import tiny
