@@ -111,7 +111,9 @@ def test_all_start_from_the_same_parameters_and_see_the_same_batches(tmp_path, m
     def watched(self, state, batch, peak, **options):
         name = self.settings.optimizer
         first = np.asarray(state.params["embed_tokens"]["embedding"])[:2, :2].tobytes()
-        seen.setdefault(name, []).append((batch["tokens"].tobytes(), None if seen.get(name) else first))
+        seen.setdefault(name, []).append(
+            (batch["tokens"].tobytes(), None if seen.get(name) else first)
+        )
         return step(self, state, batch, peak, **options)
 
     monkeypatch.setattr(Program, "step", watched)

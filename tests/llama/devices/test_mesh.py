@@ -201,10 +201,10 @@ def test_a_step_compiles_once_and_the_state_stays_where_it_was(compiled):
     assert compiles == 1
     tokens = np.zeros((8, 17), np.int32)
     state = made.init(0)
-    state, _, _ = made.step(state, tokens, RATE)
+    state, _, _ = made.step(state, {"tokens": tokens}, RATE)
     with compiles_counted() as events:
         for _ in range(3):
-            state, _, _ = made.step(state, tokens, RATE)
+            state, _, _ = made.step(state, {"tokens": tokens}, RATE)
     assert not events
     held = 0
     for leaf, sharding in zip(
