@@ -11,13 +11,13 @@ import inspect
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack, get_type_hints
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from layout_optax.hyperparameters import Number, check_layout, check_mask, check_number, check_rate
 from layout_optax.layout import ROLES, LayoutLike
 from layout_optax.leaves import flatten_with_layout
+from layout_optax.promotion import in_gradient_dtype, with_standard_promotion
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -146,10 +146,10 @@ def by_role(
     check_mask(mask)
     check_number("weight_decay", decay, 0)
     labels = labels_by_role(layout)
-    return _in_gradient_dtype(
+    return in_gradient_dtype(
         optax.chain(
             optax.partition(_complete(directions), labels),
-            optax.add_decayed_weights(decay, mask),  # pyright: ignore[reportArgumentType]
+            decayed_weights(decay, mask),
             _scale_by_rates(
                 learning_rate,
                 {role: whole_model.get(f"{role}_learning_rate") for role in (*ROLES, OTHER)},
@@ -186,7 +186,8 @@ def adam_direction(
         factory = optax.inject_hyperparams(
             optax.scale_by_adam, static_args=("mu_dtype",), hyperparam_dtype=jnp.dtype("float32")
         )
-    return factory(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)  # pyright: ignore[reportArgumentType]
+    adam = factory(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)  # pyright: ignore[reportArgumentType]
+    return with_standard_promotion(adam, keep_dtypes=True)
 
 
 def times(
@@ -194,7 +195,21 @@ def times(
 ) -> optax.GradientTransformation:
     """A direction times a number or a schedule, before decay is added."""
     # Named for rates, but this is the one public way to multiply by a number or a schedule.
-    return optax.chain(direction, optax.scale_by_learning_rate(scale, flip_sign=False))
+    return optax.chain(direction, scale_by_rate(scale, flip_sign=False))
+
+
+def decayed_weights(weight_decay: Number, mask: Any = None) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights`, with schedules for parameters of any dtype in any promotion mode."""
+    return with_standard_promotion(
+        optax.add_decayed_weights(weight_decay, mask)  # pyright: ignore[reportArgumentType]
+    )
+
+
+def scale_by_rate(
+    rate: optax.ScalarOrSchedule, *, flip_sign: bool = True
+) -> optax.GradientTransformation:
+    """`optax.scale_by_learning_rate`, in any promotion mode."""
+    return with_standard_promotion(optax.scale_by_learning_rate(rate, flip_sign=flip_sign))
 
 
 def _complete(
@@ -217,18 +232,6 @@ def _complete(
                 "adam_direction()."
             )
     return complete
-
-
-def _in_gradient_dtype(
-    tx: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-    """Casts updates back where a float32 hyperparameter or moment has widened them."""
-
-    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
-        new, state = tx.update(updates, state, params, **extra_args)
-        return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
-
-    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
 def _scale_by_rates(
@@ -256,9 +259,9 @@ def _scale_by_rates(
         check_rate(f"learning_rate_multipliers[{role!r}]", factor)
         own[role] = _times(learning_rate, factor)
     if not own:
-        return optax.scale_by_learning_rate(learning_rate)
+        return scale_by_rate(learning_rate)
     by_label: dict[Hashable, optax.GradientTransformation] = {
-        role: optax.scale_by_learning_rate(own.get(role, learning_rate)) for role in rates
+        role: scale_by_rate(own.get(role, learning_rate)) for role in rates
     }
     return optax.partition(by_label, labels)
 
@@ -282,7 +285,9 @@ __all__ = [
     "WholeModel",
     "adam_direction",
     "by_role",
+    "decayed_weights",
     "labels_by_role",
+    "scale_by_rate",
     "takes_whole_model",
     "times",
 ]

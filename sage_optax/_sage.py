@@ -18,9 +18,12 @@ from layout_optax.hyperparameters import (
     check_layout,
     check_mask,
     check_number,
+    in_dtype,
 )
 from layout_optax.layout import LayoutLike, is_empty
 from layout_optax.leaves import LayoutLeaves, flatten_with_layout
+from layout_optax.promotion import in_gradient_dtype
+from layout_optax.routing import decayed_weights, scale_by_rate
 from sage_optax._damper import Damper, EpsMode, lion_step, sage_damping
 from sage_optax._int8 import decode, encode
 from sage_optax._options import check_options, momentum_dtype
@@ -143,15 +146,19 @@ def scale_by_sage(
         del params, extra_args
         ours = flatten_with_layout(layout, updates)
         count = jnp.asarray(optax.safe_increment(state.count))
-        rate1, rate2, offset = (at(number, state.count) for number in (b1, b2, eps))
+        numbers = tuple(at(number, state.count) for number in (b1, b2, eps))
 
         def step(path, layout, g, mu, magnitude, row_max):
             narrow = g.dtype
+            rate1, rate2, offset = numbers
             if damper is not None or int8:  # otherwise optax.lion's own arithmetic
                 if int8:
                     mu = decode(mu, row_max, layout)
-                wide = compute_dtype(jnp.promote_types(narrow, mu.dtype))
+                wide = max(
+                    compute_dtype(narrow), compute_dtype(mu.dtype), key=lambda each: each.itemsize
+                )
                 g, mu = g.astype(wide), mu.astype(wide)
+                rate1, rate2, offset = in_dtype(wide, *numbers)
             direction, mu = lion_step(g, mu, rate1, rate2)
             if damper is not None:
                 damping, magnitude = sage_damping(
@@ -224,12 +231,14 @@ def sage(
       [-0.001 -0.001 -0.001 -0.001]
     """
     check_mask(weight_decay_mask)
-    return optax.chain(
-        scale_by_sage(
-            b1, b2, eps, damper=damper, eps_mode=eps_mode, mu_dtype=mu_dtype, layout=layout
-        ),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+    return in_gradient_dtype(
+        optax.chain(
+            scale_by_sage(
+                b1, b2, eps, damper=damper, eps_mode=eps_mode, mu_dtype=mu_dtype, layout=layout
+            ),
+            decayed_weights(weight_decay, weight_decay_mask),
+            scale_by_rate(learning_rate),
+        )
     )
 
 
