@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack, get_type_hints
 import jax.numpy as jnp
 import optax
 
+from layout_optax.fit import check_state_type, check_trainable_tree, checked_adam
 from layout_optax.hyperparameters import Number, check_layout, check_mask, check_number, check_rate
 from layout_optax.layout import ROLES, LayoutLike
 from layout_optax.leaves import flatten_with_layout
@@ -129,7 +130,8 @@ def by_role(
     Raises:
       ValueError: for a role that does not exist or has no direction, a role with both a rate and a multiplier,
         and numbers that are not finite.
-      TypeError: for a learning rate that is neither a number nor a schedule.
+      TypeError: for a learning rate that is neither a number nor a schedule; at init for a leaf that is not a
+        real floating-point array, at update for the state of another optimizer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -146,16 +148,18 @@ def by_role(
     check_mask(mask)
     check_number("weight_decay", decay, 0)
     labels = labels_by_role(layout)
-    return in_gradient_dtype(
-        optax.chain(
-            optax.partition(_complete(directions), labels),
-            decayed_weights(decay, mask),
-            _scale_by_rates(
-                learning_rate,
-                {role: whole_model.get(f"{role}_learning_rate") for role in (*ROLES, OTHER)},
-                whole_model.get("learning_rate_multipliers"),
-                labels,
-            ),
+    return _refusing(
+        in_gradient_dtype(
+            optax.chain(
+                optax.partition(_complete(directions), labels),
+                decayed_weights(decay, mask),
+                _scale_by_rates(
+                    learning_rate,
+                    {role: whole_model.get(f"{role}_learning_rate") for role in (*ROLES, OTHER)},
+                    whole_model.get("learning_rate_multipliers"),
+                    labels,
+                ),
+            )
         )
     )
 
@@ -187,7 +191,7 @@ def adam_direction(
             optax.scale_by_adam, static_args=("mu_dtype",), hyperparam_dtype=jnp.dtype("float32")
         )
     adam = factory(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)  # pyright: ignore[reportArgumentType]
-    return with_standard_promotion(adam, keep_dtypes=True)
+    return checked_adam(with_standard_promotion(adam, keep_dtypes=True))
 
 
 def times(
@@ -210,6 +214,23 @@ def scale_by_rate(
 ) -> optax.GradientTransformation:
     """`optax.scale_by_learning_rate`, in any promotion mode."""
     return with_standard_promotion(optax.scale_by_learning_rate(rate, flip_sign=flip_sign))
+
+
+def _refusing(
+    tx: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """The chain of `by_role`, which says what is wrong with leaves and states before optax trips over them."""
+
+    def init_fn(params: Any) -> Any:
+        check_trainable_tree(params)
+        return tx.init(params)
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
+        direction = state[0] if type(state) is tuple and len(state) == 3 else state
+        check_state_type("by_role", direction, optax.transforms.PartitionState)
+        return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _complete(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from layout_optax.fit import check_state_type
 from layout_optax.hyperparameters import (
     Number,
     at,
@@ -141,6 +142,7 @@ def scale_by_lorapre_adam(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        check_state_type("scale_by_lorapre_adam", state, LorapreAdamState)
         leaves = flatten_with_layout(layout, updates)
         before, t = state.mu.count, next_count(state.mu)
         d1, d2 = at(b1, before), at(b2, before)

@@ -5,6 +5,7 @@ from typing import Any, Literal, Unpack
 import jax.numpy as jnp
 import optax
 
+from layout_optax.fit import check_state_type
 from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number, in_dtype
 from layout_optax.layout import ANY_LEAF, LayoutLike
 from layout_optax.leaves import flatten_with_layout
@@ -12,6 +13,7 @@ from layout_optax.routing import WholeModel, takes_whole_model
 from lorapre_optax._factors import DampingKind
 from lorapre_optax._moment import (
     InitialSubspace,
+    LowRankState,
     MomentOptions,
     as_updates,
     collect,
@@ -97,6 +99,7 @@ def scale_by_lorapre_lion(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        check_state_type("scale_by_lorapre_lion", state, LowRankState)
         leaves = flatten_with_layout(layout, updates)
         before, t = state.count, next_count(state)
         d1, d2 = at(b1, before), at(b2, before)

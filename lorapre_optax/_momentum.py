@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from layout_optax.fit import check_state_type
 from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number, in_dtype
 from layout_optax.layout import LayoutLike, PyTree
 from layout_optax.leaves import LayoutLeaves, flatten_with_layout
@@ -106,6 +107,7 @@ def low_rank_ema(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        check_state_type("low_rank_ema", state, LowRankState)
         leaves = flatten_with_layout(layout, updates)
         before, t = state.count, next_count(state)
         b = at(decay, before)
@@ -182,6 +184,7 @@ def low_rank_trace(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        check_state_type("low_rank_trace", state, LowRankState)
         leaves = flatten_with_layout(layout, updates)
         moments, state = step_trace(
             leaves, state, options, decay, nesterov=nesterov, gamma=gamma, residual=residual

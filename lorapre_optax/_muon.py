@@ -7,6 +7,7 @@ from typing import Any, Unpack
 import jax.numpy as jnp
 import optax
 
+from layout_optax.fit import check_state_type
 from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number, in_dtype
 from layout_optax.layout import LayoutLike, ParamLayout, PyTree
 from layout_optax.leaves import LayoutLeaves, flatten_with_layout
@@ -14,7 +15,7 @@ from layout_optax.routing import WholeModel, takes_whole_model
 from lorapre_optax._adam import full_adam, scale_by_lorapre_adam
 from lorapre_optax._distributed_newton_schulz import distributed_orthogonalize
 from lorapre_optax._factors import DampingKind
-from lorapre_optax._moment import InitialSubspace, MomentOptions, as_updates, init
+from lorapre_optax._moment import InitialSubspace, LowRankState, MomentOptions, as_updates, init
 from lorapre_optax._momentum import step_trace
 from lorapre_optax._newton_schulz import orthogonalize
 from lorapre_optax._rank import RankLike
@@ -96,6 +97,7 @@ def scale_by_lorapre_muon(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        check_state_type("scale_by_lorapre_muon", state, LowRankState)
         leaves = flatten_with_layout(layout, updates)
         before = state.count
         moments, state = step_trace(
@@ -107,7 +109,9 @@ def scale_by_lorapre_muon(
         else:
             orthogonal = leaves.map(
                 lambda path, own, leaf, m: (
-                    m if own.role == "vector" else orthogonalize(m, own, steps, offset)
+                    m
+                    if own.role == "vector" or not leaf.size
+                    else orthogonalize(m, own, steps, offset)
                 ),
                 moments,
                 other="leaf",
@@ -134,7 +138,9 @@ def _distributed(leaves: LayoutLeaves, moments: PyTree, steps: Any, eps: Any) ->
     """The moments with every matrix orthogonalised, equal matrices in one stack over the devices."""
     values = leaves.align(moments)
     matrices = {
-        i: own for i, own in enumerate(leaves.layouts) if own is not None and own.role != "vector"
+        i: own
+        for i, own in enumerate(leaves.layouts)
+        if own is not None and own.role != "vector" and leaves.leaves[i].size
     }
     found = distributed_orthogonalize(
         [values[i] for i in matrices], list(matrices.values()), steps, eps

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from layout_optax.axes import compute_dtype, zeros_without
+from layout_optax.axes import compute_dtype, shape_without, zeros_without
+from layout_optax.fit import check_shapes, check_state_type
 from layout_optax.hyperparameters import (
     at,
     check_decay,
@@ -20,7 +21,7 @@ from layout_optax.hyperparameters import (
     check_number,
     in_dtype,
 )
-from layout_optax.layout import LayoutLike, is_empty
+from layout_optax.layout import LayoutLike, ParamLayout, is_empty
 from layout_optax.leaves import LayoutLeaves, flatten_with_layout
 from layout_optax.promotion import in_gradient_dtype
 from layout_optax.routing import decayed_weights, scale_by_rate
@@ -125,6 +126,7 @@ def scale_by_sage(
     def init_fn(params: optax.Params) -> SageState:
         check_layout(layout, params)
         ours = flatten_with_layout(layout, params)
+        ours.check_trainable()
 
         def zero_magnitude(path, layout, param):
             return zeros_without(param, layout.row_axes, compute_dtype(param.dtype))
@@ -144,11 +146,16 @@ def scale_by_sage(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, SageState]:
         del params, extra_args
+        check_state_type("scale_by_sage", state, SageState)
+        _check_kept(state, damper, int8)
         ours = flatten_with_layout(layout, updates)
         count = jnp.asarray(optax.safe_increment(state.count))
         numbers = tuple(at(number, state.count) for number in (b1, b2, eps))
 
         def step(path, layout, g, mu, magnitude, row_max):
+            _check_leaf(path, layout, g, mu, magnitude, row_max)
+            if not g.size:
+                return _Leaf(g, mu, magnitude, row_max)
             narrow = g.dtype
             rate1, rate2, offset = numbers
             if damper is not None or int8:  # otherwise optax.lion's own arithmetic
@@ -285,6 +292,8 @@ def sage_damper(
     def damping(path, layout, g, magnitude):
         if is_empty(magnitude):
             return optax.MaskedNode()
+        if not g.size:
+            return jnp.zeros_like(magnitude)
         g = g.astype(compute_dtype(g.dtype))
         found, _ = sage_damping(g, magnitude, layout, count, decay, offset, damper, eps_mode)
         return jnp.squeeze(found, layout.row_axes)
@@ -299,6 +308,28 @@ class _Leaf(NamedTuple):
     mu: jax.Array
     magnitude: jax.Array | None
     mu_row_max: jax.Array | None
+
+
+def _check_kept(state: SageState, damper: Damper, int8: bool) -> None:
+    """Refuses a state made with another ``damper`` or with another kind of momentum."""
+    for option, kept, wanted in (
+        ("damper", state.magnitude, damper is not None),
+        ('mu_dtype="int8"', state.mu_row_max, int8),
+    ):
+        if (kept is not None) != wanted:
+            has, needs = ("no", "one") if wanted else ("one", "none")
+            raise ValueError(
+                f"scale_by_sage: the state has {has} field for {option}, but this optimizer needs {needs}. "
+                "Make the optimizer with the options of the run that saved the state, or start the state anew."
+            )
+
+
+def _check_leaf(path: str, layout: ParamLayout, g: jax.Array, mu: Any, *others: Any) -> None:
+    """Refuses a leaf's state that is not of its gradient's shape."""
+    check_shapes(path, g.shape, mu, g.shape)
+    for kept, axes in zip(others, (layout.row_axes, layout.column_axes), strict=True):
+        if kept is not None:
+            check_shapes(path, g.shape, kept, shape_without(g.shape, axes))
 
 
 def _or_nones(ours: LayoutLeaves, tree: Any) -> Any:

@@ -83,7 +83,8 @@ def scale_by_sinkhorn(
 
     def init_fn(params: Any) -> optax.EmptyState:
         check_layout(layout, params)
-        flatten_with_layout(layout, params)  # an unexplained leaf is an error now, not in a step
+        # What no rule explains, or nothing can train, is an error now and not in a step.
+        flatten_with_layout(layout, params).check_trainable()
         return optax.EmptyState()
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
@@ -91,6 +92,8 @@ def scale_by_sinkhorn(
 
         def direction(path, leaf_layout, g):
             g = jnp.asarray(g)
+            if not g.size:
+                return g
             x = sinkhorn(g, leaf_layout, iterations=iterations, eps=eps, variant=variant)
             return x.astype(g.dtype)
 
