@@ -26,7 +26,10 @@ def compute_dtype(dtype: Any) -> jnp.dtype:
       >>> compute_dtype(jnp.bfloat16)
       dtype('float32')
     """
-    return jnp.promote_types(dtype, jnp.float32)
+    # Not `jnp.promote_types`, which knows no common dtype under strict promotion.
+    dtype = jnp.dtype(dtype)
+    wide = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 4
+    return dtype if wide else jnp.dtype("float32")
 
 
 def rms(x: jax.Array, axes: Sequence[int], *, keepdims: bool = True) -> jax.Array:

@@ -31,6 +31,25 @@ def at(number: Any, count: Any) -> Any:
     return number(count) if callable(number) else number
 
 
+def in_dtype(dtype: Any, *numbers: Any) -> tuple[Any, ...]:
+    """Numbers for arithmetic in one dtype: arrays are cast, so that none widens the result; None stays.
+
+    Python's numbers stay as they are: 1 - b is then taken before rounding. NumPy's scalars become such.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> in_dtype(jnp.float32, 0.5, jnp.bfloat16(0.5), np.float64(0.5), None)
+      (0.5, Array(0.5, dtype=float32), 0.5, None)
+    """
+
+    def cast(number: Any) -> Any:
+        if isinstance(number, jax.Array):
+            return number.astype(dtype)
+        return number.item() if isinstance(number, (np.generic, np.ndarray)) else number
+
+    return tuple(map(cast, numbers))
+
+
 def check_number(
     name: str, value: Any, low: float, high: float = float("inf"), *, strictly: bool = False
 ) -> None:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import optax
 
+from layout_optax.fit import check_trainable, misfit
 from layout_optax.layout import (
     LayoutLike,
     ParamLayout,
@@ -39,8 +40,25 @@ class LayoutLeaves:
     leaves: list[Any]
 
     def align(self, tree: PyTree) -> list[Any]:
-        """The nodes of another tree (a state field) that stand at these leaves' positions."""
-        return self.treedef.flatten_up_to(tree)
+        """The nodes of another tree (a state field) that stand at these leaves' positions.
+
+        Raises:
+          ValueError: if it has other leaves: the state is not of these parameters. It names a path.
+        """
+        try:
+            return self.treedef.flatten_up_to(tree)
+        except (ValueError, TypeError):
+            raise misfit(self.paths, self.leaves, tree) from None
+
+    def check_trainable(self) -> None:
+        """Refuses leaves of ours that are not real floating-point arrays, by path.
+
+        Raises:
+          TypeError: see `layout_optax.fit.check_trainable`.
+        """
+        for path, layout, leaf in zip(self.paths, self.layouts, self.leaves, strict=True):
+            if layout is not None:
+                check_trainable(path, leaf)
 
     def unflatten(self, values: Sequence[Any]) -> PyTree:
         """A tree of this structure with the given values at the leaves."""

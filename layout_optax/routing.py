@@ -11,13 +11,14 @@ import inspect
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack, get_type_hints
 
-import jax
 import jax.numpy as jnp
 import optax
 
+from layout_optax.fit import check_state_type, check_trainable_tree, checked_adam
 from layout_optax.hyperparameters import Number, check_layout, check_mask, check_number, check_rate
 from layout_optax.layout import ROLES, LayoutLike
 from layout_optax.leaves import flatten_with_layout
+from layout_optax.promotion import in_gradient_dtype, with_standard_promotion
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -129,7 +130,8 @@ def by_role(
     Raises:
       ValueError: for a role that does not exist or has no direction, a role with both a rate and a multiplier,
         and numbers that are not finite.
-      TypeError: for a learning rate that is neither a number nor a schedule.
+      TypeError: for a learning rate that is neither a number nor a schedule; at init for a leaf that is not a
+        real floating-point array, at update for the state of another optimizer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -146,16 +148,18 @@ def by_role(
     check_mask(mask)
     check_number("weight_decay", decay, 0)
     labels = labels_by_role(layout)
-    return _in_gradient_dtype(
-        optax.chain(
-            optax.partition(_complete(directions), labels),
-            optax.add_decayed_weights(decay, mask),  # pyright: ignore[reportArgumentType]
-            _scale_by_rates(
-                learning_rate,
-                {role: whole_model.get(f"{role}_learning_rate") for role in (*ROLES, OTHER)},
-                whole_model.get("learning_rate_multipliers"),
-                labels,
-            ),
+    return _refusing(
+        in_gradient_dtype(
+            optax.chain(
+                optax.partition(_complete(directions), labels),
+                decayed_weights(decay, mask),
+                _scale_by_rates(
+                    learning_rate,
+                    {role: whole_model.get(f"{role}_learning_rate") for role in (*ROLES, OTHER)},
+                    whole_model.get("learning_rate_multipliers"),
+                    labels,
+                ),
+            )
         )
     )
 
@@ -186,7 +190,8 @@ def adam_direction(
         factory = optax.inject_hyperparams(
             optax.scale_by_adam, static_args=("mu_dtype",), hyperparam_dtype=jnp.dtype("float32")
         )
-    return factory(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)  # pyright: ignore[reportArgumentType]
+    adam = factory(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)  # pyright: ignore[reportArgumentType]
+    return checked_adam(with_standard_promotion(adam, keep_dtypes=True))
 
 
 def times(
@@ -194,7 +199,38 @@ def times(
 ) -> optax.GradientTransformation:
     """A direction times a number or a schedule, before decay is added."""
     # Named for rates, but this is the one public way to multiply by a number or a schedule.
-    return optax.chain(direction, optax.scale_by_learning_rate(scale, flip_sign=False))
+    return optax.chain(direction, scale_by_rate(scale, flip_sign=False))
+
+
+def decayed_weights(weight_decay: Number, mask: Any = None) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights`, with schedules for parameters of any dtype in any promotion mode."""
+    return with_standard_promotion(
+        optax.add_decayed_weights(weight_decay, mask)  # pyright: ignore[reportArgumentType]
+    )
+
+
+def scale_by_rate(
+    rate: optax.ScalarOrSchedule, *, flip_sign: bool = True
+) -> optax.GradientTransformation:
+    """`optax.scale_by_learning_rate`, in any promotion mode."""
+    return with_standard_promotion(optax.scale_by_learning_rate(rate, flip_sign=flip_sign))
+
+
+def _refusing(
+    tx: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """The chain of `by_role`, which says what is wrong with leaves and states before optax trips over them."""
+
+    def init_fn(params: Any) -> Any:
+        check_trainable_tree(params)
+        return tx.init(params)
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
+        direction = state[0] if type(state) is tuple and len(state) == 3 else state
+        check_state_type("by_role", direction, optax.transforms.PartitionState)
+        return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _complete(
@@ -217,18 +253,6 @@ def _complete(
                 "adam_direction()."
             )
     return complete
-
-
-def _in_gradient_dtype(
-    tx: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-    """Casts updates back where a float32 hyperparameter or moment has widened them."""
-
-    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
-        new, state = tx.update(updates, state, params, **extra_args)
-        return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
-
-    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
 def _scale_by_rates(
@@ -256,9 +280,9 @@ def _scale_by_rates(
         check_rate(f"learning_rate_multipliers[{role!r}]", factor)
         own[role] = _times(learning_rate, factor)
     if not own:
-        return optax.scale_by_learning_rate(learning_rate)
+        return scale_by_rate(learning_rate)
     by_label: dict[Hashable, optax.GradientTransformation] = {
-        role: optax.scale_by_learning_rate(own.get(role, learning_rate)) for role in rates
+        role: scale_by_rate(own.get(role, learning_rate)) for role in rates
     }
     return optax.partition(by_label, labels)
 
@@ -282,7 +306,9 @@ __all__ = [
     "WholeModel",
     "adam_direction",
     "by_role",
+    "decayed_weights",
     "labels_by_role",
+    "scale_by_rate",
     "takes_whole_model",
     "times",
 ]

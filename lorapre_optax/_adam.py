@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number, check_one_of
+from layout_optax.fit import check_state_type
+from layout_optax.hyperparameters import (
+    Number,
+    at,
+    check_factor_decay,
+    check_number,
+    check_one_of,
+    in_dtype,
+)
 from layout_optax.layout import ANY_LEAF, LayoutLike
 from layout_optax.leaves import flatten_with_layout
 from layout_optax.routing import WholeModel, takes_whole_model
@@ -134,15 +142,23 @@ def scale_by_lorapre_adam(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        check_state_type("scale_by_lorapre_adam", state, LorapreAdamState)
         leaves = flatten_with_layout(layout, updates)
         before, t = state.mu.count, next_count(state.mu)
         d1, d2 = at(b1, before), at(b2, before)
         rate1 = coupled_gamma(d1) if gamma1 is None else at(gamma1, before)
         rate2 = coupled_gamma(d2**0.5) if gamma2 is None else at(gamma2, before)
-        kappa, limit = at(residual, before), at(bound, before)
+        numbers = (
+            d1,
+            d2,
+            rate1,
+            rate2,
+            *(at(each, before) for each in (residual, bound, eps, scale)),
+        )
 
         def step(path, own, leaf, mu, nu):
             g = in_compute_dtype(leaf)
+            d1, d2, rate1, rate2, kappa, limit, offset, factor = in_dtype(g.dtype, *numbers)
             m = d1 * mu.past(g) + (1 - d1) * g  # (4)
             mu_step = mu.step(g, rate1)  # (5), (6)
             if mu.factored and kappa is not None:
@@ -153,10 +169,10 @@ def scale_by_lorapre_adam(
             exact = nu.factored and bias_correction == "exact"
             m_hat = m / bias_weight(d1, t, g.dtype)  # (11)
             v_hat = v / (_squared_weight if exact else bias_weight)(d2, t, g.dtype)  # (12)
-            direction = m_hat / (jnp.sqrt(v_hat) + at(eps, before))  # (13)
+            direction = m_hat / (jnp.sqrt(v_hat) + offset)  # (13)
             if mu.factored:
                 direction = direction if limit is None else jnp.clip(direction, -limit, limit)
-                direction = direction * at(scale, before)
+                direction = direction * factor
             return direction, mu.keep(mu_step, m), nu.keep(nu_step, v)
 
         histories = open_histories(leaves, options, (state.mu, jnp.asarray), (state.nu, jnp.abs))

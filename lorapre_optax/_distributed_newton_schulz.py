@@ -114,7 +114,7 @@ def _reshard(x: jax.Array, layout: ParamLayout, steps: Any, eps: Any) -> jax.Arr
         in_specs=(whole, PartitionSpec(), PartitionSpec()),
         out_specs=whole,
         axis_names=set(sizes),
-    )(x, jnp.asarray(steps), jnp.asarray(eps))
+    )(x, jnp.asarray(steps), jnp.asarray(eps, x.dtype))
     for each in reversed(path[:-1]):
         x = place(x, each, free=True)
     return x

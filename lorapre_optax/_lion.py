@@ -5,13 +5,15 @@ from typing import Any, Literal, Unpack
 import jax.numpy as jnp
 import optax
 
-from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number
+from layout_optax.fit import check_state_type
+from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number, in_dtype
 from layout_optax.layout import ANY_LEAF, LayoutLike
 from layout_optax.leaves import flatten_with_layout
 from layout_optax.routing import WholeModel, takes_whole_model
 from lorapre_optax._factors import DampingKind
 from lorapre_optax._moment import (
     InitialSubspace,
+    LowRankState,
     MomentOptions,
     as_updates,
     collect,
@@ -97,14 +99,16 @@ def scale_by_lorapre_lion(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        check_state_type("scale_by_lorapre_lion", state, LowRankState)
         leaves = flatten_with_layout(layout, updates)
         before, t = state.count, next_count(state)
         d1, d2 = at(b1, before), at(b2, before)
         rate = coupled_gamma(d2) if gamma is None else at(gamma, before)
-        kappa = at(residual, before)
+        numbers = d1, d2, rate, at(residual, before), at(scale, before)
 
         def step(path, own, leaf, history):
             g = in_compute_dtype(leaf)
+            d1, d2, rate, kappa, factor = in_dtype(g.dtype, *numbers)
             past = history.past(g)
             if not history.factored:
                 # The order of operations is optax's, so that results agree bit for bit.
@@ -114,7 +118,7 @@ def scale_by_lorapre_lion(
             mix = d1 * past + (1 - d1) * g
             if kappa is not None:
                 mix = mix + residual_weight(kappa, d2, t, g.dtype) * history.outside(g, newton)
-            return jnp.sign(mix) * at(scale, before), history.keep(newton, mix)
+            return jnp.sign(mix) * factor, history.keep(newton, mix)
 
         (histories,) = open_histories(leaves, options, (state, jnp.asarray))
         directions, state = collect(leaves, t, leaves.map(step, histories), state)

@@ -12,16 +12,17 @@ An optimizer chooses targets and how to read the moment. Each update has three p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from layout_optax.axes import compute_dtype, zeros_without
+from layout_optax.axes import compute_dtype, shape_without, zeros_without
+from layout_optax.fit import check_shapes
 from layout_optax.hyperparameters import Number, at, check_number, check_one_of
-from layout_optax.layout import LayoutLike, ParamLayout, PyTree
+from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty
 from layout_optax.leaves import LayoutLeaves, flatten_with_layout
 from lorapre_optax import _factors
 from lorapre_optax._factors import DampingKind
@@ -159,6 +160,7 @@ def init(options: MomentOptions, layout: LayoutLike, seed: int = 0) -> Callable[
 
     def init_fn(params: PyTree) -> LowRankState:
         leaves = flatten_with_layout(layout, params)
+        leaves.check_trainable()
         kept = leaves.map(lambda path, own, leaf: _start(path, own, leaf, options, seed))
         return _state(leaves, jnp.zeros([], jnp.int32), kept, lambda kept: kept)
 
@@ -180,7 +182,12 @@ def open_histories(
 
     Returns:
       For each moment a tree of histories, to be given to `LayoutLeaves.map`.
+
+    Raises:
+      ValueError: for a state that is not of these updates; it names the path.
     """
+    for state, _ in moments:
+        leaves.map(_check_fits, state.left, state.right, state.full)
     count = moments[0][0].count
     rights = [state.right for state, _ in moments]
     if options.initial_subspace == "gradient":
@@ -274,11 +281,6 @@ def residual_weight(kappa: Value, decay: Value, count: jax.Array, dtype: Any) ->
 
 def _start(path: str, layout: ParamLayout, leaf: Any, options: MomentOptions, seed: int) -> Kept:
     """Zero moments of one parameter: factors where they pay, else a full moment."""
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(
-            f"'{path}' has dtype {leaf.dtype}: momentum needs real floating-point "
-            "parameters. Mask the leaf out (optax.masked) or give it to another optimizer."
-        )
     dtype = options.factor_dtype
     dtype = compute_dtype(leaf.dtype) if dtype is None else dtype
     fallback = options.full_rank_fallback
@@ -288,6 +290,32 @@ def _start(path: str, layout: ParamLayout, leaf: Any, options: MomentOptions, se
         return Kept(optax.MaskedNode(), optax.MaskedNode(), full)
     factors = _factors.init_factors(path, leaf, layout, rank, dtype, seed)
     return Kept(*factors, optax.MaskedNode())
+
+
+def factor_shapes(
+    shape: Sequence[int], layout: ParamLayout, rank: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of the left and right factors of a parameter.
+
+    Example:
+      >>> factor_shapes((12, 8), ParamLayout("embedding", (0,), (1,)), 2)
+      ((2, 12), (2, 8))
+    """
+    sides = (layout.column_axes, layout.row_axes)
+    left, right = (_factors.with_rank(shape_without(shape, axes), rank) for axes in sides)
+    return left, right
+
+
+def _check_fits(
+    path: str, layout: ParamLayout, leaf: Any, left: Any, right: Any, full: Any
+) -> None:
+    """Refuses a moment that is not of its update's shape."""
+    shape = jnp.shape(leaf)
+    if is_empty(left):
+        check_shapes(path, shape, full, shape)
+        return
+    rank = left.shape[-2] if jnp.ndim(left) > 1 else 0
+    check_shapes(path, shape, (left, right), factor_shapes(shape, layout, rank))
 
 
 def _state(

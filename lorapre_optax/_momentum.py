@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number
+from layout_optax.fit import check_state_type
+from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number, in_dtype
 from layout_optax.layout import LayoutLike, PyTree
 from layout_optax.leaves import LayoutLeaves, flatten_with_layout
 from lorapre_optax._factors import DampingKind
@@ -106,14 +107,16 @@ def low_rank_ema(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        check_state_type("low_rank_ema", state, LowRankState)
         leaves = flatten_with_layout(layout, updates)
         before, t = state.count, next_count(state)
         b = at(decay, before)
         rate = coupled_gamma(b) if gamma is None else at(gamma, before)
-        kappa = at(residual, before)
+        numbers = b, rate, at(residual, before)
 
         def step(path, own, leaf, history):
             goal = map_target(in_compute_dtype(leaf))
+            b, rate, kappa = in_dtype(goal.dtype, *numbers)
             m = b * history.past(goal) + (1 - b) * goal  # (4)
             newton = history.step(goal, rate)  # (5), (6)
             if history.factored and kappa is not None:
@@ -181,6 +184,7 @@ def low_rank_trace(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        check_state_type("low_rank_trace", state, LowRankState)
         leaves = flatten_with_layout(layout, updates)
         moments, state = step_trace(
             leaves, state, options, decay, nesterov=nesterov, gamma=gamma, residual=residual
@@ -204,10 +208,11 @@ def step_trace(
     before, t = state.count, next_count(state)
     mu = at(decay, before)
     rate = coupled_gamma(mu) if gamma is None else at(gamma, before)
-    kappa = at(residual, before)
+    numbers = mu, rate, at(residual, before)
 
     def step(path, own, leaf, history):
         g = in_compute_dtype(leaf)
+        mu, rate, kappa = in_dtype(g.dtype, *numbers)
         m = mu * history.past(g) + g
         newton = history.step(g / (1 - mu), rate)
         if history.factored and kappa is not None:
@@ -215,6 +220,8 @@ def step_trace(
             m = m + residual_weight(kappa, mu, t, g.dtype) * outside
         return g + mu * m if nesterov else m, history.keep(newton, m)
 
-    (histories,) = open_histories(leaves, options, (state, lambda g: g / (1 - mu)))
+    (histories,) = open_histories(
+        leaves, options, (state, lambda g: g / (1 - in_dtype(g.dtype, mu)[0]))
+    )
     moments, state = collect(leaves, t, leaves.map(step, histories), state)
     return moments, state

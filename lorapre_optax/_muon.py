@@ -4,16 +4,18 @@ import math
 from collections.abc import Sequence
 from typing import Any, Unpack
 
+import jax.numpy as jnp
 import optax
 
-from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number
+from layout_optax.fit import check_state_type
+from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number, in_dtype
 from layout_optax.layout import LayoutLike, ParamLayout, PyTree
 from layout_optax.leaves import LayoutLeaves, flatten_with_layout
 from layout_optax.routing import WholeModel, takes_whole_model
 from lorapre_optax._adam import full_adam, scale_by_lorapre_adam
 from lorapre_optax._distributed_newton_schulz import distributed_orthogonalize
 from lorapre_optax._factors import DampingKind
-from lorapre_optax._moment import InitialSubspace, MomentOptions, as_updates, init
+from lorapre_optax._moment import InitialSubspace, LowRankState, MomentOptions, as_updates, init
 from lorapre_optax._momentum import step_trace
 from lorapre_optax._newton_schulz import orthogonalize
 from lorapre_optax._rank import RankLike
@@ -52,7 +54,7 @@ def scale_by_lorapre_muon(
     Args:
       rank: see `low_rank_ema`. Matrices where factors do not pay keep a full accumulator.
       mu: decay of the accumulator, in [0, 1). Every number here may be a schedule.
-      ns_steps: Newton-Schulz iterations.
+      ns_steps: Newton-Schulz iterations; a float is rounded.
       eps: added to the norm that the iteration starts from.
       nesterov: orthogonalise G + mu m instead of m.
       scale: multiplies the direction of matrices.
@@ -95,18 +97,21 @@ def scale_by_lorapre_muon(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        check_state_type("scale_by_lorapre_muon", state, LowRankState)
         leaves = flatten_with_layout(layout, updates)
         before = state.count
         moments, state = step_trace(
             leaves, state, options, mu, nesterov=nesterov, gamma=gamma, residual=residual
         )
-        steps, offset = at(ns_steps, before), at(eps, before)
+        steps, offset = _whole(at(ns_steps, before)), at(eps, before)
         if whole_matrices:
             orthogonal = _distributed(leaves, moments, steps, offset)
         else:
             orthogonal = leaves.map(
                 lambda path, own, leaf, m: (
-                    m if own.role == "vector" else orthogonalize(m, own, steps, offset)
+                    m
+                    if own.role == "vector" or not leaf.size
+                    else orthogonalize(m, own, steps, offset)
                 ),
                 moments,
                 other="leaf",
@@ -115,8 +120,8 @@ def scale_by_lorapre_muon(
         def resize(path, own, leaf, direction):
             if own.role == "vector":
                 return direction
-            factor = _shape_factor(own, leaf.shape, at(consistent_rms, before))
-            return direction * (factor * at(scale, before))
+            rms, factor = in_dtype(direction.dtype, at(consistent_rms, before), at(scale, before))
+            return direction * (_shape_factor(own, leaf.shape, rms) * factor)
 
         directions = leaves.map(resize, orthogonal, other="leaf")
         return as_updates(leaves, directions), state
@@ -124,11 +129,18 @@ def scale_by_lorapre_muon(
     return optax.GradientTransformationExtraArgs(init(options, layout), update_fn)
 
 
+def _whole(steps: Any) -> Any:
+    """A number of iterations that a schedule or an injected float gives, rounded to the nearest."""
+    return steps if isinstance(steps, int) else jnp.rint(jnp.asarray(steps)).astype(jnp.int32)
+
+
 def _distributed(leaves: LayoutLeaves, moments: PyTree, steps: Any, eps: Any) -> PyTree:
     """The moments with every matrix orthogonalised, equal matrices in one stack over the devices."""
     values = leaves.align(moments)
     matrices = {
-        i: own for i, own in enumerate(leaves.layouts) if own is not None and own.role != "vector"
+        i: own
+        for i, own in enumerate(leaves.layouts)
+        if own is not None and own.role != "vector" and leaves.leaves[i].size
     }
     found = distributed_orthogonalize(
         [values[i] for i in matrices], list(matrices.values()), steps, eps

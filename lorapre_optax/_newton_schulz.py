@@ -69,5 +69,5 @@ def orthogonalize(
 
     largest = jnp.max(jnp.abs(x), axis=core, keepdims=True)
     x = x / jnp.where(largest > 0, largest, 1)
-    x = x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=core, keepdims=True)) + eps)
+    x = x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=core, keepdims=True)) + jnp.asarray(eps, x.dtype))
     return jax.lax.fori_loop(0, steps, iterate, x)

@@ -91,7 +91,7 @@ def _cholesky(grams: jax.Array, damping: jax.Array | float, kind: DampingKind) -
     if kind == "relative":
         trace = jnp.trace(grams, axis1=-2, axis2=-1)
         damping = jnp.where(trace > 0, damping * trace / rank, 1)[:, None, None]
-    damped = grams + damping * jnp.eye(rank, dtype=grams.dtype)
+    damped = grams + damping * jnp.eye(rank, dtype=grams.dtype)[None]
     return jax.lax.linalg.cholesky(damped, symmetrize_input=False)
 
 

@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from layout_optax.axes import shape_without
 from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty, path_string
 from layout_optax.leaves import flatten_with_layout
 from lorapre_optax._adam import LorapreAdamState
-from lorapre_optax._factors import with_rank
-from lorapre_optax._moment import LowRankState
+from lorapre_optax._moment import LowRankState, factor_shapes
 
 
 class Moment(NamedTuple):
@@ -121,10 +119,7 @@ def owner_of(moment: Moment, found: Mapping[str, Owner], name: str) -> tuple[Par
         )
     if moment.factored:
         rank = moment.left.shape[-2] if moment.left.ndim > 1 else 0
-        expected = tuple(
-            with_rank(shape_without(leaf.shape, axes), rank)
-            for axes in (layout.column_axes, layout.row_axes)
-        )
+        expected = factor_shapes(leaf.shape, layout, rank)
         actual = (moment.left.shape, moment.right.shape)
     else:
         expected, actual = tuple(leaf.shape), moment.full.shape

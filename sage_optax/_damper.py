@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from layout_optax.axes import rms
 from layout_optax.layout import ParamLayout
+from layout_optax.promotion import standard_promotion
 
 Damper = Literal["both", "ema"] | None
 EpsMode = Literal["absolute", "relative"]
@@ -18,10 +19,11 @@ def lion_step(
 ) -> tuple[jax.Array, jax.Array]:
     """Lion's direction from the old momentum, and the new momentum.
 
-    The order of operations is `optax.lion`'s, so that results agree bit for bit in any dtype.
+    Order and promotion are `optax.lion`'s, so that results agree bit for bit in any dtype.
     """
-    direction = jnp.sign((1.0 - b1) * g + b1 * mu)
-    return direction, (1 - b2) * g + b2 * mu
+    with standard_promotion():
+        direction = jnp.sign((1.0 - b1) * g + b1 * mu)
+        return direction, (1 - b2) * g + b2 * mu
 
 
 def sage_damping(
@@ -53,7 +55,7 @@ def sage_damping(
     instant = jnp.mean(jnp.abs(g), axis=layout.row_axes, keepdims=True)
     average = jnp.expand_dims(magnitude.astype(g.dtype), layout.row_axes)
     average = (1 - decay) * instant + decay * average
-    corrected = average / (1 - jnp.power(decay, count))
+    corrected = average / (1 - jnp.power(decay, jnp.asarray(count, g.dtype)))
     damping = _share(corrected, layout.column_axes, eps, eps_mode)
     if damper == "both":
         damping = jnp.minimum(damping, _share(instant, layout.column_axes, eps, eps_mode))

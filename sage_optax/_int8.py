@@ -49,7 +49,7 @@ def encode(
     bits = element_bits(path, x.shape, layout, count)
     uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24  # 24 bits: exact, and below 1
     up = uniform * (2 * floor + 1) < u - jnp.square(floor)
-    codes = jnp.sign(x) * jnp.minimum(floor + up, LEVELS)
+    codes = jnp.sign(x) * jnp.minimum(floor + up.astype(jnp.float32), LEVELS)
     return codes.astype(jnp.int8), jnp.squeeze(row_max, layout.column_axes)
 
 

@@ -11,16 +11,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from layout_optax.axes import compute_dtype, zeros_without
+from layout_optax.axes import compute_dtype, shape_without, zeros_without
+from layout_optax.fit import check_shapes, check_state_type
 from layout_optax.hyperparameters import (
     at,
     check_decay,
     check_layout,
     check_mask,
     check_number,
+    in_dtype,
 )
-from layout_optax.layout import LayoutLike, is_empty
+from layout_optax.layout import LayoutLike, ParamLayout, is_empty
 from layout_optax.leaves import LayoutLeaves, flatten_with_layout
+from layout_optax.promotion import in_gradient_dtype
+from layout_optax.routing import decayed_weights, scale_by_rate
 from sage_optax._damper import Damper, EpsMode, lion_step, sage_damping
 from sage_optax._int8 import decode, encode
 from sage_optax._options import check_options, momentum_dtype
@@ -122,6 +126,7 @@ def scale_by_sage(
     def init_fn(params: optax.Params) -> SageState:
         check_layout(layout, params)
         ours = flatten_with_layout(layout, params)
+        ours.check_trainable()
 
         def zero_magnitude(path, layout, param):
             return zeros_without(param, layout.row_axes, compute_dtype(param.dtype))
@@ -141,17 +146,26 @@ def scale_by_sage(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, SageState]:
         del params, extra_args
+        check_state_type("scale_by_sage", state, SageState)
+        _check_kept(state, damper, int8)
         ours = flatten_with_layout(layout, updates)
         count = jnp.asarray(optax.safe_increment(state.count))
-        rate1, rate2, offset = (at(number, state.count) for number in (b1, b2, eps))
+        numbers = tuple(at(number, state.count) for number in (b1, b2, eps))
 
         def step(path, layout, g, mu, magnitude, row_max):
+            _check_leaf(path, layout, g, mu, magnitude, row_max)
+            if not g.size:
+                return _Leaf(g, mu, magnitude, row_max)
             narrow = g.dtype
+            rate1, rate2, offset = numbers
             if damper is not None or int8:  # otherwise optax.lion's own arithmetic
                 if int8:
                     mu = decode(mu, row_max, layout)
-                wide = compute_dtype(jnp.promote_types(narrow, mu.dtype))
+                wide = max(
+                    compute_dtype(narrow), compute_dtype(mu.dtype), key=lambda each: each.itemsize
+                )
                 g, mu = g.astype(wide), mu.astype(wide)
+                rate1, rate2, offset = in_dtype(wide, *numbers)
             direction, mu = lion_step(g, mu, rate1, rate2)
             if damper is not None:
                 damping, magnitude = sage_damping(
@@ -224,12 +238,14 @@ def sage(
       [-0.001 -0.001 -0.001 -0.001]
     """
     check_mask(weight_decay_mask)
-    return optax.chain(
-        scale_by_sage(
-            b1, b2, eps, damper=damper, eps_mode=eps_mode, mu_dtype=mu_dtype, layout=layout
-        ),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+    return in_gradient_dtype(
+        optax.chain(
+            scale_by_sage(
+                b1, b2, eps, damper=damper, eps_mode=eps_mode, mu_dtype=mu_dtype, layout=layout
+            ),
+            decayed_weights(weight_decay, weight_decay_mask),
+            scale_by_rate(learning_rate),
+        )
     )
 
 
@@ -276,6 +292,8 @@ def sage_damper(
     def damping(path, layout, g, magnitude):
         if is_empty(magnitude):
             return optax.MaskedNode()
+        if not g.size:
+            return jnp.zeros_like(magnitude)
         g = g.astype(compute_dtype(g.dtype))
         found, _ = sage_damping(g, magnitude, layout, count, decay, offset, damper, eps_mode)
         return jnp.squeeze(found, layout.row_axes)
@@ -290,6 +308,28 @@ class _Leaf(NamedTuple):
     mu: jax.Array
     magnitude: jax.Array | None
     mu_row_max: jax.Array | None
+
+
+def _check_kept(state: SageState, damper: Damper, int8: bool) -> None:
+    """Refuses a state made with another ``damper`` or with another kind of momentum."""
+    for option, kept, wanted in (
+        ("damper", state.magnitude, damper is not None),
+        ('mu_dtype="int8"', state.mu_row_max, int8),
+    ):
+        if (kept is not None) != wanted:
+            has, needs = ("no", "one") if wanted else ("one", "none")
+            raise ValueError(
+                f"scale_by_sage: the state has {has} field for {option}, but this optimizer needs {needs}. "
+                "Make the optimizer with the options of the run that saved the state, or start the state anew."
+            )
+
+
+def _check_leaf(path: str, layout: ParamLayout, g: jax.Array, mu: Any, *others: Any) -> None:
+    """Refuses a leaf's state that is not of its gradient's shape."""
+    check_shapes(path, g.shape, mu, g.shape)
+    for kept, axes in zip(others, (layout.row_axes, layout.column_axes), strict=True):
+        if kept is not None:
+            check_shapes(path, g.shape, kept, shape_without(g.shape, axes))
 
 
 def _or_nones(ours: LayoutLeaves, tree: Any) -> Any:

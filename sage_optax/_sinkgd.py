@@ -14,6 +14,8 @@ from jax.core import Tracer
 from layout_optax.hyperparameters import check_layout, check_mask
 from layout_optax.layout import LayoutLike
 from layout_optax.leaves import flatten_with_layout
+from layout_optax.promotion import in_gradient_dtype, with_standard_promotion
+from layout_optax.routing import decayed_weights, scale_by_rate
 from sage_optax._sinkhorn import Variant, sinkhorn
 
 
@@ -88,7 +90,8 @@ def scale_by_sinkhorn(
 
     def init_fn(params: Any) -> optax.EmptyState:
         check_layout(layout, params)
-        flatten_with_layout(layout, params)  # an unexplained leaf is an error now, not in a step
+        # What no rule explains, or nothing can train, is an error now and not in a step.
+        flatten_with_layout(layout, params).check_trainable()
         return optax.EmptyState()
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
@@ -96,6 +99,8 @@ def scale_by_sinkhorn(
 
         def direction(path, leaf_layout, g):
             g = jnp.asarray(g)
+            if not g.size:
+                return g
             x = sinkhorn(
                 g,
                 leaf_layout,
@@ -160,13 +165,15 @@ def sinkgd(
       Array([-0.001, -0.001, -0.001], dtype=float32)
     """
     check_mask(weight_decay_mask)
-    return optax.chain(
-        scale_by_sinkhorn(
-            iterations, eps, variant=variant, vectors_dtype=vectors_dtype, layout=layout
-        ),
-        optax.scale(scale),  # pyright: ignore[reportArgumentType]
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+    return in_gradient_dtype(
+        optax.chain(
+            scale_by_sinkhorn(
+                iterations, eps, variant=variant, vectors_dtype=vectors_dtype, layout=layout
+            ),
+            with_standard_promotion(optax.scale(scale)),  # pyright: ignore[reportArgumentType]
+            decayed_weights(weight_decay, weight_decay_mask),
+            scale_by_rate(learning_rate),
+        )
     )
 
 

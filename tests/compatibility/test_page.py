@@ -87,3 +87,14 @@ def test_checkpoint_on_another_mesh():
         np.testing.assert_array_equal(leaf, was)
         assert leaf.sharding.mesh == names["mesh"]
     check_boxless_and_sharded(restored["opt_state"])
+
+
+def test_a_state_is_carried_over_to_a_larger_vocabulary():
+    names = run("Checkpoints")
+    small, large = (names[name][0].inner_states for name in ("small_state", "large_state"))
+    kept = [state["vector"].inner_state.mu["norm"]["scale"] for state in (small, large)]
+    table = [state["embedding"].inner_state.mu["embed"] for state in (small, large)]
+    # With gradients of one the momentum is 1 - 0.99^t: the norm has taken two steps, the table one.
+    np.testing.assert_allclose(kept[1], 1 - 0.99**2, rtol=1e-5)
+    np.testing.assert_allclose(table[1], 0.01, rtol=1e-5)
+    assert [leaf.shape for leaf in table] == [(12, 8), (16, 8)]
