@@ -18,10 +18,7 @@ one optimizer over a run instead; `--report` writes the pages only.
 from __future__ import annotations
 
 import argparse
-import os
 import pathlib
-import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +27,7 @@ from benchmarks.tokens.file import load_tokens
 from benchmarks.tokens.page import page
 from benchmarks.tokens.rules import register_crossing
 from benchmarks.tokens.searches import LISTS, RATIOS, Search
+from benchmarks.tokens.sharing import plain_command, share_work
 from benchmarks.tokens.store import SharedStore
 from benchmarks.tokens.trace import trace
 from benchmarks.tokens.worker import Protocol, Worker
@@ -117,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             searches = listed(options.list) if options.list else []
             searches += parse_searches(options.optimizers)
             if options.workers > 1:
-                _share(given, options.workers)
+                share_work("benchmarks.tokens", given, options.workers)
             elif options.trace:
                 _trace(options, store, given)
             else:
@@ -140,15 +138,6 @@ def _protocol(options: argparse.Namespace) -> Protocol:
     )
 
 
-def _command(given: Sequence[str]) -> str:
-    """The command with files by name alone: their folders are of this machine only."""
-    shown = [pathlib.Path(part).name if part.endswith(".npz") else part for part in given]
-    if "--out" in shown:
-        place = shown.index("--out")
-        del shown[place : place + 2]
-    return shlex.join(["python", "-m", "benchmarks.tokens", *shown])
-
-
 def _worker(options: argparse.Namespace, store: SharedStore, given: Sequence[str]) -> Worker:
     base = None
     if options.base:
@@ -158,7 +147,7 @@ def _worker(options: argparse.Namespace, store: SharedStore, given: Sequence[str
         _protocol(options),
         load_tokens(options.file),
         store,
-        circumstances(_command(given)),
+        circumstances(plain_command("benchmarks.tokens", given)),
         seconds=60 * options.minutes,
         ratios=[float(ratio) for ratio in options.ratios.split(",")],
         base=base,
@@ -182,21 +171,6 @@ def _trace(options: argparse.Namespace, store: SharedStore, given: Sequence[str]
     (wanted,) = parse_searches(options.trace)
     worker = _worker(options, store, given)
     store.trace(trace(worker, wanted.variant, wanted.start), worker.facts)
-
-
-def _share(given: Sequence[str], workers: int) -> None:
-    """Runs the same command in several processes, which share the work through claims."""
-    # No process takes the card's whole memory at its start.
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    command = [sys.executable, "-m", "benchmarks.tokens", *given, "--workers", "1"]
-    processes = [subprocess.Popen(command, env=environment) for _ in range(workers)]
-    try:
-        failed = [process.wait() for process in processes]
-    finally:
-        for process in processes:
-            process.terminate()
-    if any(failed):
-        raise SystemExit(f"workers ended with {failed}")
 
 
 if __name__ == "__main__":

@@ -37,9 +37,13 @@ tables' rate that of embedding and head. State as a share of AdamW's. The comman
     ]
     if content.get("circumstances"):
         parts.append(describe_circumstances(content["circumstances"]) + "\n")
-    for group in dict.fromkeys(map(_group, [*content["cells"], *content.get("traces", [])])):
-        parts.append(_section(content, group))
-    return "\n".join(parts)
+    return "\n".join([*parts, *sections(content)])
+
+
+def sections(content: Mapping[str, Any], heading: str = "##") -> list[str]:
+    """A part for each shape, budget, file and device: the table of its rows, and its traces."""
+    groups = dict.fromkeys(map(_group, [*content["cells"], *content.get("traces", [])]))
+    return [_section(content, group, heading) for group in groups]
 
 
 def summarize(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -117,11 +121,11 @@ def _group(cell: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(cell[name] for name in GROUP)
 
 
-def _section(content: Mapping[str, Any], group: tuple[Any, ...]) -> str:
+def _section(content: Mapping[str, Any], group: tuple[Any, ...], heading: str) -> str:
     fields = dict(zip(GROUP, group, strict=True))
     cells = [cell for cell in content["cells"] if _group(cell) == group]
     title = (
-        f"## {fields['shape']}: {fields['budget'] / 1e6:.4g} million tokens, "
+        f"{heading} {fields['shape']}: {fields['budget'] / 1e6:.4g} million tokens, "
         f"{fields['batch_size']} x {fields['seq_len']} a step"
     )
     about = [
@@ -136,7 +140,9 @@ def _section(content: Mapping[str, Any], group: tuple[Any, ...]) -> str:
     parts = [title, "; ".join(about) + "."]
     if cells:
         parts.append(_rows(cells))
-    parts += [_traced(found) for found in content.get("traces", []) if _group(found) == group]
+    parts += [
+        _traced(found, heading) for found in content.get("traces", []) if _group(found) == group
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -167,7 +173,7 @@ def _rows(cells: Sequence[Mapping[str, Any]]) -> str:
     return table(header, lines)
 
 
-def _traced(found: Mapping[str, Any]) -> str:
+def _traced(found: Mapping[str, Any], heading: str) -> str:
     """A trace: every second point, to be read."""
     points = found["points"]
     shown = points[1::2] if len(points) > 12 else points
@@ -177,7 +183,7 @@ def _traced(found: Mapping[str, Any]) -> str:
     lines = [[f"{p['tokens'] / 1e6:.3g}M", *(f"{p[name]:.3g}" for name in names)] for p in shown]
     shares = ", ".join(f"{100 * part:.1f} %" for part in found["group_share"])
     return (
-        f"### {found['variant']} at {found['learning_rate']:g} over the run\n\n"
+        f"{heading}# {found['variant']} at {found['learning_rate']:g} over the run\n\n"
         f"Row groups from the rarest quarter of the tokens to the most frequent: {shares} of the text.\n\n"
         f"{table(['tokens', *names], lines)}"
     )
