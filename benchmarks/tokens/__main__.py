@@ -54,21 +54,35 @@ def parse_searches(text: str) -> list[Search]:
     return found
 
 
-def listed(names: str) -> list[Search]:
+def listed(names: str, only: str = "") -> list[Search]:
     """The searches of lists by name, `issue` for all of them.
 
+    Args:
+        names: The lists, by commas.
+        only: Variants to take out of them, by commas; all if empty.
+
     Raises:
-        ValueError: A list is unknown.
+        ValueError: A list is unknown, or none has such a variant.
 
     >>> len(listed("issue")) == sum(len(listed(name)) for name in LISTS)
     True
+    >>> [one.variant for one in listed("base,tables", "lion+muon,sage+muon")]
+    ['lion+muon', 'sage+muon']
     """
     found = []
     for name in LISTS if names == "issue" else names.split(","):
         if name not in LISTS:
             raise ValueError(f"unknown list {name!r}; use one of {', '.join(LISTS)}, or issue")
         found += LISTS[name]()
-    return found
+    if not only:
+        return found
+    chosen = []
+    for variant in only.split(","):
+        own = [one for one in found if one.variant == variant.strip()]
+        if not own:
+            raise ValueError(f"no list of {names} has {variant.strip()!r}")
+        chosen += own
+    return chosen
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("file", type=pathlib.Path, nargs="?", help="the file of tokens")
     parser.add_argument("--list", default="", help="lists of searches, by commas")
+    parser.add_argument("--only", default="", help="these variants of the lists, in this order")
     parser.add_argument("--optimizers", default="", help="searches of your own")
     parser.add_argument("--trace", default="", help="variant=rate, to follow over a run")
     parser.add_argument("--shape", default="wide")
@@ -112,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.file is None:
             parser.error("name a file of tokens; `python -m benchmarks.tokens.make` makes one")
         try:
-            searches = listed(options.list) if options.list else []
+            searches = listed(options.list, options.only) if options.list else []
             searches += parse_searches(options.optimizers)
             if options.workers > 1:
                 share_work("benchmarks.tokens", given, options.workers)

@@ -18,6 +18,8 @@ from layout_optax import by_role
 
 Make = Callable[[], optax.GradientTransformation]
 RANKS = (4, 8, 32)
+ROW_POWERS = (0.5, 1.0)
+"""Exponents of SAGE's row damper."""
 _RMS = 0.2
 """Root mean square of an orthogonalised update, near AdamW's, as in the trainer's Muon."""
 
@@ -78,6 +80,14 @@ TABLES: Mapping[str, Rule] = {
     "adamw": Rule("AdamW", _adam, 3e-3),
     "sage": Rule("SAGE", sage_optax.scale_by_sage, 1e-3),
     "sage_int8": Rule("SAGE int8", lambda: sage_optax.scale_by_sage(mu_dtype=jnp.int8), 1e-3),
+    **{
+        f"sage_rows_{power:g}": Rule(
+            f"SAGE, row damper {power:g}",
+            lambda power=power: sage_optax.scale_by_sage(row_damper=power),
+            1e-3,
+        )
+        for power in ROW_POWERS
+    },
     "lion": Rule("Lion", optax.scale_by_lion, 1e-3),
     "factored": Rule("factored RMS", _factored, 3e-3),
     **{

@@ -243,6 +243,8 @@ def test_the_list_of_everything_names_every_rule_once():
     assert {f"adamw+{name}" for name in MATRICES} | {f"{name}+muon" for name in TABLES} <= keys
     with pytest.raises(ValueError, match="unknown list 'tabels'"):
         command.listed("tabels")
+    with pytest.raises(ValueError, match="no list of base has 'lion'"):
+        command.listed("base", "lion")
     with pytest.raises(ValueError, match="unknown rule 'sgd'"):
         register_crossing("sgd+muon")
 
