@@ -53,7 +53,6 @@ def with_leaf(path, leaf):
 @pytest.mark.parametrize("name", NAMES)
 def test_empty_arrays_pass(name):
     """Their state has their shape and stays finite, and a leaf beside them steps as it does alone."""
-    alone = {"up": EMPTY["up"]}
     for call in range(len(CALLS[name])):
         tx = make(name, call)
         start = tx.init(EMPTY)
@@ -61,8 +60,10 @@ def test_empty_arrays_pass(name):
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, EMPTY)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, start)
         chex.assert_tree_all_finite((updates, state))
-    expected, _ = tx.update(alone, tx.init(alone), alone)
-    np.testing.assert_allclose(updates["up"]["kernel"], expected["up"]["kernel"], rtol=1e-5)
+        if call == 0:
+            alone = {"up": EMPTY["up"]}
+            expected, _ = tx.update(alone, tx.init(alone), alone)
+            np.testing.assert_allclose(updates["up"]["kernel"], expected["up"]["kernel"], rtol=1e-5)
 
 
 def test_the_damper_of_an_empty_array_is_zero():
