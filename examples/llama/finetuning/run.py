@@ -22,7 +22,7 @@ from examples.llama.data.instruction_batches import (
 from examples.llama.data.instructions import Template, chat_template, prompt_template, read_records
 from examples.llama.devices.mesh import MeshMode
 from examples.llama.devices.processes import ClusterConfig
-from examples.llama.finetuning.adapters import TARGETS, AdapterSpec, check_rank
+from examples.llama.finetuning.adapters import TARGETS, AdapterSpec, adapter_notes, check_rank
 from examples.llama.finetuning.loading import FINETUNE, Model, load_model, tuned_to_json
 from examples.llama.finetuning.program import FinetuneProgram, Tuned
 from examples.llama.model.subtrees import trainable_patterns
@@ -31,7 +31,8 @@ from examples.llama.optimizers.registry import OPTIMIZERS, optimizer_entry
 from examples.llama.reporting.files import CONFIG, jsonable, read_json, write_json
 from examples.llama.reporting.folders import check_output
 from examples.llama.reporting.summary import RunSummary
-from examples.llama.training.config import CheckpointConfig, TrainConfig, resolve
+from examples.llama.training.config import CheckpointConfig, TrainConfig, check_not_empty, resolve
+from examples.llama.training.notes import rank_notes
 from examples.llama.training.run import Run
 
 ADAPTERS = ("lora", "rslora", "dora")
@@ -211,6 +212,12 @@ class FinetuneRun(Run):
         """What must be the same when a run goes on: what is tuned and from which model, too."""
         return super().describe() | {f"{FINETUNE}.{k}": v for k, v in self._section().items()}
 
+    def setting_notes(self) -> list[str]:
+        """On the rank of the optimizer or of the adapters; the rules were compared from scratch only."""
+        if self.tuned.adapter is not None:
+            return adapter_notes(self.base.config, self.tuned.adapter)
+        return rank_notes(self.settings, self.program.abstract_params)
+
     def _section(self) -> dict[str, Any]:
         base = Path(self.finetune.model).expanduser().absolute()
         return jsonable({"base": base, "tuned": tuned_to_json(self.tuned)})
@@ -240,6 +247,9 @@ def check(config: FinetuneConfig) -> None:
     """Raises ValueError for what is missing or does not go together, before anything is read."""
     if not config.model or not config.data:
         raise ValueError("give --model (a Hugging Face folder or a run) and --data")
+    check_not_empty(config)
+    if config.limit is not None and config.limit < 1:
+        raise ValueError(f"limit must be at least 1, got {config.limit}")
     if config.method in ADAPTERS:
         if config.trainable != "matrices":
             raise ValueError("trainable is for methods without adapters; use targets")
@@ -251,6 +261,8 @@ def check(config: FinetuneConfig) -> None:
         )
     elif config.targets != TARGETS:
         raise ValueError("targets is for adapters; use trainable")
+    elif config.alpha != FinetuneConfig.alpha:
+        raise ValueError("alpha is for adapters; the factor of other methods is scale")
     if not config.heldout_fraction > 0:
         raise ValueError("heldout_fraction must be positive: its loss is what a run reports")
     if config.steps is not None and config.steps < 1:

@@ -47,7 +47,7 @@ from examples.llama.training.checkpoints import (
 )
 from examples.llama.training.config import TrainConfig, data_config, resolve
 from examples.llama.training.migrations import parse_migrations
-from examples.llama.training.notes import rank_note
+from examples.llama.training.notes import quiet_rank_warning, settings_notes
 from examples.llama.training.orbax_noise import quiet_orbax
 from examples.llama.training.program import Program
 from examples.llama.training.recorder import NonFiniteLossError, Recorder
@@ -165,6 +165,7 @@ class Run:
         console: Console | None = None,
         name: str | None = None,
     ):
+        quiet_rank_warning()
         self.config = config
         self.settings = settings = resolve(config, model)
         check_output(config.out, "run", self.inputs())
@@ -225,6 +226,10 @@ class Run:
         parts = {"settings": self.settings, "data": self.dataset.describe(), "versions": known}
         return json.dumps(jsonable(parts), sort_keys=True)
 
+    def setting_notes(self) -> list[str]:
+        """What whoever starts the run should know about its settings."""
+        return settings_notes(self.settings, self.program.abstract_params)
+
     def describe(self) -> dict[str, Any]:
         """What must be the same when a run goes on from a checkpoint."""
         return describe_run(self.settings, self.dataset.describe())
@@ -241,8 +246,7 @@ class Run:
         """
         config, summary = self.config, self.summary
         started, main = time.perf_counter(), is_main()
-        rank = rank_note(self.settings, self.program.abstract_params)
-        for note in (*self.program.notes(), *([rank] if rank else [])):
+        for note in (*self.program.notes(), *self.setting_notes()):
             self._say(note)
         with ExitStack() as stack:
             stack.enter_context(locked(config.out, force=config.force_unlock))
