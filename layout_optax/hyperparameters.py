@@ -101,7 +101,7 @@ def check_factor_decay(name: str, value: Any) -> None:
 
 
 def check_rate(name: str, value: Any) -> None:
-    """Refuses a learning rate that is neither a finite number nor a schedule.
+    """Refuses a learning rate, or another factor, that is neither a finite number nor a schedule.
 
     Raises:
       ValueError: for NaN and infinity.
@@ -117,6 +117,18 @@ def check_rate(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number or a schedule, got None.")
     if _is_concrete(value) and not np.isfinite(_as_float(name, value)):
         raise ValueError(f"{name} must be finite, got {value}.")
+
+
+def check_adam(b1: Any, b2: Any, eps: Any, *, prefix: str = "") -> None:
+    """Refuses numbers that Adam cannot use; ``prefix`` is that of the arguments' names.
+
+    Raises:
+      ValueError: for decays outside [0, 1) and an eps that is negative or not finite.
+      TypeError: for something that is no number.
+    """
+    check_decay(f"{prefix}b1", b1)
+    check_decay(f"{prefix}b2", b2)
+    check_number(f"{prefix}eps", eps, 0)
 
 
 def check_one_of(name: str, value: Any, choices: Sequence[Any]) -> None:

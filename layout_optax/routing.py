@@ -15,7 +15,14 @@ import jax.numpy as jnp
 import optax
 
 from layout_optax.fit import check_state_type, check_trainable_tree, checked_adam
-from layout_optax.hyperparameters import Number, check_layout, check_mask, check_number, check_rate
+from layout_optax.hyperparameters import (
+    Number,
+    check_adam,
+    check_layout,
+    check_mask,
+    check_number,
+    check_rate,
+)
 from layout_optax.layout import ROLES, LayoutLike
 from layout_optax.leaves import flatten_with_layout
 from layout_optax.promotion import in_gradient_dtype, with_standard_promotion
@@ -184,7 +191,14 @@ def labels_by_role(layout: LayoutLike = None) -> Callable[[Any], Any]:
 def adam_direction(
     b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, mu_dtype: Any = None
 ) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` with numbers or schedules."""
+    """`optax.scale_by_adam` with numbers or schedules.
+
+    Raises:
+      ValueError: for decays outside [0, 1) and an eps that is negative or not finite; at update for a state
+        that does not fit. It names the argument or the path.
+      TypeError: for something that is no number; for a leaf that is not a real floating-point array.
+    """
+    check_adam(b1, b2, eps)
     factory = optax.scale_by_adam
     if any(map(callable, (b1, b2, eps))):
         factory = optax.inject_hyperparams(
@@ -197,7 +211,13 @@ def adam_direction(
 def times(
     direction: optax.GradientTransformation, scale: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
-    """A direction times a number or a schedule, before decay is added."""
+    """A direction times a number or a schedule, before decay is added.
+
+    Raises:
+      ValueError: for a number that is not finite.
+      TypeError: for something that is no number.
+    """
+    check_rate("scale", scale)
     # Named for rates, but this is the one public way to multiply by a number or a schedule.
     return optax.chain(direction, scale_by_rate(scale, flip_sign=False))
 

@@ -14,6 +14,7 @@ from layout_optax.hyperparameters import (
     check_factor_decay,
     check_number,
     check_one_of,
+    check_rate,
     in_dtype,
 )
 from layout_optax.layout import ANY_LEAF, LayoutLike
@@ -129,6 +130,7 @@ def scale_by_lorapre_adam(
         check_number(name, value, 0)
     for name, value in (("residual", residual), ("gamma1", gamma1), ("gamma2", gamma2)):
         check_number(name, value, 0, 1)
+    check_rate("scale", scale)
     check_one_of("bias_correction", bias_correction, ("paper", "exact"))
     check_one_of("second_moment", second_moment, ("low_rank", "full"))
     options = MomentOptions(

@@ -4,7 +4,7 @@ from typing import Any, Literal, Unpack
 
 import optax
 
-from layout_optax.hyperparameters import Number, choose
+from layout_optax.hyperparameters import Number, check_number, check_rate, choose
 from layout_optax.layout import LayoutLike
 from layout_optax.routing import OTHER, WholeModel, by_role, takes_whole_model, times
 from lorapre_optax._adam import (
@@ -107,6 +107,8 @@ def lorapre_sinkgd(
       >>> sorted(x.shape for x in jax.tree.leaves(state) if x.ndim)  # nothing for the kernel
       [(4, 32), (4, 32), (4, 64), (4, 64)]
     """
+    check_rate("table_scale", table_scale)
+    check_number("sinkhorn_eps", sinkhorn_eps, 0)
     table = scale_by_lorapre_adam(
         rank,
         b1,

@@ -6,7 +6,14 @@ import jax.numpy as jnp
 import optax
 
 from layout_optax.fit import check_state_type
-from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number, in_dtype
+from layout_optax.hyperparameters import (
+    Number,
+    at,
+    check_factor_decay,
+    check_number,
+    check_rate,
+    in_dtype,
+)
 from layout_optax.layout import ANY_LEAF, LayoutLike
 from layout_optax.leaves import flatten_with_layout
 from layout_optax.routing import WholeModel, takes_whole_model
@@ -93,6 +100,7 @@ def scale_by_lorapre_lion(
     check_factor_decay("b2", b2)
     check_number("residual", residual, 0, 1)
     check_number("gamma", gamma, 0, 1)
+    check_rate("scale", scale)
     options = MomentOptions(
         rank, damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback
     )

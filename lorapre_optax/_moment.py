@@ -26,7 +26,7 @@ from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty
 from layout_optax.leaves import LayoutLeaves, flatten_with_layout
 from lorapre_optax import _factors
 from lorapre_optax._factors import DampingKind
-from lorapre_optax._rank import RankLike, leaf_rank
+from lorapre_optax._rank import RankLike, check_rule, leaf_rank, warn_of_full_ranks
 from lorapre_optax._solves import damped_inverses
 from lorapre_optax._subspace import Start, gradient_rights
 
@@ -156,11 +156,18 @@ History: TypeAlias = Any
 
 
 def init(options: MomentOptions, layout: LayoutLike, seed: int = 0) -> Callable[..., LowRankState]:
-    """The ``init`` of one low-rank moment; ``seed`` tells the moments of one optimizer apart."""
+    """The ``init`` of one low-rank moment; ``seed`` tells the moments of one optimizer apart.
+
+    It refuses leaves that are no real floating-point arrays and rank mappings with a key that matches nothing,
+    and warns of ranks that save nothing.
+    """
 
     def init_fn(params: PyTree) -> LowRankState:
         leaves = flatten_with_layout(layout, params)
         leaves.check_trainable()
+        check_rule(options.rank, leaves)
+        if options.full_rank_fallback and not seed:  # once an optimizer, not once a moment
+            warn_of_full_ranks(options.rank, leaves)
         kept = leaves.map(lambda path, own, leaf: _start(path, own, leaf, options, seed))
         return _state(leaves, jnp.zeros([], jnp.int32), kept, lambda kept: kept)
 

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import optax
 
 from layout_optax.fit import check_state_type
-from layout_optax.hyperparameters import Number, at, check_factor_decay, check_number, in_dtype
+from layout_optax.hyperparameters import (
+    Number,
+    at,
+    check_adam,
+    check_factor_decay,
+    check_number,
+    check_rate,
+    in_dtype,
+)
 from layout_optax.layout import LayoutLike, ParamLayout, PyTree
 from layout_optax.leaves import LayoutLeaves, flatten_with_layout
 from layout_optax.routing import WholeModel, takes_whole_model
@@ -91,6 +99,7 @@ def scale_by_lorapre_muon(
         check_number(name, value, 0)
     check_number("gamma", gamma, 0, 1)
     check_number("residual", residual, 0, 1)
+    check_rate("scale", scale)
     options = MomentOptions(
         rank, damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback
     )
@@ -249,6 +258,7 @@ def lorapre_muon(
         whole_matrices=whole_matrices,
         layout=layout,
     )
+    check_adam(adam_b1, adam_b2, eps, prefix="adam_")
     table = None
     if table_rank is not None:
         table = scale_by_lorapre_adam(

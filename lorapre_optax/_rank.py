@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from layout_optax.layout import ROLES, ParamLayout
+from layout_optax.leaves import LayoutLeaves
 
 RankLike: TypeAlias = (
     int
@@ -22,7 +25,8 @@ RankLike: TypeAlias = (
 """How ranks are given: an integer; a fraction in (0, 1) of the smaller side; None for a full moment; a
 mapping; or a function of path, layout and shape. The keys of a mapping are whole paths, roles, or regular
 expressions searched in the path: a key equal to the path wins (so that `suggest_ranks` can be given as it
-is), then the first match in the mapping's order; no match means a full moment."""
+is), then the first match in the mapping's order; a leaf without a match keeps a full moment. A key that
+matches no leaf is an error."""
 
 
 def leaf_rank(
@@ -62,15 +66,85 @@ def leaf_rank(
     return min(value, rows, columns)
 
 
+def check_rule(rank: RankLike, leaves: LayoutLeaves) -> None:
+    """Refuses a mapping with a key that matches nothing, or none that matches a leaf with rows and columns.
+
+    A key may be the path of a leaf that another optimizer has (so that the result of `suggest_ranks` can be
+    given as it is), and a role that the model lacks.
+
+    Raises:
+      ValueError: naming the key, with the nearest name; also for a key that is no regular expression.
+    """
+    tables = [
+        (path, layout)
+        for path, layout in zip(leaves.paths, leaves.layouts, strict=True)
+        if layout is not None and layout.role != "vector"
+    ]
+    if not isinstance(rank, Mapping) or not tables:
+        return
+    for key in rank:
+        if key in ROLES or key in leaves.paths:
+            continue
+        try:
+            found = any(re.search(key, path) for path in leaves.paths)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"rank: the key {key!r} is neither a role, a path nor a regular expression ({error})."
+            ) from None
+        if not found:
+            near = difflib.get_close_matches(key, [*ROLES, *leaves.paths], 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"rank: the key {key!r} matches no parameter.{hint}")
+    if rank and all(_key(rank, path, layout) is None for path, layout in tables):
+        path, layout = tables[0]
+        raise ValueError(
+            f"rank: no key of {sorted(rank)} matches any of the {len(tables)} parameters that could have "
+            f"factors, such as {path!r} of role {layout.role!r}."
+        )
+
+
+def warn_of_full_ranks(options_rank: RankLike, leaves: LayoutLeaves) -> None:
+    """Warns, in one line with counts, of ranks that save nothing where full moments take the factors' place."""
+    asked, useless = 0, []
+    for path, layout, leaf in zip(leaves.paths, leaves.layouts, leaves.leaves, strict=True):
+        if layout is None or layout.role == "vector" or not math.prod(leaf.shape):
+            continue
+        if leaf_rank(options_rank, path, layout, leaf.shape, fallback=False) is None:
+            continue
+        asked += 1
+        if leaf_rank(options_rank, path, layout, leaf.shape) is None:
+            value = _look_up(options_rank, path, layout, tuple(leaf.shape))
+            useless.append((path, tuple(leaf.shape), value, layout))
+    if not useless:
+        return
+    path, shape, value, layout = useless[0]
+    rows, columns = (
+        math.prod(shape[axis] for axis in axes) for axes in (layout.row_axes, layout.column_axes)
+    )
+    most = (rows * columns - 1) // (rows + columns)
+    below = f"up to {most} would" if most else "none would"
+    warnings.warn(
+        f"rank {value} saves nothing on {len(useless)} of {asked} parameters: full moments take the place of "
+        f"factors (the first is {path!r} of shape {shape}, where {below} save).",
+        stacklevel=2,
+    )
+
+
+def _key(rank: Mapping[str, Any], path: str, layout: ParamLayout) -> str | None:
+    """The key of a mapping that decides for one leaf."""
+    if path in rank:
+        return path
+    for key in rank:
+        if key == layout.role or (key not in ROLES and re.search(key, path)):
+            return key
+    return None
+
+
 def _look_up(rank: Any, path: str, layout: ParamLayout, shape: tuple[int, ...]) -> Any:
     """The rule's answer for one leaf: a number or None."""
     if isinstance(rank, Mapping):
-        if path in rank:
-            return rank[path]
-        for key, value in rank.items():
-            if key == layout.role or (key not in ROLES and re.search(key, path)):
-                return value
-        return None
+        key = _key(rank, path, layout)
+        return None if key is None else rank[key]
     return rank(path, layout, shape) if callable(rank) else rank
 
 

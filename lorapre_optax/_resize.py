@@ -22,6 +22,7 @@ from layout_optax.axes import (
     spec_entries,
 )
 from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty
+from layout_optax.leaves import flatten_with_layout
 from lorapre_optax._factors import (
     INIT_STD,
     broadcast,
@@ -33,7 +34,7 @@ from lorapre_optax._factors import (
     rank_whole,
 )
 from lorapre_optax._moment import LowRankState
-from lorapre_optax._rank import RankLike, leaf_rank
+from lorapre_optax._rank import RankLike, check_rule, leaf_rank
 from lorapre_optax._states import (
     Moment,
     is_factored,
@@ -88,7 +89,7 @@ def resize_ranks(
 
     Raises:
       ValueError: if the state holds no low-rank moment, or one that does not fit ``params`` and ``layout``
-        (it names the path), and for ranks out of range.
+        (it names the path), for ranks out of range, and for a key of ``ranks`` that matches no parameter.
 
     Example:
       >>> from lorapre_optax import low_rank_ema
@@ -98,6 +99,7 @@ def resize_ranks(
       (8, 40)
     """
     found = owners(params, layout)
+    check_rule(ranks, flatten_with_layout(layout, params))
 
     def resize(low_rank: LowRankState, second: bool) -> LowRankState:
         if not is_factored(low_rank):

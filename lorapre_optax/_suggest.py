@@ -45,6 +45,7 @@ def suggest_ranks(
     Raises:
       ValueError: for an energy out of range, no gradients, a gradient of another structure or shape, or one
         that is not finite (it names the path).
+      TypeError: for a parameter that is not a real floating-point array.
 
     Example:
       >>> params = {"mlp": {"kernel": jnp.ones((24, 40))}, "norm": {"scale": jnp.ones(40)}}
@@ -56,6 +57,7 @@ def suggest_ranks(
     if not gradients:
         raise ValueError("suggest_ranks needs at least one gradient, got none.")
     leaves = flatten_with_layout(layout, params)
+    leaves.check_trainable()
     aligned = [_aligned(params, gradient, index) for index, gradient in enumerate(gradients)]
     ranks = {}
     for path, found, *own in zip(leaves.paths, leaves.layouts, *aligned, strict=True):

@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeAlias, Unpack
 import jax.numpy as jnp
 import optax
 
-from layout_optax.hyperparameters import choose
+from layout_optax.hyperparameters import check_adam, choose
 from layout_optax.layout import LayoutLike
 from layout_optax.routing import OTHER, WholeModel, adam_direction, by_role, takes_whole_model
 from sage_optax._damper import Damper, EpsMode
@@ -92,6 +92,7 @@ def sage_hybrid(
         b1, b2, eps, damper=damper, eps_mode=eps_mode, mu_dtype=mu_dtype, layout=layout
     )
     dtype = momentum_dtype(mu_dtype)
+    check_adam(adam_b1, adam_b2, adam_eps, prefix="adam_")
     adam = adam_direction(adam_b1, adam_b2, adam_eps, None if dtype == jnp.int8 else dtype)
     matrix = sinkgd_direction(scale, iterations, sinkhorn_eps, variant, layout)
     directions = {
@@ -218,6 +219,7 @@ def sinkgd_hybrid(
             "sinkgd_hybrid: Adam's first moment has no int8 form; give a float mu_dtype, or use "
             "sage_hybrid or lion_hybrid."
         )
+    check_adam(adam_b1, adam_b2, adam_eps, prefix="adam_")
     adam = adam_direction(adam_b1, adam_b2, adam_eps, dtype)
     matrix = sinkgd_direction(scale, iterations, sinkhorn_eps, variant, layout)
     directions = {

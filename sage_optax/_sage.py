@@ -19,6 +19,7 @@ from layout_optax.hyperparameters import (
     check_layout,
     check_mask,
     check_number,
+    check_rate,
     in_dtype,
 )
 from layout_optax.layout import LayoutLike, ParamLayout, is_empty
@@ -252,6 +253,8 @@ def sage(
       [-0.001 -0.001 -0.001 -0.001]
     """
     check_mask(weight_decay_mask)
+    check_rate("learning_rate", learning_rate)
+    check_number("weight_decay", weight_decay, 0)
     return in_gradient_dtype(
         optax.chain(
             scale_by_sage(

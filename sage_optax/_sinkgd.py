@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from layout_optax.hyperparameters import check_layout, check_mask
+from layout_optax.hyperparameters import check_layout, check_mask, check_number, check_rate
 from layout_optax.layout import LayoutLike
 from layout_optax.leaves import flatten_with_layout
 from layout_optax.promotion import in_gradient_dtype, with_standard_promotion
@@ -165,6 +165,9 @@ def sinkgd(
       Array([-0.001, -0.001, -0.001], dtype=float32)
     """
     check_mask(weight_decay_mask)
+    check_rate("learning_rate", learning_rate)
+    check_rate("scale", scale)
+    check_number("weight_decay", weight_decay, 0)
     return in_gradient_dtype(
         optax.chain(
             scale_by_sinkhorn(
@@ -181,8 +184,13 @@ def _check(iterations: Any, eps: Any, variant: Any) -> None:
     """Refuses settings that cannot work; traced values pass."""
     if variant not in get_args(Variant):
         raise ValueError(f"scale_by_sinkhorn: variant must be 'unit' or 'sqrt', got {variant!r}.")
+    for name, value in (("iterations", iterations), ("eps", eps)):
+        if callable(value):
+            raise TypeError(f"scale_by_sinkhorn: {name} must be a number, not a schedule.")
+        if isinstance(value, str) or (not isinstance(value, Tracer) and np.ndim(value)):
+            raise TypeError(f"scale_by_sinkhorn: {name} must be a number, got {value!r}.")
     known = lambda value: not isinstance(value, Tracer)  # noqa: E731
-    if known(iterations) and (np.ndim(iterations) or not np.rint(iterations) >= 1):
+    if known(iterations) and not 1 <= np.rint(iterations) < math.inf:
         raise ValueError(
             f"scale_by_sinkhorn: iterations must be a number of at least 1, got {iterations!r}."
         )

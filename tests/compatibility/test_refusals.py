@@ -6,6 +6,7 @@ path.
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import chex
@@ -15,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 
+import layout_optax
 import lorapre_optax
 import sage_optax
 from tests.compatibility.test_strict_modes import CALLS, NAMES, NUMBERS
@@ -104,7 +106,7 @@ def test_masked_out_they_are_nobodys_business():
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - STATELESS - {"by_role"}))
 def test_a_state_of_other_parameters_is_refused_by_path(name):
-    """The vocabulary was resized, a norm was added or is gone. (`by_role` has the state of its directions.)"""
+    """The vocabulary was resized, a norm was added, a norm is gone. (`by_role` has its directions' state.)"""
     tx = make(name)
     state = tx.init(PARAMS)
     stateful = "layers/norm/scale" if name == "lorapre_sinkgd" else "embed/embedding"
@@ -160,3 +162,37 @@ def test_factors_name_both_shapes():
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         jax.jit(tx.update)(resized, state)
+
+
+REQUIRED = {
+    "directions": {role: optax.scale_by_sign() for role in ("embedding", "matrix", "vector")},
+    "learning_rate": 1e-3,
+    "rank": 2,
+    "decay": 0.9,
+}
+OPTIONAL = {"gamma", "gamma1", "gamma2", "residual", "bound", "consistent_rms"}
+"""Numbers whose default is None, beside the rates of single roles."""
+
+
+def numbers_of(parameters):
+    """The names of a factory's arguments that are numbers."""
+    for name, parameter in parameters.items():
+        default = parameter.default
+        number = isinstance(default, (int, float)) and not isinstance(default, bool)
+        rate = name == "decay" or name.endswith("learning_rate")
+        if name != "rank" and (number or rate or (default is None and name in OPTIONAL)):
+            yield name
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "unboxed"])
+def test_numbers_are_finite_numbers_at_construction(name):
+    """Every number of every signature: the message names the argument."""
+    packages = (layout_optax, sage_optax, lorapre_optax)
+    factory = next(filter(None, (getattr(package, name, None) for package in packages)))
+    parameters = inspect.signature(factory).parameters
+    given = {each: value for each, value in REQUIRED.items() if each in parameters}
+    factory(**given)
+    for argument in numbers_of(parameters):
+        for value in (float("nan"), float("inf"), "1e-3", [1.0]):
+            with pytest.raises((ValueError, TypeError), match=rf"\b{argument}\b"):
+                factory(**(given | {argument: value}))

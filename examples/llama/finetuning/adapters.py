@@ -8,6 +8,7 @@ A starts at random, B at zero and m at ||W||, so that training starts from the m
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +60,7 @@ class AdapterSpec:
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "rslora", "dora"):
             raise ValueError(f"unknown adapter {self.kind!r}; they are lora, rslora, dora")
-        if self.rank < 1 or not self.alpha > 0:
+        if self.rank < 1 or not 0 < self.alpha < math.inf:
             raise ValueError(
                 f"an adapter's rank and alpha must be positive, got {self.rank} and {self.alpha}"
             )
@@ -79,16 +80,39 @@ def check_rank(config: LlamaConfig, spec: AdapterSpec) -> None:
     Raises:
         ValueError: The rank exceeds the smaller side of a target; the message names it.
     """
-    width, heads = config.hidden_size, config.num_heads * config.head_dim
-    kv, inner = config.num_kv_heads * config.head_dim, config.intermediate_size
-    sides = {"q_proj": heads, "o_proj": heads, "k_proj": kv, "v_proj": kv}
-    for name in spec.targets:
-        other = sides.get(name, inner)
+    for name, (width, other) in target_sides(config, spec).items():
         if spec.rank > min(width, other):
             raise ValueError(
                 f"--rank {spec.rank} is more than {name} has: its kernel is {width} by {other}, so the rank "
                 f"must be at most {min(width, other)}"
             )
+
+
+def adapter_notes(config: LlamaConfig, spec: AdapterSpec) -> list[str]:
+    """Says on how many targets the adapter has as many numbers as the kernel, if on any.
+
+    >>> from examples.llama.model.config import preset
+    >>> adapter_notes(preset("demo"), AdapterSpec(rank=8))
+    []
+    """
+    sides = target_sides(config, spec)
+    useless = [(p, q) for p, q in sides.values() if spec.rank * (p + q) >= p * q]
+    if not useless:
+        return []
+    p, q = min(useless, key=min)
+    most = (p * q - 1) // (p + q)
+    return [
+        f"Note: rank {spec.rank} saves nothing on {len(useless)} of {len(sides)} kinds of matrices; the "
+        f"adapters hold as many numbers as the kernels. On {p} x {q} a rank saves up to {most}."
+    ]
+
+
+def target_sides(config: LlamaConfig, spec: AdapterSpec) -> dict[str, tuple[int, int]]:
+    """The sides of the kernels that get an adapter, the model's width first."""
+    width, heads = config.hidden_size, config.num_heads * config.head_dim
+    kv, inner = config.num_kv_heads * config.head_dim, config.intermediate_size
+    sides = {"q_proj": heads, "o_proj": heads, "k_proj": kv, "v_proj": kv}
+    return {name: (width, sides.get(name, inner)) for name in spec.targets}
 
 
 class AdaptedLinear(nnx.Module):

@@ -21,7 +21,7 @@ from examples.llama.data.instruction_batches import (
 from examples.llama.data.instructions import Template, chat_template, prompt_template, read_records
 from examples.llama.devices.mesh import MeshMode
 from examples.llama.devices.processes import ClusterConfig
-from examples.llama.finetuning.adapters import TARGETS, AdapterSpec, check_rank
+from examples.llama.finetuning.adapters import TARGETS, AdapterSpec, adapter_notes, check_rank
 from examples.llama.finetuning.loading import FINETUNE, Model, load_model
 from examples.llama.finetuning.program import FromModel, Tuned, tuned_to_json
 from examples.llama.model.subtrees import trainable_patterns
@@ -29,7 +29,8 @@ from examples.llama.optimizers.options import OptionSet
 from examples.llama.optimizers.registry import OPTIMIZERS, optimizer_entry
 from examples.llama.reporting.files import jsonable
 from examples.llama.reporting.summary import RunSummary
-from examples.llama.training.config import CheckpointConfig, TrainConfig, resolve
+from examples.llama.training.config import CheckpointConfig, TrainConfig, check_not_empty, resolve
+from examples.llama.training.notes import rank_notes
 from examples.llama.training.program import Program
 from examples.llama.training.replacement import claim_folder
 from examples.llama.training.run import Run
@@ -206,6 +207,11 @@ def prepare_finetuning(
             settings.eval_batches * parts,
             **share,
         ),
+        notes=(
+            rank_notes(settings, program.abstract_params)
+            if what.adapter is None
+            else adapter_notes(model.config, what.adapter)
+        ),
         asked=config,
         sections={FINETUNE: section | sizes},
         identity={f"{FINETUNE}.{name}": value for name, value in section.items()},
@@ -219,6 +225,9 @@ def check(config: FinetuneConfig) -> None:
     """Raises ValueError for what is missing or does not go together, before anything is read."""
     if not config.model or not config.data:
         raise ValueError("give --model (a Hugging Face folder or a run) and --data")
+    check_not_empty(config)
+    if config.limit is not None and config.limit < 1:
+        raise ValueError(f"limit must be at least 1, got {config.limit}")
     if config.method in ADAPTERS:
         if config.trainable != "matrices":
             raise ValueError("trainable is for methods without adapters; use targets")
@@ -230,6 +239,8 @@ def check(config: FinetuneConfig) -> None:
         )
     elif config.targets != TARGETS:
         raise ValueError("targets is for adapters; use trainable")
+    elif config.alpha != FinetuneConfig.alpha:
+        raise ValueError("alpha is for adapters; the factor of other methods is scale")
     if not config.heldout_fraction > 0:
         raise ValueError("heldout_fraction must be positive: its loss is what a run reports")
     if config.steps is not None and config.steps < 1:

@@ -230,6 +230,7 @@ def resolve(config: TrainConfig, model: LlamaConfig | None = None) -> Settings:
         raise ValueError(
             "--data is empty; give stdlib, a file, a folder, hf:NAME or synthetic:SEED"
         )
+    check_not_empty(config)
     shape = preset(config.preset) if model is None else model
     if config.vocab_size is not None:
         shape = dataclasses.replace(shape, vocab_size=config.vocab_size)
@@ -277,6 +278,19 @@ def resolve(config: TrainConfig, model: LlamaConfig | None = None) -> Settings:
     )
     check_settings(settings)
     return settings
+
+
+def check_not_empty(config: Any) -> None:
+    """Raises ValueError for an option given as an empty text, as an unset variable of a shell gives it.
+
+    >>> check_not_empty(TrainConfig(cache_dir=""))
+    Traceback (most recent call last):
+      ...
+    ValueError: cache_dir is empty; give a value or leave it out
+    """
+    for option in dataclasses.fields(config):
+        if option.name != "preset" and getattr(config, option.name) == "":
+            raise ValueError(f"{option.name} is empty; give a value or leave it out")
 
 
 def data_config(config: TrainConfig, settings: Settings) -> DataConfig:

@@ -1,7 +1,9 @@
-"""What whoever starts a run should know about its settings: a rank that saves nothing."""
+"""What whoever starts a run should know about its settings: ranks that save nothing, a rule that is beaten."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,9 +12,21 @@ from examples.llama.optimizers.registry import optimizer_entry
 from examples.llama.training.settings import Settings
 from layout_optax import resolve_layout
 
+TABLES = ("embedding", "head")
 
-def rank_note(settings: Settings, params: Any) -> str | None:
-    """Says on how many parameters the rank saves no state, if on any.
+
+def quiet_rank_warning() -> None:
+    """Leaves it to `rank_notes` to say what `lorapre_optax` warns of at each init."""
+    warnings.filterwarnings("ignore", "rank .* saves nothing", UserWarning)
+
+
+def settings_notes(settings: Settings, params: Any) -> list[str]:
+    """All notes on a run's settings; `params` are shapes of the trained parameters."""
+    return [*rank_notes(settings, params), *rule_notes(settings)]
+
+
+def rank_notes(settings: Settings, params: Any) -> list[str]:
+    """Says on how many parameters a rank saves no state, if on any.
 
     LoRA-Pre keeps (p + q) r numbers in place of the p q of a moment, GaLore (max + 2 min) r in place of 2 p q.
 
@@ -20,20 +34,49 @@ def rank_note(settings: Settings, params: Any) -> str | None:
         settings: The run's settings.
         params: Shapes of the trained parameters.
     """
-    rank = settings.options.rank
-    if rank is None or not optimizer_entry(settings.optimizer).has_rank:
-        return None
+    if not optimizer_entry(settings.optimizer).has_rank:
+        return []
+    options, galore = settings.options, settings.optimizer == "galore"
     # LoRA-Pre SinkGD has its factors on the tables; its matrices have no state.
-    tables = settings.optimizer == "lorapre_sinkgd"
-    roles = ("embedding", "head") if tables else ("matrix",)
-    shapes = [
+    roles = TABLES if settings.optimizer == "lorapre_sinkgd" else ("matrix",)
+    notes = [
+        _rank_note(options.rank, _sides(params, roles), roles, galore=galore),
+        _rank_note(options.table_rank, _sides(params, TABLES), TABLES, galore=False),
+    ]
+    return [note for note in notes if note is not None]
+
+
+def rule_notes(settings: Settings) -> list[str]:
+    """Says that LoRA-Pre Adam by the paper's rule is what the recommended options are compared with."""
+    options = settings.options
+    changed = (options.bias_correction, options.bound, options.residual, options.initial_subspace)
+    if (
+        settings.optimizer != "lorapre_adamw"
+        or options.options
+        or any(x is not None for x in changed)
+    ):
+        return []
+    return [
+        "Note: this is LoRA-Pre by the paper's rule. From scratch --options recommended was better at every "
+        "rank tried here (docs/lorapre.md); --options paper takes this note away."
+    ]
+
+
+def _sides(params: Any, roles: Sequence[str]) -> list[tuple[int, int]]:
+    """The last two axes of every parameter of these roles."""
+    layouts = jax.tree.leaves(resolve_layout(None, params))
+    return [
         (leaf.shape[-2], leaf.shape[-1])
-        for leaf, layout in zip(
-            jax.tree.leaves(params), jax.tree.leaves(resolve_layout(None, params)), strict=True
-        )
+        for leaf, layout in zip(jax.tree.leaves(params), layouts, strict=True)
         if layout.role in roles
     ]
-    galore = settings.optimizer == "galore"
+
+
+def _rank_note(
+    rank: int | None, shapes: Sequence[tuple[int, int]], roles: Sequence[str], *, galore: bool
+) -> str | None:
+    if rank is None:
+        return None
     useless = [
         (p, q)
         for p, q in shapes
@@ -41,7 +84,7 @@ def rank_note(settings: Settings, params: Any) -> str | None:
     ]
     if not useless:
         return None
-    what = "tables" if tables else "kinds of matrices"
+    what = "tables" if roles == TABLES else "kinds of matrices"
     full = "GaLore keeps more than AdamW there" if galore else "they keep full moments, as AdamW"
     p, q = min(useless, key=min)
     most = (2 * p * q - 1) // (max(p, q) + 2 * min(p, q)) if galore else (p * q - 1) // (p + q)

@@ -39,7 +39,7 @@ from examples.llama.reporting.summary import RunSummary, summary_table
 from examples.llama.training.checkpoints import SaveError, checkpoint_steps
 from examples.llama.training.config import TrainConfig, data_config, resolve
 from examples.llama.training.migrations import parse_migrations
-from examples.llama.training.notes import rank_note
+from examples.llama.training.notes import quiet_rank_warning, settings_notes
 from examples.llama.training.orbax_noise import quiet_orbax
 from examples.llama.training.program import Program
 from examples.llama.training.recorder import NonFiniteLossError, Recorder
@@ -106,7 +106,13 @@ def prepare_run(
         settings.eval_batches * parts,
         **share,
     )
-    return Run(config, settings, dataset, program, batches, heldout, console=console, name=name)
+    notes = settings_notes(settings, program.abstract_params)
+    return Run(
+        *(config, settings, dataset, program, batches, heldout),
+        notes=notes,
+        console=console,
+        name=name,
+    )
 
 
 def run_command(
@@ -175,6 +181,7 @@ class Run:
         program: What it executes.
         batches: Its training batches, an iterator with `get_state` and `set_state`.
         heldout: The batches of an evaluation.
+        notes: What whoever starts the run should know about its settings.
         asked: The configuration to write down where it is not `config`.
         sections: Further sections of config.json, by name.
         identity: What must be the same when the run goes on, beside settings and data.
@@ -195,6 +202,7 @@ class Run:
         batches: Any,
         heldout: Sequence[Batch],
         *,
+        notes: Sequence[str] = (),
         asked: Any = None,
         sections: Mapping[str, Any] | None = None,
         identity: Mapping[str, Any] | None = None,
@@ -202,11 +210,12 @@ class Run:
         console: Console | None = None,
         name: str | None = None,
     ):
+        quiet_rank_warning()
         self.config, self.settings, self.data = config, settings, data
         self.program, self.batches, self.heldout = program, batches, heldout
         self.console = console or Console()
         self.name = name or settings.optimizer
-        self._asked = config if asked is None else asked
+        self.notes, self._asked = notes, config if asked is None else asked
         self._sections, self._identity, self._module = sections or {}, identity or {}, module
         check_vocabulary(data, settings)
         if config.resume:
@@ -252,8 +261,7 @@ class Run:
         """
         config, summary = self.config, self.summary
         started, main = time.perf_counter(), is_main()
-        rank = rank_note(self.settings, self.program.abstract_params)
-        for note in (*self.program.notes(), *([rank] if rank else [])):
+        for note in (*self.program.notes(), *self.notes):
             self._say(note)
         with ExitStack() as stack:
             stack.enter_context(locked(config.out, force=config.force_unlock))

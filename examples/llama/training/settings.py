@@ -98,6 +98,8 @@ def check_settings(settings: Settings) -> None:
             f"statistics_every ({settings.statistics_every}) must be 0 or a multiple of log_every "
             f"({settings.log_every})"
         )
+    if settings.loss_chunk is not None and settings.loss_chunk < 1:
+        raise ValueError(f"loss_chunk must be at least 1, got {settings.loss_chunk}")
     if settings.seq_len > settings.model.max_seq_len:
         raise ValueError(
             f"seq_len {settings.seq_len} is more than the model's max_seq_len "
@@ -129,6 +131,15 @@ def check_finite(settings: Settings) -> None:
         value = numbers.get(name)
         if value is not None and value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
+    # A negative scale would climb, and a bound or scale of zero train nothing.
+    for name in ("scale", "bound"):
+        value = numbers.get(name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    for name in ("rank", "table_rank", "update_gap", "sinkhorn_iterations"):
+        value = numbers.get(name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def settings_from_json(fields: dict[str, Any]) -> Settings:

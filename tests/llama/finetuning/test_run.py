@@ -10,6 +10,7 @@ import pytest
 
 from examples.llama.devices.stop_signals import StopSignals
 from examples.llama.finetune import main
+from examples.llama.finetuning.adapters import AdapterSpec
 from examples.llama.finetuning.loading import load_model
 from examples.llama.finetuning.program import FromModel, Tuned
 from examples.llama.finetuning.run import check, finetune, prepare_finetuning
@@ -222,6 +223,11 @@ def test_a_run_can_start_from_a_run_and_be_exported(config, tmp_path, model):
         ({"method": "dora", "statistics_every": 3}, "no statistics of adapters"),
         ({"heldout_fraction": 0.0}, "heldout_fraction must be positive"),
         ({"steps": None, "epochs": 0.0}, "epochs must be positive"),
+        ({"steps": None, "epochs": float("nan")}, "epochs must be positive"),
+        ({"data": ""}, "give --model"),
+        ({"template": ""}, "template is empty"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"method": "adamw", "alpha": 8.0}, "alpha is for adapters"),
     ],
 )
 def test_configurations_are_checked(fields, message, tmp_path):
@@ -286,6 +292,23 @@ def test_a_rank_beyond_the_kernel_is_refused_before_anything_is_read(config):
         )
     with pytest.raises(ValueError, match=r"k_proj has.*at most 16"):
         prepare_finetuning(config(method="dora", rank=17), console=quiet_console())
+
+
+def test_adapters_that_save_nothing_are_said_and_infinite_ones_refused(config):
+    run = prepare_finetuning(config(method="lora", rank=16), console=quiet_console())
+    (note,) = run.notes
+    assert "rank 16 saves nothing on" in note
+    assert prepare_finetuning(config(method="lora", rank=2), console=quiet_console()).notes == []
+    with pytest.raises(ValueError, match="alpha must be positive, got 2 and inf"):
+        AdapterSpec("lora", 2, float("inf"))
+
+
+def test_patterns_that_match_nothing_are_refused_before_anything_compiles(config):
+    with pytest.raises(
+        ValueError,
+        match="no parameter matches 'nothing'",
+    ):
+        prepare_finetuning(config(method="adamw", trainable="nothing"), console=quiet_console())
 
 
 def test_a_default_rate_is_that_of_the_method_or_asked_for(config):

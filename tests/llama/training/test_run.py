@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import re
+import warnings
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from examples.llama.reporting.metrics import read_metrics
 from examples.llama.train import main
 from examples.llama.training import run as run_module
 from examples.llama.training.config import TrainConfig, resolve
-from examples.llama.training.notes import rank_note
+from examples.llama.training.notes import rank_notes, rule_notes
 from examples.llama.training.program import Program
 from examples.llama.training.protocols import default_protocol
 from examples.llama.training.run import check_vocabulary, prepare_run, train
@@ -449,6 +450,17 @@ def test_the_old_run_stays_when_the_new_one_cannot_begin(tmp_path, monkeypatch):
         ({"role_rates": "matrix=nan"}, "must be positive, got nan"),
         ({"data": ""}, "--data is empty"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"scale": -1.0}, "scale must be positive, got -1.0"),
+        ({"optimizer": "lorapre_adamw", "bound": 0.0}, "bound must be positive"),
+        ({"optimizer": "lorapre_adamw", "rank": 0}, "rank must be at least 1, got 0"),
+        ({"optimizer": "lorapre_muon", "table_rank": -1}, "table_rank must be at least 1"),
+        ({"optimizer": "galore", "update_gap": 0}, "update_gap must be at least 1"),
+        ({"sinkhorn_iterations": 0}, "sinkhorn_iterations must be at least 1"),
+        ({"loss_chunk": 0}, "loss_chunk must be at least 1"),
+        ({"tokenizer": ""}, "tokenizer is empty"),
+        ({"cache_dir": ""}, "cache_dir is empty"),
+        ({"role_rates": ""}, "role_rates is empty"),
+        ({"protocol": ""}, "protocol is empty"),
     ],
 )
 def test_values_are_checked_before_anything_is_compiled(tmp_path, fields, message):
@@ -464,23 +476,47 @@ def test_no_rate_names_one_to_begin_with_and_the_page(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "rank", "note"),
+    ("optimizer", "ranks", "note"),
     [
         (
             "lorapre_adamw",
-            1000,
+            {"rank": 1000},
             "rank 1000 saves nothing on 7 of 7 kinds of matrices; they keep full",
         ),
-        ("lorapre_adamw", 11, "rank 11 saves nothing on 2 of 7 kinds of matrices"),
-        ("lorapre_adamw", 10, None),
-        ("galore", 32, "rank 32 saves nothing on 7 of 7"),
-        ("lorapre_sinkgd", 30, "rank 30 saves nothing on 1 of 1 tables"),
-        ("adamw", None, None),
+        ("lorapre_adamw", {"rank": 11}, "rank 11 saves nothing on 2 of 7 kinds of matrices"),
+        ("lorapre_adamw", {"rank": 10}, None),
+        ("galore", {"rank": 32}, "rank 32 saves nothing on 7 of 7"),
+        ("lorapre_sinkgd", {"rank": 30}, "rank 30 saves nothing on 1 of 1 tables"),
+        ("lorapre_muon", {"rank": 10, "table_rank": 30}, "rank 30 saves nothing on 1 of 1 tables"),
+        ("adamw", {}, None),
     ],
 )
-def test_a_rank_that_saves_nothing_is_said(tmp_path, optimizer, rank, note):
-    config = tiny.config(tmp_path, optimizer=optimizer, rank=rank)
+def test_a_rank_that_saves_nothing_is_said(tmp_path, optimizer, ranks, note):
+    config = tiny.config(tmp_path, optimizer=optimizer, **ranks)
     program = Program(resolve(config, tiny.MODEL))
-    found = rank_note(program.settings, program.abstract_params)
-    assert (found is None) == (note is None)
-    assert note is None or note in found
+    found = rank_notes(program.settings, program.abstract_params)
+    assert len(found) == (note is not None)
+    assert note is None or note in found[0]
+
+
+def test_the_trainer_says_it_in_the_librarys_place(tmp_path):
+    """One line among the notes, and no warning beside it."""
+    config = tiny.config(tmp_path, optimizer="lorapre_adamw", rank=1000, options="paper")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        prepared = prepare_run(config, model=tiny.MODEL, dataset=tiny.dataset())
+    (note,) = prepared.notes
+    assert "rank 1000 saves nothing on 7 of 7" in note
+    assert [each for each in caught if "saves nothing" in str(each.message)] == []
+
+
+def test_the_papers_rule_is_named_where_another_was_better(tmp_path):
+    def notes(**fields):
+        return rule_notes(resolve(tiny.config(tmp_path, **fields), tiny.MODEL))
+
+    (note,) = notes(optimizer="lorapre_adamw", rank=4)
+    assert "--options recommended" in note
+    assert notes(optimizer="lorapre_adamw", rank=4, options="paper") == []
+    assert notes(optimizer="lorapre_adamw", rank=4, options="recommended") == []
+    assert notes(optimizer="lorapre_adamw", rank=4, bound=1.0) == []
+    assert notes(optimizer="lorapre_muon", rank=4) == []
