@@ -152,4 +152,4 @@ LISTS: dict[str, Callable[[], list[Search]]] = {
     "methods": methods,
     "composites": composites,
 }
-"""The lists by name; `issue` in the command line is all of them in this order."""
+"""The lists by name."""
