@@ -18,6 +18,8 @@ CROSSED = 3
 """So many of the best table rules are crossed with as many of the best matrix rules."""
 BIG_BATCH = 8
 """Parts that a step of the large batch accumulates, each as large as the ordinary step."""
+NARROWER = {"wide": "small"}
+"""A shape of half the width, for rates by width."""
 TRACED = "sage_hybrid"
 HYPOTHESES = (
     Search("adamw:b2=0.95", 3e-3),
@@ -25,7 +27,7 @@ HYPOTHESES = (
     Search("adamw+sinkgd", 2e-3),
     Search("factored+lorapre_muon_r4", 6e-3),
 )
-"""What runs again with a larger batch, untied tables and another end of the schedule."""
+"""What runs again under each changed protocol (`changes`)."""
 
 
 def everything(
@@ -52,11 +54,13 @@ def everything(
 
 
 def changes(protocol: Protocol) -> list[Protocol]:
-    """The protocol with a larger batch, with untied tables if there are such, and with a constant end.
+    """The protocol with a larger batch, untied tables, a narrower model and a constant end of the schedule.
+
+    Untied and narrower shapes only where there are such.
 
     >>> [(one.shape, one.batch_size, one.final_rate_fraction)
     ...  for one in changes(Protocol("wide", 2**24, 32, 512))]
-    [('wide', 256, None), ('wide_untied', 32, None), ('wide', 32, 1.0)]
+    [('wide', 256, None), ('wide_untied', 32, None), ('small', 32, None), ('wide', 32, 1.0)]
     """
     found = [
         dataclasses.replace(
@@ -65,9 +69,9 @@ def changes(protocol: Protocol) -> list[Protocol]:
             accumulate=BIG_BATCH * protocol.accumulate,
         )
     ]
-    untied = f"{protocol.shape}_untied"
-    if untied in SHAPES:
-        found.append(dataclasses.replace(protocol, shape=untied))
+    for shape in (f"{protocol.shape}_untied", NARROWER.get(protocol.shape, "")):
+        if shape in SHAPES:
+            found.append(dataclasses.replace(protocol, shape=shape))
     return [*found, dataclasses.replace(protocol, final_rate_fraction=1.0)]
 
 
