@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from benchmarks.common import describe_circumstances, table
 from benchmarks.quality.cells import Cells, as_row, perplexity_text
-from benchmarks.quality.long import long_content, long_section
+from benchmarks.quality.long import OURS, long_content, long_section, plot_long
 from benchmarks.quality.pareto import Point, plot_pareto
 from benchmarks.quality.rows import (
     DAMPER_RATES,
@@ -38,8 +38,6 @@ from examples.llama.comparing.rows import Row
 from examples.llama.optimizers.variants import Variant, parse_variant
 from examples.llama.reporting.files import write_json
 
-OURS = ("sage", "sinkgd", "lion_hybrid", "lorapre")
-"""How the names of this repository's optimizers begin."""
 TITLE = f"Demo Llama: {FULL} steps of 2048 tokens"
 
 
@@ -49,6 +47,7 @@ def write_report(cells: Cells, folder: pathlib.Path, facts: Mapping[str, Any]) -
     write_json(cells.path, cells.stored)
     text = page(cells, facts, long_section(long_content(folder)))
     (folder / "quality.md").write_text(text.rstrip() + "\n")
+    plot_long(folder)
     rows = finished_rows(cells)
     if rows:
         plot_comparison(rows, folder / "quality.png", TITLE, facts["command"])

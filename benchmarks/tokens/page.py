@@ -146,6 +146,14 @@ def _section(content: Mapping[str, Any], group: tuple[Any, ...], heading: str) -
     return "\n\n".join(parts) + "\n"
 
 
+def _matrix_rule(cell: Mapping[str, Any]) -> bool:
+    return cell["variant"].startswith("adamw+")
+
+
+def _table_rule(cell: Mapping[str, Any]) -> bool:
+    return cell["variant"].endswith("+muon")
+
+
 def _rows(cells: Sequence[Mapping[str, Any]]) -> str:
     header = ["optimizer", "loss", "perplexity", "seeds", "lowest to highest loss", "rate"]
     header += ["tables' rate", "searched", "of AdamW's state", "tokens/s"]
