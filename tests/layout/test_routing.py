@@ -127,7 +127,9 @@ def test_every_alias_shows_the_keywords_of_a_whole_model(alias):
     for name, annotation in hints.items():
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
         assert parameters[name].annotation == annotation
-        assert f"\n  {name}: " in inspect.getdoc(alias)  # Python 3.13 takes the indentation off by itself
+        assert f"\n  {name}: " in inspect.getdoc(
+            alias
+        )  # Python 3.13 takes the indentation off by itself
         default = parameters[name].default
         assert default in (0.0, 0.01) if name == "weight_decay" else default is None
     assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
