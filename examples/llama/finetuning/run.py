@@ -263,6 +263,8 @@ def check(config: FinetuneConfig) -> None:
         raise ValueError("targets is for adapters; use trainable")
     elif config.alpha != FinetuneConfig.alpha:
         raise ValueError("alpha is for adapters; the factor of other methods is scale")
+    elif config.rank != FinetuneConfig.rank and not optimizer_entry(config.method).has_rank:
+        raise ValueError(f"{config.method} takes no rank")
     if not config.heldout_fraction > 0:
         raise ValueError("heldout_fraction must be positive: its loss is what a run reports")
     if config.steps is not None and config.steps < 1:

@@ -225,6 +225,7 @@ def test_a_run_can_start_from_a_run_and_be_exported(config, tmp_path, model):
         ({"template": ""}, "template is empty"),
         ({"limit": 0}, "limit must be at least 1"),
         ({"method": "adamw", "alpha": 8.0}, "alpha is for adapters"),
+        ({"method": "adamw", "rank": 4}, "adamw takes no rank"),
     ],
 )
 def test_configurations_are_checked(fields, message, tmp_path):
