@@ -6,13 +6,15 @@ their order, so its sharding is the parameter's with the reduced axes left out.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from layout_optax.layout import ParamLayout
 
@@ -75,20 +77,82 @@ def named_sharding(x: Any) -> NamedSharding | None:
     return sharding if named else None
 
 
-def _project(sharding: NamedSharding, ndim: int, axes: Sequence[int]) -> NamedSharding:
-    spec = tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
-    kept = [part for axis, part in enumerate(spec) if axis not in axes]
-    return NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*kept))
+def spec_entries(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:
+    """The entries of a sharding's spec, one for each of ``ndim`` axes; a spec may leave the last out.
+
+    Example:
+      >>> mesh = jax.sharding.AbstractMesh((2,), ("x",))
+      >>> spec_entries(NamedSharding(mesh, PartitionSpec("x")), 2)
+      ('x', None)
+    """
+    return tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
+
+
+def mesh_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a spec names.
+
+    Example:
+      >>> mesh_axes(None), mesh_axes("x"), mesh_axes(("x", "y"))
+      ((), ('x',), ('x', 'y'))
+    """
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
+def dividing_axes(
+    size: int, names: Sequence[str], mesh: Mesh | AbstractMesh
+) -> str | tuple[str, ...] | None:
+    """The spec entry that spreads an axis of this size over as many devices as these mesh axes can.
+
+    JAX wants shards of equal size, so mesh axes are left out until the rest divides the axis: of all
+    choices the one with the most devices, of those the one with the fewest mesh axes.
+
+    Example:
+      >>> mesh = jax.sharding.AbstractMesh((2, 4), ("x", "y"))
+      >>> [dividing_axes(size, ("x", "y"), mesh) for size in (16, 12, 6, 5)]
+      [('x', 'y'), 'y', 'x', None]
+    """
+    best, most = (), 1
+    for count in range(1, len(names) + 1):
+        for chosen in itertools.combinations(names, count):
+            devices = math.prod(mesh.shape[name] for name in chosen)
+            if size % devices == 0 and devices > most:
+                best, most = chosen, devices
+    return best if len(best) > 1 else best[0] if best else None
+
+
+def project(sharding: NamedSharding, ndim: int, axes: Sequence[int]) -> NamedSharding:
+    """A sharding of ``ndim`` axes without the entries of the given axes."""
+    entries = enumerate(spec_entries(sharding, ndim))
+    kept = [entry for axis, entry in entries if axis not in axes]
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept))
+
+
+def explicit_sharding(x: Any) -> NamedSharding | None:
+    """The sharding of an array, shape or tracer whose mesh axes are all Explicit, else None."""
+    sharding = named_sharding(x)
+    if sharding is None:
+        return None
+    explicit = all(kind == AxisType.Explicit for kind in sharding.mesh.axis_types)
+    return sharding if explicit else None
+
+
+def known_sharding(x: Any) -> NamedSharding | None:
+    """The sharding that can be read off: of a tracer on Explicit mesh axes only, else on any mesh."""
+    return explicit_sharding(x) if isinstance(x, Tracer) else named_sharding(x)
+
+
+def placed(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """The array with this sharding; as it is where there is none to give."""
+    if sharding is None:
+        return x
+    reshard = jax.sharding.reshard if isinstance(x, Tracer) else jax.device_put
+    return reshard(x, sharding)
 
 
 def sharding_without(x: Any, axes: Sequence[int]) -> NamedSharding | None:
     """The projection on the axes that stay of a sharding whose mesh axes are Explicit, or None."""
-    sharding = named_sharding(x)
-    if sharding is None:
-        return None
-    if any(kind != AxisType.Explicit for kind in sharding.mesh.axis_types):
-        return None
-    return _project(sharding, len(x.shape), axes)
+    sharding = explicit_sharding(x)
+    return None if sharding is None else project(sharding, len(x.shape), axes)
 
 
 def zeros_without(param: Any, axes: Sequence[int], dtype: Any) -> jax.Array:
@@ -106,7 +170,7 @@ def zeros_without(param: Any, axes: Sequence[int], dtype: Any) -> jax.Array:
     if isinstance(param, Tracer):
         return jnp.zeros(shape, dtype, out_sharding=sharding_without(param, axes))
     sharding = named_sharding(param)
-    projected = None if sharding is None else _project(sharding, len(param.shape), axes)
+    projected = None if sharding is None else project(sharding, len(param.shape), axes)
     return jnp.zeros(shape, dtype, device=projected)
 
 

@@ -133,15 +133,23 @@ def is_empty(value: Any) -> bool:
 
 
 def path_string(path: Sequence[Any]) -> str:
-    """The normal form of a leaf's path: components joined by ``/``, a box's trailing ``value`` removed.
+    """The normal form of a leaf's path: components joined by ``/``, what a wrapper adds at the end removed.
 
     NNX and Linen boxes add an attribute ``value`` at ``init`` that is absent at ``update``; only that
-    trailing attribute goes, since attention has a sub-module of the same name.
+    trailing attribute goes, since attention has a sub-module of the same name. A node that gives its
+    children no names (Haliax's ``NamedArray``) adds the number of its child; that of an only or a first
+    child goes.
 
     Example:
       >>> path_string((jax.tree_util.DictKey("mlp"), jax.tree_util.GetAttrKey("value")))
       'mlp'
     """
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+    boxed = path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value"
+    if boxed or is_keyless(path):
         path = path[:-1]
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def is_keyless(path: Sequence[Any]) -> bool:
+    """Whether a leaf is the first child of a node that gives its children no names."""
+    return bool(path) and path[-1] == jax.tree_util.FlattenedIndexKey(0)

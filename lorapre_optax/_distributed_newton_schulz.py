@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from layout_optax.axes import named_sharding
+from layout_optax.axes import mesh_axes, named_sharding, placed, spec_entries
 from layout_optax.layout import ParamLayout
 from lorapre_optax._newton_schulz import orthogonalize
 
@@ -94,8 +94,7 @@ def _reshard(x: jax.Array, layout: ParamLayout, steps: Any, eps: Any) -> jax.Arr
         spec = [names or None for names in parts]
         if known:
             target = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-            put = jax.sharding.reshard if isinstance(y, Tracer) else jax.device_put
-            return put(y, target)
+            return placed(y, target)
         if free:  # what is not said here XLA finds in the step before or after
             spec = [
                 names if axis in touched else PartitionSpec.UNCONSTRAINED
@@ -122,8 +121,7 @@ def _reshard(x: jax.Array, layout: ParamLayout, steps: Any, eps: Any) -> jax.Arr
 
 
 def _parts(sharding: NamedSharding, ndim: int) -> Parts:
-    spec = tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
-    return [part if isinstance(part, tuple) else (part,) if part else () for part in spec]
+    return [mesh_axes(entry) for entry in spec_entries(sharding, ndim)]
 
 
 def _moves(

@@ -7,7 +7,11 @@ and rank r, and with the paper's m = B A per batch index:
   axes, both in the parameter's order, so that their sharding is the parameter's with axes left out;
 * the rank axis stands second to last in both. Accelerators store the last two axes in tiles of 8 x 128;
   a small rank in last place would be padded to 128, here it costs nothing. A stack of matrices keeps
-  its stack of factors: (layers, in, out) has factors (layers, r, out) and (layers, r, in).
+  its stack of factors: (layers, in, out) has factors (layers, r, out) and (layers, r, in);
+* on a mesh the rank axis takes the mesh axes of the parameter axes that the factor lacks, as many as divide
+  the rank (`factor_sharding`): no factor lies whole on every device of a mesh that shards its parameter.
+  Products read factors whose rank is whole (`rank_whole`): each device gathers thin factors, and what
+  it adds up is scattered over the rank again.
 
 Reference: Wang et al., "Taming Momentum: Rethinking Optimizer States Through Low-Rank Approximation",
 ICLR 2026, https://arxiv.org/abs/2602.24283.
@@ -16,20 +20,28 @@ ICLR 2026, https://arxiv.org/abs/2602.24283.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from layout_optax.axes import (
     compute_dtype,
+    dividing_axes,
+    explicit_sharding,
+    known_sharding,
+    mesh_axes,
+    named_sharding,
+    placed,
+    project,
     remaining,
     shape_without,
     sharding_without,
+    spec_entries,
     subscripts,
 )
 from layout_optax.keys import bits_of_seeds, path_words, seeds_of_words
@@ -54,9 +66,11 @@ class Prepared(NamedTuple):
     """The factors a step starts from, in a scale that float32 holds, and their Gram matrices.
 
     Attributes:
-      left: the left factor after balancing.
-      right: the right factor after balancing.
-      left_unit: the left factor times a power of two, so that its entries reach between 1/2 and 1.
+      left: the left factor after balancing, sharded as stored.
+      right: the right factor after balancing, sharded as stored.
+      left_unit: the left factor times a power of two, so that its entries reach between 1/2 and 1; the rank
+        whole on each device.
+      right_unit: the right factor, the rank whole on each device.
       left_scale: shape of the batch axes; ``left = left_unit * left_scale``.
       left_gram: B^T B of ``left_unit``, batch axes and (r, r), replicated.
       right_gram: A A^T of ``right``, batch axes and (r, r), replicated.
@@ -65,6 +79,7 @@ class Prepared(NamedTuple):
     left: jax.Array
     right: jax.Array
     left_unit: jax.Array
+    right_unit: jax.Array
     left_scale: jax.Array
     left_gram: jax.Array
     right_gram: jax.Array
@@ -76,8 +91,8 @@ class Step(NamedTuple):
     Attributes:
       left: (1-g) B + g G A^+.
       right: (1-g) A + g B^+ G.
-      left_step: G A^+, shaped like the left factor.
-      right_step: B^+ G, shaped like the right factor.
+      left_step: G A^+, shaped like the left factor; the rank whole on each device.
+      right_step: B^+ G, shaped like the right factor; the rank whole on each device.
     """
 
     left: jax.Array
@@ -116,14 +131,18 @@ def init_factors(
       seed: tells the moments of one parameter apart.
 
     Returns:
-      The left and the right factor, with the projection of the parameter's sharding where its type
-      carries one (Explicit mesh).
+      The left and the right factor, with the sharding of `factor_sharding` where the parameter's can be read
+      off it (of a tracer on an Explicit mesh only).
     """
     dtype = compute_dtype(param.dtype) if dtype is None else dtype
     left_shape = with_rank(shape_without(param.shape, layout.column_axes), rank)
-    left = _place(jnp.zeros(left_shape, dtype), param, layout.column_axes)
+    left = jnp.zeros(left_shape, dtype)
     right = INIT_STD * normal_factor(path, param, layout, rank, "right", seed)
-    return left, right.astype(dtype)
+    own, ndim = known_sharding(param), len(param.shape)
+    return (
+        placed(left, factor_sharding(own, ndim, layout.column_axes, rank)),
+        placed(right.astype(dtype), factor_sharding(own, ndim, layout.row_axes, rank)),
+    )
 
 
 def normal_factor(
@@ -134,7 +153,7 @@ def normal_factor(
     side: Literal["left", "right"],
     seed: int = 0,
 ) -> jax.Array:
-    """Standard normal numbers shaped like a factor, by hashing coordinates; float32."""
+    """Standard normal numbers shaped like a factor, by hashing coordinates; float32, on no mesh."""
     removed, kept = (
         (layout.row_axes, layout.column_axes)
         if side == "right"
@@ -146,7 +165,7 @@ def normal_factor(
     core = tuple(a if a < rank_axis else a + 1 for a in remaining(kept, removed))
     words = np.asarray(path_words(path), np.uint32)
     own = ParamLayout("matrix", (rank_axis,), core)
-    return _place(_hashed_normal(words, np.uint32(seed), shape, own), param, removed)
+    return _hashed_normal(words, np.uint32(seed), shape, own)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "layout"))
@@ -163,7 +182,7 @@ def _hashed_normal(
 def reconstruct(
     left: jax.Array, right: jax.Array, layout: ParamLayout, like: jax.Array
 ) -> jax.Array:
-    """The product B A in the parameter's axes, shaped and sharded like ``like``."""
+    """The product B A in the parameter's axes, shaped and sharded like ``like``; ranks are whole."""
     names = einsum_axes(layout, like.ndim)
     return jnp.einsum(
         f"{names.left},{names.right}->{names.param}",
@@ -171,6 +190,14 @@ def reconstruct(
         right,
         out_sharding=sharding_without(like, ()),
     )
+
+
+def past(prepared: Prepared, layout: ParamLayout, like: jax.Array) -> jax.Array:
+    """The product B A of the old factors, shaped and sharded like ``like``."""
+    names = einsum_axes(layout, like.ndim)
+    product = reconstruct(prepared.left_unit, prepared.right_unit, layout, like)
+    # The scale is a power of two: after the product it costs no bit and saves gathering B beside its unit.
+    return product * broadcast(prepared.left_scale, names.param, names.batch)
 
 
 def prepare(
@@ -186,11 +213,11 @@ def prepare(
     if kind == "relative":
         left, right = balance(left, right, layout, ndim)
         left_scale = power_of_two(left, names.left, names.batch)
-        left_unit = left / broadcast(left_scale, names.left, names.batch)
+        unit = left / broadcast(left_scale, names.left, names.batch)
     else:
-        left_scale, left_unit = _ones(left, names.left, names.batch), left
-    grams = (gram(left_unit, names.left, names), gram(right, names.right, names))
-    return Prepared(left, right, left_unit, left_scale, *grams)
+        left_scale, unit = _ones(left, names.left, names.batch), left
+    grams = (gram(unit, names.left, names), gram(right, names.right, names))
+    return Prepared(left, right, rank_whole(unit), rank_whole(right), left_scale, *grams)
 
 
 def newton_step(
@@ -226,34 +253,38 @@ def newton_step(
       kind: of the damping.
     """
     names = einsum_axes(layout, target.ndim)
-    left_sharding = factor_sharding(target, layout.column_axes)
-    right_sharding = factor_sharding(target, layout.row_axes)
+    own, rank = explicit_sharding(target), prepared.left.shape[-2]
 
-    def solve(inverse, side, numerator, sharding):
+    def solve(inverse, side, factor):
         equation = f"{names.batch}zZ,{side.replace('z', 'Z')}->{side}"
-        return jnp.einsum(equation, inverse, numerator, precision="highest", out_sharding=sharding)
+        sharding = sharding_without(factor, ())
+        found = jnp.einsum(equation, inverse, factor, precision="highest", out_sharding=sharding)
+        return rank_whole(found)
 
-    left_step = jnp.einsum(
+    def product(equation, factor, removed):
+        whole = factor_sharding(own, target.ndim, removed)
+        found = rank_whole(jnp.einsum(equation, target, factor, out_sharding=whole))
+        return found, placed(found, factor_sharding(own, target.ndim, removed, rank))
+
+    # The inverses act on the thin factors first. What is left after the product is a sum over devices of
+    # which each keeps its part of the rank: XLA makes one reduce-scatter of the two.
+    left_whole, left_step = product(
         f"{names.param},{names.right}->{names.left}",
-        target,
-        prepared.right,
-        out_sharding=left_sharding,
+        solve(right_inverse, names.right, prepared.right_unit),
+        layout.column_axes,
     )
-    left_step = solve(right_inverse, names.left, left_step, left_sharding)
-    right_step = jnp.einsum(
+    right_whole, right_step = product(
         f"{names.param},{names.left}->{names.right}",
-        target,
-        prepared.left_unit,
-        out_sharding=right_sharding,
+        solve(left_inverse, names.left, prepared.left_unit),
+        layout.row_axes,
     )
-    right_step = solve(left_inverse, names.right, right_step, right_sharding)
     if kind == "relative":
         axes = core_axes(names.left, names.batch)
         size = lambda x: jnp.max(jnp.abs(x), axis=axes, initial=0)  # noqa: E731
         old, fresh = size(prepared.left), size(left_step)
         alive = old > jnp.finfo(target.dtype).eps * fresh
-        scale = jnp.where(alive, 1 / prepared.left_scale, 0)
-        right_step = right_step * broadcast(scale, names.right, names.batch)
+        scale = broadcast(jnp.where(alive, 1 / prepared.left_scale, 0), names.right, names.batch)
+        right_step, right_whole = right_step * scale, right_whole * scale
         limit, fresh = MAX_JUMP * old, gamma * fresh
         trust = jnp.where(fresh > limit, limit / jnp.where(fresh > limit, fresh, 1), 1)
         trusted = right_step * broadcast(trust, names.right, names.batch)
@@ -262,8 +293,8 @@ def newton_step(
     return Step(
         (1 - gamma) * prepared.left + gamma * left_step,
         (1 - gamma) * prepared.right + gamma * trusted,
-        left_step,
-        right_step,
+        left_whole,
+        right_whole,
     )
 
 
@@ -272,8 +303,10 @@ def residual(target: jax.Array, prepared: Prepared, step: Step, layout: ParamLay
 
     P_B and P_A project on the spans of the old factors; their products with G reuse the step's.
     """
-    inside = reconstruct(prepared.left, step.right_step, layout, target) + reconstruct(
-        step.left_step, prepared.right, layout, target
+    names = einsum_axes(layout, target.ndim)
+    scale = broadcast(prepared.left_scale, names.right, names.batch)
+    inside = reconstruct(prepared.left_unit, step.right_step * scale, layout, target) + reconstruct(
+        step.left_step, prepared.right_unit, layout, target
     )
     return target - inside / 2
 
@@ -298,19 +331,24 @@ def balance(
 
 def gram(factor: jax.Array, side: str, names: EinsumAxes) -> jax.Array:
     """Gram matrix over everything but batch and rank; replicated, since it is tiny."""
-    sharding = sharding_without(factor, ())
-    split = None if sharding is None else _batch_sharding(sharding, side, names.batch)
+    sharding = explicit_sharding(factor)
+    split = None
+    if sharding is not None:
+        # Batch and rank as the factor has them, each device its rows of its matrices.
+        entries = dict(zip(side, spec_entries(sharding, factor.ndim), strict=True))
+        spec = (*(entries[axis] for axis in names.batch), entries["z"], None)
+        split = NamedSharding(sharding.mesh, PartitionSpec(*spec))
     found = jnp.einsum(
         f"{side},{side.replace('z', 'Z')}->{names.batch}zZ",
         factor,
-        factor,
+        rank_whole(factor),
         precision="highest",
         out_sharding=split,
     )
-    if split is None:
-        return found
     # In a step of its own: else each device gathers the factors of all batch indices.
-    return jax.sharding.reshard(found, NamedSharding(split.mesh, PartitionSpec()))
+    if split is None:
+        return _constrained(_constrained(found, (found.ndim - 1,)), range(found.ndim))
+    return placed(found, NamedSharding(split.mesh, PartitionSpec()))
 
 
 def with_rank(shape: Sequence[int], rank: int) -> tuple[int, ...]:
@@ -318,38 +356,62 @@ def with_rank(shape: Sequence[int], rank: int) -> tuple[int, ...]:
     return (*shape[:-1], rank, shape[-1])
 
 
-def factor_sharding(param: Any, removed: Sequence[int]) -> NamedSharding | None:
-    """The parameter's Explicit sharding without the removed axes, replicated along the rank axis."""
-    sharding = sharding_without(param, removed)
-    return None if sharding is None else _with_rank_axis(sharding, sharding.spec)
+def factor_sharding(
+    own: NamedSharding | None, ndim: int, removed: Sequence[int], rank: int | None = None
+) -> NamedSharding | None:
+    """The sharding of a factor of a parameter.
 
+    The factor's axes keep the mesh axes that they have in the parameter. The rank axis takes those of the
+    removed axes, as many as divide the rank; a mesh axis that does not shard the parameter stays unused.
 
-def _place(factor: jax.Array, param: Any, removed: Sequence[int]) -> jax.Array:
-    """A new factor with the projection of its parameter's sharding.
+    Args:
+      own: the parameter's sharding; None gives None.
+      ndim: the parameter's number of axes.
+      removed: its axes that the factor lacks.
+      rank: the factor's rank; None leaves the rank axis whole, as products want it.
 
-    A tracer knows its sharding on Explicit mesh axes only; an array or a shape knows it on any mesh.
+    Example:
+      >>> mesh = jax.sharding.AbstractMesh((8,), ("fsdp",))
+      >>> own = NamedSharding(mesh, PartitionSpec("fsdp", None))
+      >>> [factor_sharding(own, 2, (axis,), rank=64).spec for axis in (0, 1)]
+      [P('fsdp', None), P(None, 'fsdp')]
     """
-    if isinstance(param, Tracer):
-        sharding = factor_sharding(param, removed)
-        return factor if sharding is None else jax.sharding.reshard(factor, sharding)
-    sharding = getattr(param, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+    if own is None:
+        return None
+    kept = project(own, ndim, removed).spec
+    entries = spec_entries(own, ndim)
+    free = [name for axis in sorted(removed) for name in mesh_axes(entries[axis])]
+    part = None if rank is None else dividing_axes(rank, free, own.mesh)
+    return NamedSharding(own.mesh, PartitionSpec(*kept[:-1], part, kept[-1]))
+
+
+def rank_whole(factor: jax.Array) -> jax.Array:
+    """A factor with its rank axis whole on each device, its other axes as they are.
+
+    Where types carry shardings this is a gather, if the rank is sharded. On Auto mesh axes it is a constraint
+    on the rank axis alone, since the rest is XLA's to know; without a mesh it is the factor itself.
+    """
+    sharding = named_sharding(factor)
+    if sharding is None:
         return factor
-    spec = tuple(sharding.spec) + (None,) * (len(param.shape) - len(sharding.spec))
-    kept = [part for axis, part in enumerate(spec) if axis not in removed]
-    return jax.device_put(factor, _with_rank_axis(sharding, kept))
+    if explicit_sharding(factor) is None:
+        return _constrained(factor, (factor.ndim - 2,))
+    entries = spec_entries(sharding, factor.ndim)
+    if entries[-2] is None:
+        return factor
+    whole = PartitionSpec(*entries[:-2], None, entries[-1])
+    return placed(factor, NamedSharding(sharding.mesh, whole))
 
 
-def _with_rank_axis(sharding: NamedSharding, spec: Iterable[Any]) -> NamedSharding:
-    """A sharding on the same mesh with a replicated axis second to last."""
-    spec = tuple(spec)
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec[:-1], None, spec[-1]))
-
-
-def _batch_sharding(sharding: NamedSharding, side: str, batch: str) -> NamedSharding:
-    """That of an r x r matrix for each batch index, split over batch axes as the factor is."""
-    parts = dict(zip(side, sharding.spec, strict=True))
-    return NamedSharding(sharding.mesh, PartitionSpec(*(parts[axis] for axis in batch), None, None))
+def _constrained(x: jax.Array, whole: Sequence[int]) -> jax.Array:
+    """A traced array on Auto mesh axes with these axes whole on each device; any other as it is."""
+    sharding = named_sharding(x)
+    if sharding is None or not isinstance(x, Tracer):
+        return x
+    if any(kind != AxisType.Auto for kind in sharding.mesh.axis_types):
+        return x
+    spec = (None if axis in whole else PartitionSpec.UNCONSTRAINED for axis in range(x.ndim))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
 def core_axes(side: str, batch: str) -> tuple[int, ...]:

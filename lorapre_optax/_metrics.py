@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layout_optax.axes import compute_dtype
+from layout_optax.axes import compute_dtype, sharding_without
 from layout_optax.layout import LayoutLike, ParamLayout, PyTree
 from lorapre_optax import _factors
-from lorapre_optax._factors import Prepared, core_axes, einsum_axes, factor_sharding
+from lorapre_optax._factors import Prepared, core_axes, einsum_axes
 from lorapre_optax._solves import damped_inverse_roots
 from lorapre_optax._states import Moment, first_moments, moments, owner_of, owners
 from lorapre_optax._subspace import columns_from, normalised, rows_from
@@ -104,21 +104,21 @@ def _energy_share(
     """See `lorapre_metrics`; the roots are L^-1 of the damped Gram matrices L L^T."""
     names = einsum_axes(layout, gradient.ndim)
 
-    def inside(root, numerator, side, removed):
+    def inside(root, numerator, side):
         # ||L^-1 B^T G||^2 is <G, P_B G>: thin, and never negative.
         whitened = jnp.einsum(
             f"{names.batch}zZ,{side.replace('z', 'Z')}->{side}",
             root,
             numerator,
             precision="highest",
-            out_sharding=factor_sharding(gradient, removed),
+            out_sharding=sharding_without(numerator, ()),
         )
         return jnp.sum(jnp.square(whitened), axis=core_axes(side, names.batch))
 
     rows = rows_from(gradient, prepared.left_unit, layout)
-    columns = columns_from(gradient, prepared.right, layout)
-    held = inside(left_root, rows, names.right, layout.row_axes)
-    held = held + inside(right_root, columns, names.left, layout.column_axes)
+    columns = columns_from(gradient, prepared.right_unit, layout)
+    held = inside(left_root, rows, names.right)
+    held = held + inside(right_root, columns, names.left)
     energy = jnp.sum(jnp.square(gradient), axis=layout.row_axes + layout.column_axes)
     return jnp.minimum(held / (2 * jnp.where(energy > 0, energy, 1)), 1)
 

@@ -127,7 +127,7 @@ class FactoredHistory:
 
     def past(self, like: jax.Array) -> jax.Array:
         """The previous moment B A, shaped and sharded like ``like``."""
-        return _factors.reconstruct(self.old.left, self.old.right, self.layout, like)
+        return _factors.past(self.old, self.layout, like)
 
     def step(self, target: jax.Array, gamma: Value) -> _factors.Step:
         """One Newton step of both factors towards the target, see `lorapre_optax._factors.newton_step`."""

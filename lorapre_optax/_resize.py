@@ -7,15 +7,20 @@ singular value decompositions are of r x r matrices, except where a full moment 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from layout_optax.axes import compute_dtype, sharding_without
+from layout_optax.axes import (
+    compute_dtype,
+    explicit_sharding,
+    known_sharding,
+    placed,
+    spec_entries,
+)
 from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty
 from layout_optax.leaves import flatten_with_layout
 from lorapre_optax._factors import (
@@ -23,8 +28,10 @@ from lorapre_optax._factors import (
     broadcast,
     core_axes,
     einsum_axes,
+    factor_sharding,
     normal_factor,
     power_of_two,
+    rank_whole,
 )
 from lorapre_optax._moment import LowRankState
 from lorapre_optax._rank import RankLike, check_rule, leaf_rank
@@ -127,6 +134,11 @@ class _Leaf(NamedTuple):
     shape: tuple[int, ...]
     second: bool
 
+    def shardings(self, own: NamedSharding | None, rank: int) -> list[NamedSharding | None]:
+        """Those of the left and the right factor of this rank, for a parameter sharded so."""
+        removed = (self.layout.column_axes, self.layout.row_axes)
+        return [factor_sharding(own, len(self.shape), axes, rank) for axes in removed]
+
     def noise(self, rank: int) -> jax.Array:
         """Standard normal numbers shaped like a right factor of this rank."""
         like = jax.ShapeDtypeStruct(self.shape, jnp.float32)
@@ -157,28 +169,29 @@ def _grown(moment: Moment, rank: int, leaf: _Leaf) -> Moment:
     square = jnp.square(wide / broadcast(unit, names.right, names.batch))
     axes = core_axes(names.right, names.batch)
     scale = broadcast(jnp.sqrt(jnp.mean(square, axis=axes)) * unit, names.right, names.batch)
+    own = _of_parameter(moment, leaf)
+    # What has one rank is sharded for that rank; rows of two are joined where the rank is whole.
+    whole, new = leaf.shardings(own, 1), leaf.shardings(own, rank)
     # The later rows of the longer draw, on top of another seed: no row of `init` comes again.
-    fresh = _placed(leaf.noise(rank)[..., old:, :], _sharding(right))
-    fresh = jnp.where(scale > 0, scale, INIT_STD) * fresh
-    return moment._replace(
-        left=_appended(left, zeros), right=_appended(right, fresh.astype(right.dtype))
-    )
-
-
-def _appended(factor: jax.Array, more: jax.Array) -> jax.Array:
-    sharding = _sharding(factor)
-    return _placed(jnp.concatenate([factor, _placed(more, sharding)], axis=-2), sharding)
+    fresh = placed(leaf.noise(rank)[..., old:, :], whole[1])
+    fresh = (jnp.where(scale > 0, scale, INIT_STD) * fresh).astype(right.dtype)
+    joined = [
+        placed(jnp.concatenate([placed(factor, at), placed(more, at)], axis=-2), after)
+        for factor, more, at, after in zip((left, right), (zeros, fresh), whole, new, strict=True)
+    ]
+    return moment._replace(left=joined[0], right=joined[1])
 
 
 def _shrunk(moment: Moment, rank: int, leaf: _Leaf) -> Moment:
     """The best factors of the smaller rank."""
     left, right = moment.left, moment.right
     wide = (_replicated(factor.astype(compute_dtype(factor.dtype))) for factor in (left, right))
-    noise = _placed(leaf.noise(rank), _replication(right))
+    noise = placed(leaf.noise(rank), _replication(right))
     new_left, new_right = truncated_product(*wide, noise, leaf.layout, leaf.shape)
+    left_sharding, right_sharding = leaf.shardings(_of_parameter(moment, leaf), rank)
     return moment._replace(
-        left=_placed(new_left.astype(left.dtype), _sharding(left)),
-        right=_placed(new_right.astype(right.dtype), _sharding(right)),
+        left=placed(new_left.astype(left.dtype), left_sharding),
+        right=placed(new_right.astype(right.dtype), right_sharding),
     )
 
 
@@ -187,20 +200,16 @@ def _multiplied_out(moment: Moment, leaf: _Leaf) -> Moment:
     names = einsum_axes(leaf.layout, len(leaf.shape))
     dtype = compute_dtype(moment.left.dtype)
     left, right = moment.left.astype(dtype), moment.right.astype(dtype)
-    sharding = None
-    if (ours := _sharding(left)) is not None and (theirs := _sharding(right)) is not None:
-        parts = dict(zip(names.left, ours.spec, strict=True))
-        parts |= dict(zip(names.right, theirs.spec, strict=True))
-        sharding = NamedSharding(ours.mesh, PartitionSpec(*(parts[name] for name in names.param)))
+    sharding = _of_parameter(moment, leaf)
     full = jnp.einsum(
         f"{names.left},{names.right}->{names.param}",
-        left,
-        right,
+        rank_whole(left),
+        rank_whole(right),
         precision="highest",
-        out_sharding=sharding if sharding_without(left, ()) is not None else None,
+        out_sharding=sharding if explicit_sharding(left) is not None else None,
     )
     full = jnp.square(full) if leaf.second else full
-    full = _placed(full.astype(moment.left.dtype), sharding)
+    full = placed(full.astype(moment.left.dtype), sharding)
     return Moment(moment.path, optax.MaskedNode(), optax.MaskedNode(), full)
 
 
@@ -209,44 +218,33 @@ def _factorised(moment: Moment, rank: int, leaf: _Leaf) -> Moment:
     full = moment.full
     wide = _replicated(full.astype(compute_dtype(full.dtype)))
     wide = jnp.sqrt(jnp.maximum(wide, 0)) if leaf.second else wide
-    noise = _placed(leaf.noise(rank), _replication(full))
+    noise = placed(leaf.noise(rank), _replication(full))
     factors = truncated_matrix(wide, noise, leaf.layout, leaf.shape)
-    sharding = _sharding(full)
-
-    def like_full(factor, removed):
-        own = None
-        if sharding is not None:
-            spec = [part for axis, part in enumerate(sharding.spec) if axis not in removed]
-            own = NamedSharding(sharding.mesh, PartitionSpec(*spec[:-1], None, spec[-1]))
-        return _placed(factor.astype(full.dtype), own)
-
-    left = like_full(factors[0], leaf.layout.column_axes)
-    right = like_full(factors[1], leaf.layout.row_axes)
+    left, right = (
+        placed(factor.astype(full.dtype), sharding)
+        for factor, sharding in zip(
+            factors, leaf.shardings(known_sharding(full), rank), strict=True
+        )
+    )
     return Moment(moment.path, left, right, optax.MaskedNode())
 
 
-def _sharding(x: jax.Array) -> NamedSharding | None:
-    """An array's named sharding, one entry per axis; of a tracer only where its mesh is Explicit."""
-    sharding: Any = sharding_without(x, ()) if isinstance(x, Tracer) else x.sharding
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+def _of_parameter(moment: Moment, leaf: _Leaf) -> NamedSharding | None:
+    """The sharding of the parameter as that of its two factors tells it."""
+    ours, theirs = known_sharding(moment.left), known_sharding(moment.right)
+    if ours is None or theirs is None:
         return None
-    spec = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    names = einsum_axes(leaf.layout, len(leaf.shape))
+    entries = dict(zip(names.left, spec_entries(ours, moment.left.ndim), strict=True))
+    entries |= dict(zip(names.right, spec_entries(theirs, moment.right.ndim), strict=True))
+    return NamedSharding(ours.mesh, PartitionSpec(*(entries[name] for name in names.param)))
 
 
 def _replication(x: jax.Array) -> NamedSharding | None:
     """Replication over the mesh that an array lives on, if any."""
-    sharding = _sharding(x)
+    sharding = known_sharding(x)
     return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
 
 
 def _replicated(x: jax.Array) -> jax.Array:
-    return _placed(x, _replication(x))
-
-
-def _placed(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-    """The array with this sharding; as it is where there is none to give."""
-    if sharding is None:
-        return x
-    reshard = jax.sharding.reshard if isinstance(x, Tracer) else jax.device_put
-    return reshard(x, sharding)
+    return placed(x, _replication(x))

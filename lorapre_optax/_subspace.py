@@ -13,8 +13,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from layout_optax.axes import explicit_sharding, placed, sharding_without
 from layout_optax.layout import ParamLayout
-from lorapre_optax._factors import broadcast, einsum_axes, factor_sharding, gram, normal_factor
+from lorapre_optax._factors import (
+    broadcast,
+    einsum_axes,
+    factor_sharding,
+    gram,
+    normal_factor,
+    rank_whole,
+)
 from lorapre_optax._solves import damped_inverse_roots
 
 _DAMPING = 1e-4
@@ -48,6 +56,8 @@ def gradient_rights(starts: Sequence[Start]) -> list[jax.Array]:
     for each, target in zip(starts, targets, strict=True):
         rank = each.right.shape[-2]
         noise = normal_factor(each.path, target, each.layout, rank, "left", _SEED)
+        own = explicit_sharding(target)
+        noise = placed(noise, factor_sharding(own, target.ndim, each.layout.column_axes))
         rows.append(rows_from(target, noise.astype(target.dtype), each.layout))
     rows = _orthonormal(rows, starts)
     rows = [
@@ -65,19 +75,19 @@ def normalised(target: jax.Array, layout: ParamLayout) -> jax.Array:
 
 
 def rows_from(target: jax.Array, left: jax.Array, layout: ParamLayout) -> jax.Array:
-    """B^T G, shaped like a right factor."""
+    """B^T G, shaped like a right factor, its rank whole on each device."""
     names = einsum_axes(layout, target.ndim)
-    sharding = factor_sharding(target, layout.row_axes)
+    sharding = factor_sharding(explicit_sharding(target), target.ndim, layout.row_axes)
     equation = f"{names.param},{names.left}->{names.right}"
-    return jnp.einsum(equation, target, left, out_sharding=sharding)
+    return rank_whole(jnp.einsum(equation, target, left, out_sharding=sharding))
 
 
 def columns_from(target: jax.Array, right: jax.Array, layout: ParamLayout) -> jax.Array:
-    """G A^T, shaped like a left factor."""
+    """G A^T, shaped like a left factor, its rank whole on each device."""
     names = einsum_axes(layout, target.ndim)
-    sharding = factor_sharding(target, layout.column_axes)
+    sharding = factor_sharding(explicit_sharding(target), target.ndim, layout.column_axes)
     equation = f"{names.param},{names.right}->{names.left}"
-    return jnp.einsum(equation, target, right, out_sharding=sharding)
+    return rank_whole(jnp.einsum(equation, target, right, out_sharding=sharding))
 
 
 def _orthonormal(rows: Sequence[jax.Array], starts: Sequence[Start]) -> list[jax.Array]:
@@ -91,7 +101,7 @@ def _orthonormal(rows: Sequence[jax.Array], starts: Sequence[Start]) -> list[jax
             root,
             row,
             precision="highest",
-            out_sharding=factor_sharding(each.target, each.layout.row_axes),
+            out_sharding=sharding_without(row, ()),
         )
         for root, row, each, n in zip(roots, rows, starts, names, strict=True)
     ]
@@ -103,4 +113,5 @@ def _or_old(rows: jax.Array, start: Start) -> jax.Array:
     axes = tuple(axis for axis, letter in enumerate(names.right) if letter not in names.batch)
     size = jnp.sum(jnp.abs(rows), axis=axes)
     usable = broadcast(jnp.isfinite(size) & (size > 0), names.right, names.batch)
+    rows = placed(rows, explicit_sharding(start.right))
     return jnp.where(usable, rows, start.right.astype(rows.dtype))

@@ -29,6 +29,7 @@ from layout_optax.routing import decayed_weights, scale_by_rate
 from sage_optax._damper import Damper, EpsMode, lion_step, sage_damping
 from sage_optax._int8 import decode, encode
 from sage_optax._options import check_options, momentum_dtype
+from sage_optax._rows import with_row_damper
 
 
 class SageState(NamedTuple):
@@ -59,6 +60,7 @@ def scale_by_sage(
     damper: Damper = "both",
     eps_mode: EpsMode = "absolute",
     mu_dtype: Any = None,
+    row_damper: optax.ScalarOrSchedule | None = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates by SAGE (arXiv:2604.07663, section 3), without learning rate or decay.
@@ -99,10 +101,19 @@ def scale_by_sage(
       mu_dtype: dtype of the momentum: None for the parameter's, a float dtype, or int8 (one byte and
         one float32 a row; square-root levels, unbiased stochastic rounding). In int8 a
         non-finite gradient entry spoils the momentum of its whole row.
+      row_damper: None, the paper's rule; or an exponent p in (0, 1] or a schedule of it, which is ours: rows
+        of small gradients, such as those of rare tokens, move less. With q the running mean (decay b2) of
+        \|g\| over a row's columns, and the rms over the rows, u is multiplied by
+
+        .. math:: R = \min\left(\frac{q}{\operatorname{rms}(q)}, 1\right)^p
+
+        0 <= R <= 1 at any scale of the gradient; 1 for a vector, which is a single row. It keeps one float
+        a row. What it is worth: docs/results/recipes.md.
       layout: what each parameter is; see `layout_optax.LayoutLike`. Leaves that are not ours pass through.
 
     Returns:
-      A transformation with state `SageState`. Updates have the gradient's dtype.
+      A transformation with state `SageState`; with ``row_damper`` the state is that, as ``sage``, and q, as
+      ``row_magnitude``. Updates have the gradient's dtype.
 
     Raises:
       ValueError: for an unknown ``damper`` or ``eps_mode``, numbers out of range, or an unusable ``mu_dtype``.
@@ -192,7 +203,10 @@ def scale_by_sage(
             count, *(collect(field, getattr(state, field)) for field in SageState._fields[1:])
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    transformation = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    if row_damper is None:
+        return transformation
+    return with_row_damper(transformation, row_damper, b2, layout)
 
 
 def sage(

@@ -34,15 +34,14 @@ def scaling(x: jax.Array, exponent: jax.Array | int = 0) -> Scaling:
       >>> scaling(jnp.float32(12.0), 100)
       Scaling(mantissa=Array(0.75, dtype=float32), exponent=Array(104, dtype=int32))
     """
-    mantissa, shift = jnp.frexp(x)
+    mantissa, shift = _split(x)
     return Scaling(mantissa, jnp.where(mantissa == 0, _ZERO, shift + exponent))
 
 
 def total(a: Scaling, b: Scaling) -> Scaling:
-    """``a + b``; whatever rounds away beside the larger one is lost, as in a float."""
-    a, b = scaling(*a), scaling(*b)
+    """``a + b``, not rescaled; whatever rounds away beside the larger one is lost, as in a float."""
     top = jnp.maximum(a.exponent, b.exponent)
-    return scaling(
+    return Scaling(
         a.mantissa * power_of_two(a.exponent - top, a.mantissa.dtype)
         + b.mantissa * power_of_two(b.exponent - top, b.mantissa.dtype),
         top,
@@ -103,6 +102,18 @@ def scaled(g: jax.Array, rows: Scaling, columns: Scaling) -> jax.Array:
     for factor in factors:
         x = x * factor
     return x
+
+
+def _split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`jnp.frexp` of non-negative numbers in a third of its operations; subnormal ones count as zero."""
+    info = jnp.finfo(x.dtype)
+    bits = jax.lax.bitcast_convert_type(x, jnp.int64 if info.bits == 64 else jnp.int32)
+    half = 1 - int(info.minexp) - 1  # the field of numbers in [1/2, 1)
+    field = (bits >> info.nmant) & (2 * half + 3)
+    mantissa = (bits & ((1 << info.nmant) - 1)) | (half << info.nmant)
+    mantissa = jax.lax.bitcast_convert_type(mantissa, x.dtype)
+    mantissa = jnp.where(field == 0, 0, jnp.where(field == 2 * half + 3, x, mantissa))
+    return mantissa, (field - half).astype(jnp.int32)
 
 
 def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:

@@ -13,7 +13,7 @@ two forms keeps its squares in range in its own way:
   gradient scaled by the peaks are written once, and every half-step is their product with a vector.
 * `_by_sums`, for accelerators, which can square while they read: no squares and no peaks. The first sweep
   sums squares at three scales in one read and knows all norms; the later sweeps sum the squares of the
-  iterate itself.
+  iterate itself. In all the gradient is read ``2 L + 1`` times and the direction written once.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ _PEAK_LIFT = 100  # so that a column down to 2^-226 (1e-68) of the other columns
 # iterate whose columns lie far apart, and below its norms (eps may exceed those by far).
 _FIRST_LIFT, _ROW_LIFT, _NORM_LIFT = 100, 70, 30
 _LARGEST_GAIN = 26  # a factor never exceeds 2^26 over the norm of its row at first
+# Known sweeps up to so many are written out: XLA:CUDA transposes what a loop carries, to read it so.
+_UNROLLED = 8
 
 
 class _Rule(NamedTuple):
@@ -157,7 +159,10 @@ def _peaks(g: jax.Array, layout: ParamLayout, dtype: Any):
     row_peak = jnp.max(
         jnp.abs(g).astype(dtype), axis=layout.column_axes, keepdims=True, initial=0.0
     )
-    row_used, (_, row_exponent) = row_peak != 0, jnp.frexp(row_peak)
+    row_used = row_peak != 0
+    # The exponent of 0 is 0. JAX 0.12's frexp drops the exponents' sharding, and a choice by the sharded
+    # mask restores it.
+    row_exponent = jnp.where(row_used, jnp.frexp(row_peak)[1], 0)
     half = (_PEAK_LIFT - row_exponent) >> 1
     first, second = jax.lax.optimization_barrier(
         (power_of_two(half, dtype), power_of_two(_PEAK_LIFT - row_exponent - half, dtype))
@@ -165,7 +170,8 @@ def _peaks(g: jax.Array, layout: ParamLayout, dtype: Any):
     # Not of |g|: XLA would write that, to share it.
     lifted = jnp.abs(g.astype(dtype) * first * second)
     column_peak = jnp.max(lifted, axis=layout.row_axes, keepdims=True, initial=0.0)
-    column_used, (_, column_exponent) = column_peak != 0, jnp.frexp(column_peak)
+    column_used = column_peak != 0
+    column_exponent = jnp.where(column_used, jnp.frexp(column_peak)[1], 0)
     return row_exponent, column_exponent - _PEAK_LIFT, row_used, column_used
 
 
@@ -197,7 +203,15 @@ def _by_sums(
     Where ``vectors_dtype`` is narrower than the gradient, all sweeps but the last read a copy; the last
     reads the gradient, so that rows and columns end with exact norms.
     """
-    copy = g.astype(_vectors_dtype(g.dtype, vectors_dtype))
+    copy = g
+    if vectors_dtype is not None and jnp.finfo(vectors_dtype).bits < jnp.finfo(g.dtype).bits:
+        # Behind a barrier, or every sweep would read the gradient and round it.
+        copy = jax.lax.optimization_barrier(g.astype(vectors_dtype))
+    return _sweeps(g, copy, layout, iterations, rule)
+
+
+def _sweeps(g: jax.Array, copy: jax.Array, layout: ParamLayout, iterations: Any, rule: _Rule):
+    """All sweeps: the last one over the gradient, those before it over a copy."""
     known = not isinstance(iterations, Tracer)
     source = copy if known and iterations > 1 else g
     rows, columns, lift = _first_sweep(source, layout, rule)
@@ -207,18 +221,15 @@ def _by_sums(
         def norms(rows: Scaling, columns: Scaling, over: str) -> Scaling:
             return _norms(source, rows, columns, lift, layout, over)
 
-        return jax.lax.fori_loop(start, stop, rule.sweep(norms), factors)
+        body = rule.sweep(norms)
+        if known and iterations <= _UNROLLED:
+            for step in range(start, stop):
+                factors = body(step, factors)
+            return factors
+        return jax.lax.fori_loop(start, stop, body, factors)
 
     last = max(iterations - 1, 1) if known else jnp.maximum(iterations - 1, 1)
     return sweeps(g, last, iterations, sweeps(copy, 1, last, (rows, columns)))
-
-
-def _vectors_dtype(dtype: Any, wanted: Any) -> jnp.dtype:
-    """What the sweeps before the last one read: the wanted dtype where it is narrower."""
-    if wanted is None:
-        return jnp.dtype(dtype)
-    narrower = jnp.finfo(wanted).bits < jnp.finfo(dtype).bits
-    return jnp.dtype(wanted if narrower else dtype)
 
 
 def _first_sweep(g: jax.Array, layout: ParamLayout, rule: _Rule):
@@ -253,20 +264,16 @@ def _all_sizes(x: jax.Array, axes: tuple[int, ...]) -> Scaling:
     """
     half = int(jnp.finfo(x.dtype).maxexp) // 2
     shifts = (half, 0, -half - 12)
-    sums = jax.lax.reduce(
-        tuple(jnp.square(x * 2.0**shift) for shift in shifts),
-        (jnp.zeros((), x.dtype),) * 3,
-        lambda a, b: tuple(map(jnp.add, a, b)),
-        axes,
-    )
-    fine, middle, coarse = (
-        scaling(jnp.sqrt(jnp.expand_dims(each, axes)), -shift)
-        for each, shift in zip(sums, shifts, strict=True)
+    # Three sums that XLA fuses; of one reduction with three results XLA:CUDA would write the squares.
+    sums = jax.lax.optimization_barrier(
+        [jnp.sum(jnp.square(x * 2.0**shift), axis=axes, keepdims=True) for shift in shifts]
     )
     limit = 2.0 ** (2 * half - 8)
-    fits = [jnp.expand_dims(each <= limit, axes) for each in sums]
-    pick = lambda a, b, c: jnp.where(fits[0], a, jnp.where(fits[1], b, c))  # noqa: E731
-    return Scaling(*map(pick, fine, middle, coarse))
+    found, shift = sums[2], jnp.full_like(sums[2], shifts[2], jnp.int32)
+    for each, finer in zip(sums[1::-1], shifts[1::-1], strict=True):
+        fits = each <= limit
+        found, shift = jnp.where(fits, each, found), jnp.where(fits, finer, shift)
+    return scaling(jnp.sqrt(found), -shift)
 
 
 def _norms(
@@ -287,7 +294,8 @@ def _norms(
     power = jnp.clip(shared.exponent, -top, top)
     factors = {over: as_float(other)}
     factors["rows" if over == "columns" else "columns"] = power_of_two(power, dtype)
-    first, second = jax.lax.optimization_barrier((factors["rows"], factors["columns"]))
+    # With the gradient, or XLA converts a narrow one before the loop and every sweep reads that.
+    g, first, second = jax.lax.optimization_barrier((g, factors["rows"], factors["columns"]))
     squares = jnp.square(g.astype(dtype) * first * second)
     return scaling(jnp.sqrt(jnp.sum(squares, axis=axes, keepdims=True)), back - power)
 

@@ -42,22 +42,30 @@ class Case:
       make: the transformation.
       shape: the parameter's.
       spec: the parameter's.
+      mesh: sizes of the axes x and y.
       on_explicit: False wraps the update in `jax.sharding.auto_axes` on an Explicit mesh, where it fails.
     """
 
     make: Callable[[], optax.GradientTransformation]
     shape: tuple[int, ...] = LEAF[0]
     spec: P = LEAF[1]
+    mesh: tuple[int, int] = MESH
     on_explicit: bool = True
 
 
 def _stacked(make: Callable[[], optax.GradientTransformation], on_explicit: bool = True) -> Case:
-    return Case(make, *STACK, on_explicit)
+    return Case(make, *STACK, on_explicit=on_explicit)
 
 
 def _optax_muon(name: str, first: int) -> optax.GradientTransformation:
     numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=first, output_axis=first + 1)
     return optax.contrib.scale_by_muon(weight_dimension_numbers={name: {"kernel": numbers}})
+
+
+def _later_steps() -> optax.GradientTransformation:
+    """The recommended options without the search for a subspace, which runs in step 1 alone."""
+    options = {**lorapre.RECOMMENDED, "initial_subspace": "normal"}
+    return lorapre.scale_by_lorapre_adam(RANK, **options)
 
 
 CASES: Mapping[str, Case] = {
@@ -68,6 +76,13 @@ CASES: Mapping[str, Case] = {
     "LoRA-Pre Adam, the paper's": Case(lambda: lorapre.scale_by_lorapre_adam(RANK)),
     "LoRA-Pre Adam, recommended": Case(
         lambda: lorapre.scale_by_lorapre_adam(RANK, **lorapre.RECOMMENDED)
+    ),
+    "LoRA-Pre Adam, recommended, later steps": Case(_later_steps),
+    "LoRA-Pre Adam, recommended, later steps, fsdp=8": Case(
+        _later_steps, spec=P("x", None), mesh=(8, 1)
+    ),
+    "LoRA-Pre Adam, recommended, later steps, tensor=8": Case(
+        _later_steps, spec=P(None, "y"), mesh=(1, 8)
     ),
     "LoRA-Pre Lion": Case(lambda: lorapre.scale_by_lorapre_lion(RANK)),
     "LoRA-Pre Muon": Case(lambda: lorapre.scale_by_lorapre_muon(RANK)),
@@ -93,7 +108,7 @@ CASES: Mapping[str, Case] = {
 
 def program(case: Case, kind: AxisType) -> str:
     """The compiled HLO text of one update, written as the documentation says."""
-    mesh = jax.make_mesh(MESH, ("x", "y"), axis_types=(kind, kind))
+    mesh = jax.make_mesh(case.mesh, ("x", "y"), axis_types=(kind, kind))
     name = "layers" if len(case.shape) == 3 else "up"
     placed = {name: {"kernel": NamedSharding(mesh, case.spec)}}
     tx = case.make()
@@ -162,11 +177,12 @@ def page(results: Mapping[str, Any]) -> str:
     header = ["update", "mesh axes", "elements", "of the parameter", "largest", "executions"]
     return f"""# What an update moves between devices
 
-One parameter of 1024 x 2048 on a 2 x 4 mesh as `P('x', 'y')`, or 8 layers of it as `P(None, 'x', 'y')`; rank
-{RANK}. Elements are counted on one device, over the collectives of the compiled update: the larger side of
-each, times the trip counts of the loops around it ([`meshes/hlo.py`](../../benchmarks/meshes/hlo.py)). The
-gradient's own reduction over the batch is not part of it. optax's Muon and GaLore raise `ShardingTypeError` on
-Explicit axes and run there inside `jax.sharding.auto_axes`. Nothing is timed.
+One parameter of 1024 x 2048 on a 2 x 4 mesh as `P('x', 'y')`, or 8 layers of it as `P(None, 'x', 'y')`;
+`fsdp=8` means `P('x', None)` on 8 x 1 and `tensor=8` `P(None, 'y')` on 1 x 8. The rank is {RANK}. Elements are
+counted on one device, over the collectives of the compiled update: the larger side of each, times the trip
+counts of the loops around it ([`meshes/hlo.py`](../../benchmarks/meshes/hlo.py)). The gradient's own reduction
+over the batch is not part of it. optax's Muon and GaLore raise `ShardingTypeError` on Explicit axes and run
+there inside `jax.sharding.auto_axes`. Nothing is timed.
 
 {describe_circumstances(results["circumstances"])}
 

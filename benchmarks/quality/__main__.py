@@ -2,10 +2,16 @@
 
     python -m benchmarks.quality --minutes 90
 
-The demo Llama on this interpreter's standard library. A rate is searched with short runs (`TRIAL` steps), the
-rows are then trained for `FULL` steps, the core rows with three seeds. Every run's result is kept in
-quality.json at once and never repeated; what has not run is shown as missing. Stop it at any time, start it
-again later.
+The demo Llama on this interpreter's standard library: the early table. A rate is searched with short runs
+(`TRIAL` steps), the rows are then trained for `FULL` steps, the core rows with three seeds. Every run's result
+is kept in quality.json at once and never repeated; what has not run is shown as missing. Stop it at any time,
+start it again later.
+
+    python -m benchmarks.quality --tokens 4e6 --workers 2
+
+The long table: every row for a number of tokens, its rate and the ratio of the tables' rate to it searched at
+full length, in quality_long.json. On a CPU a model of 128 wide and 4 layers, a process a core; on an
+accelerator one of 256 wide and 6 layers, with `--tokens 16.384e6 --file tokens.npz` (`benchmarks.tokens.make`).
 """
 
 from __future__ import annotations
@@ -22,6 +28,12 @@ from dataclasses import dataclass
 from benchmarks.common import circumstances
 from benchmarks.peers import register_peers
 from benchmarks.quality.cells import Cells
+from benchmarks.quality.long import (
+    long_protocol,
+    long_searches,
+    measure_long,
+    text_tokens,
+)
 from benchmarks.quality.report import write_report
 from benchmarks.quality.rows import (
     FULL,
@@ -33,6 +45,7 @@ from benchmarks.quality.rows import (
     QualityRow,
     controls,
 )
+from benchmarks.tokens.sharing import share_work
 from examples.llama.comparing.tuning import search_rate
 
 
@@ -120,6 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/results"))
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
     parser.add_argument("--report", action="store_true", help="run nothing, write the report")
+    parser.add_argument("--tokens", type=float, help="run the long table with so many tokens a row")
+    parser.add_argument("--file", type=pathlib.Path, help="tokens of the long table")
+    parser.add_argument("--workers", type=int, default=1, help="processes for the long table")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     register_peers()
@@ -130,9 +146,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def publish() -> None:
         write_report(cells, options.output, circumstances(command))
 
-    if not options.report:
+    if options.tokens is not None:
+        _long(options, arguments)
+    elif not options.report:
         measure(cells, options.minutes, publish)
-    publish()
+        publish()
+        return
+    # Nothing of the early table was measured: its circumstances stay.
+    write_report(cells, options.output, cells.stored.get("circumstances") or circumstances(command))
+
+
+def _long(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Runs what is missing of the long table."""
+    if options.workers > 1:
+        share_work("benchmarks.quality", arguments, options.workers)
+        return
+    protocol = long_protocol(int(options.tokens))
+    tokens = text_tokens(protocol, options.file)
+    measure_long(options.output, protocol, tokens, long_searches(), options.minutes, arguments)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from benchmarks.common import describe_circumstances, table
 from benchmarks.quality.cells import Cells, as_row, perplexity_text
+from benchmarks.quality.long import long_content, long_section
 from benchmarks.quality.pareto import Point, plot_pareto
 from benchmarks.quality.rows import (
     DAMPER_RATES,
@@ -46,7 +47,8 @@ def write_report(cells: Cells, folder: pathlib.Path, facts: Mapping[str, Any]) -
     """Writes quality.md and, once there are rows, its pictures; keeps the circumstances with the cells."""
     cells.stored["circumstances"] = dict(facts)
     write_json(cells.path, cells.stored)
-    (folder / "quality.md").write_text(page(cells, facts).rstrip() + "\n")
+    text = page(cells, facts, long_section(long_content(folder)))
+    (folder / "quality.md").write_text(text.rstrip() + "\n")
     rows = finished_rows(cells)
     if rows:
         plot_comparison(rows, folder / "quality.png", TITLE, facts["command"])
@@ -149,10 +151,17 @@ def plot_robustness(
     save(figure, path)
 
 
-def page(cells: Cells, facts: Mapping[str, Any]) -> str:
-    """The page of results."""
+def page(cells: Cells, facts: Mapping[str, Any], long: str) -> str:
+    """The page of results: the part about the long table, then the early one."""
     header = ["optimizer", "perplexity", "seeds", "lowest to highest", "rate", "searched"]
     return f"""# What each optimizer reaches
+
+Two tables: the long one at a budget of tokens, and the early one, which is the first million tokens of a run
+and **says nothing about its end** ([what changed after 16.4 million](../choosing.md#after-164-million-tokens)).
+
+{long}
+
+## Early
 
 The demo Llama (3.3 million parameters, tied table of 8192 x 192), {FULL} steps of 2048 tokens, the same
 batches in every row, held-out perplexity (exp of the plain mean loss) at the end: the mean over seeds, which

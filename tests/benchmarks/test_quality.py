@@ -8,9 +8,13 @@ import pytest
 from benchmarks.common import circumstances
 from benchmarks.peers import PEERS, register_peers
 from benchmarks.quality import __main__ as quality
+from benchmarks.quality import long
 from benchmarks.quality import report as quality_report
 from benchmarks.quality import rows as quality_rows
 from benchmarks.quality.cells import Cells
+from benchmarks.tokens.file import Tokens
+from benchmarks.tokens.shapes import SHAPES
+from benchmarks.tokens.worker import Protocol
 from examples.llama.optimizers.registry import OPTIMIZERS, make_optimizer
 from examples.llama.optimizers.variants import parse_variant
 from tests.llama import tiny
@@ -78,6 +82,37 @@ def test_it_goes_on_where_it_stopped_and_ends_with_nothing_missing(few_rows, tmp
         "quality_pareto.png",
         "quality_rates.png",
     }
+
+
+def test_the_long_table_is_at_a_budget_of_tokens_and_beside_the_early_one(
+    few_rows, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(SHAPES, "tiny", tiny.MODEL)
+    data = tiny.dataset()
+    cells = Cells(tmp_path / "quality.json", model=tiny.MODEL, dataset=data, common=COMMON)
+    quality_report.write_report(cells, tmp_path, circumstances("here"))
+    assert "No row has been run yet" in (tmp_path / "quality.md").read_text()
+
+    tokens = Tokens(data.train_tokens, data.heldout_tokens, "f" * 64, {})
+    protocol = Protocol("tiny", 4 * 8 * 16, 8, 16)
+    searches = long.long_searches(few_rows, seeds=2)
+    long.measure_long(tmp_path, protocol, tokens, searches, 0.0)
+    assert not long.long_content(tmp_path)["cells"]
+    long.measure_long(tmp_path, protocol, tokens, searches, 60.0)
+    found = long.long_content(tmp_path)["cells"]
+    assert {cell["tokens"] for cell in found} == {4 * 8 * 16}
+    assert len({cell["table_rate"] / cell["learning_rate"] for cell in found}) > 1
+    assert {cell["seed"] for cell in found if cell["variant"] == "sage_hybrid"} == {0, 1}
+    quality_report.write_report(cells, tmp_path, circumstances("here"))
+    page = (tmp_path / "quality.md").read_text()
+    assert page.index("## Long") < page.index("| Lion-Hybrid |") < page.index("## Early")
+
+
+def test_the_long_rows_are_the_early_ones_without_ratios_of_their_own():
+    searched = {one.variant for one in long.long_searches()}
+    rows = {row.key for row in quality_rows.ROWS}
+    assert searched == {key for key in rows if "matrix_rate" not in key}
+    assert long.long_searches()[0].seeds == len(quality_rows.SEEDS)
 
 
 @pytest.mark.usefixtures("registry")

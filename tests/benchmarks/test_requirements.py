@@ -10,7 +10,7 @@ MODULES = (
     "steps.memory",
     "sinkhorn",
     "meshes.collectives",
-    "token_training",
+    "tokens.__main__",
     "mfu",
     "accelerator",
 )

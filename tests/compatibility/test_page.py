@@ -63,7 +63,7 @@ def test_a_loop_learns_with_sharded_state(title):
 def test_maxtext_shaped_parameters(capsys):
     places = run("MaxText-shaped parameters")["state_places"]
     table = capsys.readouterr().out
-    assert "MaxText, layers on axis 1" in table
+    assert "DenseGeneral (features, heads, head_dim), layers on axis 1" in table
     found = {
         jax.tree_util.keystr(path, simple=True, separator="/"): sharding.spec
         for path, sharding in jax.tree_util.tree_flatten_with_path(places)[0]

@@ -106,7 +106,7 @@ def test_masked_out_they_are_nobodys_business():
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - STATELESS - {"by_role"}))
 def test_a_state_of_other_parameters_is_refused_by_path(name):
-    """The vocabulary was resized, a norm was added, a norm is gone. (`by_role` has its directions' state.)"""
+    """The vocabulary was resized, a norm was added or is gone. (`by_role` has the state of its directions.)"""
     tx = make(name)
     state = tx.init(PARAMS)
     stateful = "layers/norm/scale" if name == "lorapre_sinkgd" else "embed/embedding"

@@ -14,7 +14,8 @@ from flax import nnx
 import sage_optax
 from layout_optax import ParamLayout, infer_layout, resolve_layout, rules
 from layout_optax.leaves import flatten_with_layout
-from layout_optax.rules import stack_axes
+from layout_optax.stacks import find_stack
+from tests.layout.trees import Keyless
 
 
 def shape(*sizes):
@@ -74,6 +75,78 @@ def test_presets(path, sizes, expected):
 
 
 @pytest.mark.parametrize(
+    ("path", "sizes", "expected"),
+    [
+        # Gemma, Qwen 3 MoE and LoRA factors, as Tunix and google-deepmind/gemma name them; EasyDeL's norms.
+        ("layers/0/attn/q_einsum/w", (8, 64, 16), (M, (0, 2), (1,))),
+        ("layers/0/attn/k_einsum/w", (2, 64, 16), (M, (0, 2), (1,))),
+        ("layers/0/attn/kv_einsum/w", (2, 2, 64, 16), (M, (1, 3), (2,))),
+        ("layers/0/attn/qkv_einsum/w", (3, 8, 64, 16), (M, (1, 3), (2,))),
+        ("layers/0/attn/attn_vec_einsum/w", (8, 16, 64), (M, (2,), (0, 1))),
+        ("layers/attn/q_einsum/w", (3, 8, 64, 16), (M, (1, 3), (2,))),
+        ("layer_0/mlp/gating_einsum", (2, 128, 64), (M, (1,), (2,))),
+        ("layer_0/mlp/gating_einsum", (2, 64, 128), (M, (2,), (1,))),
+        ("layer_0/mlp/linear", (128, 64), (M, (1,), (0,))),
+        ("embedder/per_layer_input_embedding", (256, 3, 16), (E, (0,), (1, 2))),
+        ("layers/1/mlp/gate_proj", (4, 64, 128), (M, (2,), (1,))),
+        ("layers/1/mlp/down_proj", (4, 128, 64), (M, (2,), (1,))),
+        ("layers/mlp/down_proj", (3, 128, 64), (M, (2,), (1,))),
+        ("layers/0/attn/q_proj/w_lora_b", (4, 8, 16), (M, (1, 2), (0,))),
+        ("layers/0/attn/o_proj/w_lora_a", (8, 16, 4), (M, (2,), (0, 1))),
+        ("model/layers/0/input_layernorm/kernel", (32,), (VEC, (), (0,))),
+        # MaxText, scanned (layers on axis 1) and not.
+        ("decoder/layers/moe_block/gate/kernel", (64, 3, 8), (M, (2,), (0,))),
+        ("decoder/dense_layers/self_attention/wkv_a/kernel", (64, 3, 48), (M, (2,), (0,))),
+        ("decoder/dense_layers/self_attention/wkv_b/kernel", (32, 3, 4, 16), (M, (2, 3), (0,))),
+        (
+            "decoder/moe_layers/DeepSeekMoeBlock_0/shared_experts/wi_0/kernel",
+            (64, 3, 96),
+            (M, (2,), (0,)),
+        ),
+        ("decoder/moe_layers_0/self_attention/query/kernel", (64, 4, 16), (M, (1, 2), (0,))),
+        ("decoder/moe_layers_0/self_attention/out/kernel", (4, 16, 64), (M, (2,), (0, 1))),
+        ("decoder/layers/layers_0/GptOssAttention/query/kernel", (64, 2, 4, 16), (M, (2, 3), (0,))),
+        ("decoder/layers/layers_0/GptOssAttention/out/kernel", (4, 2, 16, 64), (M, (3,), (0, 2))),
+        ("decoder/layers/layers_0/GptOssMlp/gate/kernel", (64, 2, 8), (M, (2,), (0,))),
+        ("decoder/layers/layers_0/GptOssMlp/wi_0", (8, 2, 64, 96), (M, (3,), (2,))),
+        ("decoder/layers_0/GptOssMlp/wi_0", (8, 64, 96), (M, (2,), (1,))),
+        ("decoder/layers_0/GptOssMlp/wi_0_bias", (8, 96), (VEC, (), (1,))),
+        # The flat names of a state dictionary.
+        ("model.layers.0.self_attn.q_proj.weight", (32, 16), (M, (0,), (1,))),
+        ("model.embed_tokens.weight", (96, 16), (E, (0,), (1,))),
+    ],
+)
+def test_presets_of_frameworks(path, sizes, expected):
+    assert infer(path, *sizes) == ParamLayout(*expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "sizes", "expected"),
+    [
+        ("embeddings/token_embeddings/weight", (128, 32), (E, (0,), (1,))),
+        ("lm_head/weight", (128, 32), (HEAD, (0,), (1,))),
+        ("transformer/norm/weight", (32,), (VEC, (), (0,))),
+        ("layers/stacked/self_attn/q_proj/weight", (2, 2, 2, 8, 32), (M, (1, 2, 3), (4,))),
+        ("layers/stacked/self_attn/k_proj/weight", (2, 2, 8, 32), (M, (1, 2), (3,))),
+        ("layers/stacked/self_attn/o_proj/weight", (2, 32, 4, 8), (M, (1,), (2, 3))),
+        ("layers/stacked/self_attn/q_proj/bias", (2, 2, 2, 8), (VEC, (), (1, 2, 3))),
+        ("layers/stacked/mlp/gate_proj/weight", (2, 64, 32), (M, (1,), (2,))),
+        ("layers/stacked/mlp/experts/w1/weight", (2, 4, 32, 64), (M, (3,), (2,))),
+        ("layers/stacked/input_layernorm/weight", (2, 32), (VEC, (), (1,))),
+    ],
+)
+def test_the_node_around_a_haliax_array_adds_nothing_to_its_path(path, sizes, expected):
+    tree = Keyless(shape(*sizes))
+    for name in reversed(path.split("/")):
+        tree = {name: tree}
+    leaves = flatten_with_layout(None, tree)
+    assert leaves.paths == [path]
+    assert leaves.layouts == [ParamLayout(*expected)]
+    # The optimizer's state is a tree of the same nodes: initialised, updated, described by the same path.
+    assert path in sage_optax.describe(tree, optax.adam(1e-3))
+
+
+@pytest.mark.parametrize(
     ("path", "sizes"),
     [
         ("conv/kernel", (3, 3, 8, 16)),
@@ -127,10 +200,21 @@ def test_unnamed_leaves():
 
 
 def test_stack_detection():
-    assert stack_axes("layers/q/kernel") == 1
-    assert stack_axes("model/decoder_blocks/q/kernel") == 1
-    for path in ("layers/0/q", "layers_0/q", "block/q", "my/kernel", "layers"):
-        assert stack_axes(path) == 0
+    assert find_stack("layers/q/kernel", 3).axes == (0,)
+    assert find_stack("model/decoder_blocks/q/kernel", 3).axes == (0,)
+    assert find_stack("layers/norm_scale", 0).axes == ()
+    for path in ("layers/0/q", "layers_0/q", "block/q", "my/kernel", "layers", "layers/blocks/0/q"):
+        assert find_stack(path, 3).axes == (), path
+
+
+def test_maxtext_keeps_layers_on_axis_1_and_nests_them():
+    assert find_stack("params/decoder/layers/mlp/wi_0/kernel", 3).axes == (1,)
+    assert find_stack("decoder/layers/local_layers/attention/A_log", 3).axes == (1, 2)
+    assert find_stack("decoder/layers_0/mlp/wi_0/kernel", 2).axes == ()
+    # Other names under a decoder say nothing of MaxText.
+    other = find_stack("decoder/layers/mlp/up_proj/kernel", 3)
+    assert other.axes == (0,)
+    assert "MaxText" in other.guess
 
 
 def test_layout_trees_prefixes_callables_and_dimension_numbers():

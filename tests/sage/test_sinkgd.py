@@ -255,6 +255,8 @@ def bad_settings() -> list[Any]:
         ({"iterations": np.arange(3)}, "number of at least 1"),
         ({"eps": -1e-8}, "not negative, got -1e-08"),
         ({"eps": np.inf}, "finite and not negative, got inf"),
+        ({"vectors_dtype": "int8"}, "None or a float dtype by its name.* got 'int8'"),
+        ({"vectors_dtype": jnp.ones(())}, "None or a float dtype by its name"),
     ]
 
 

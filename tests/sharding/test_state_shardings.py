@@ -58,10 +58,10 @@ def test_factors_and_statistics_are_projections(kind, in_context):
         sage = state_shardings(sage_optax.scale_by_sage(mu_dtype="int8"), PARAMS, on(mesh))
     found = specs_of(low_rank)
     assert found["count"] == P()
-    assert found["left/layers/mlp/up/kernel"] == P(None, None, "y")
-    assert found["right/layers/mlp/up/kernel"] == P(None, None, "x")
-    assert found["left/embed"] == P(None, "x")
-    assert found["right/embed"] == P(None, "y")
+    assert found["left/layers/mlp/up/kernel"] == P(None, "x", "y")
+    assert found["right/layers/mlp/up/kernel"] == P(None, "y", "x")
+    assert found["left/embed"] == P("y", "x")
+    assert found["right/embed"] == P("x", "y")
     assert found["full/norm/scale"] == P("x")
     found = specs_of(sage)
     assert found["mu/layers/mlp/up/kernel"] == P(None, "x", "y")
@@ -152,8 +152,8 @@ def test_nnx_and_linen():
         shardings = state_shardings(
             lorapre_optax.low_rank_ema(0.9, 4), params, nnx.get_named_sharding(params, mesh)
         )
-    assert shardings.left["kernel"].get_value().spec == P(None, "y")
-    assert shardings.right["kernel"].get_value().spec == P(None, "x")
+    assert shardings.left["kernel"].get_value().spec == P("x", "y")
+    assert shardings.right["kernel"].get_value().spec == P("y", "x")
     assert shardings.full["bias"].get_value().spec == P(None)
 
     kernel_init = nn.with_partitioning(nn.initializers.ones_init(), ("x", "y"))
@@ -162,7 +162,7 @@ def test_nnx_and_linen():
     )
     given = nn.get_sharding(boxed, mesh)  # has no boxes
     shardings = state_shardings(lorapre_optax.low_rank_ema(0.9, 4), boxed, given)
-    assert shardings.right["params"]["kernel"].value.spec == P(None, "x")
+    assert shardings.right["params"]["kernel"].value.spec == P("y", "x")
 
 
 def test_errors_name_the_path_and_the_fix():

@@ -1,0 +1,100 @@
+"""The long table: every row at a budget of tokens, at its own rate and its own ratio for the tables."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from benchmarks.common import circumstances, describe_circumstances
+from benchmarks.quality.rows import ROWS, SEEDS, QualityRow
+from benchmarks.tokens.file import Tokens, load_tokens, tokens_sha256
+from benchmarks.tokens.page import sections
+from benchmarks.tokens.searches import Search
+from benchmarks.tokens.shapes import shape
+from benchmarks.tokens.sharing import plain_command
+from benchmarks.tokens.store import SharedStore
+from benchmarks.tokens.worker import Protocol, Worker
+from examples.llama.data.dataset import DataConfig, prepare_data
+
+NAME = "quality_long"
+BATCH, LENGTH = 16, 128
+"""Sequences of a step on a CPU, and their predicted tokens."""
+DEVICE_BATCH, DEVICE_LENGTH = 32, 512
+"""Likewise on an accelerator."""
+
+
+def long_protocol(tokens: int) -> Protocol:
+    """The size for this machine: 128 wide and 4 layers on a CPU, 256 wide and 6 layers on an accelerator.
+
+    >>> long_protocol(4_000_000).shape
+    'small'
+    """
+    if jax.default_backend() == "cpu":
+        return Protocol("small", tokens, BATCH, LENGTH)
+    return Protocol("wide", tokens, DEVICE_BATCH, DEVICE_LENGTH, "bfloat16")
+
+
+def long_searches(rows: Sequence[QualityRow] = ROWS, seeds: int = len(SEEDS)) -> list[Search]:
+    """The rows to search, the core rows first and with all seeds.
+
+    Rows that are another one with a ratio of their own are left out: the ratio is searched here.
+
+    >>> [one.variant for one in long_searches([QualityRow("adamw:matrix_rate=0.25", 1e-2)])]
+    []
+    """
+    return [
+        Search(row.key, row.start, seeds=seeds if row.core else 1)
+        for row in sorted(rows, key=lambda row: not row.core)
+        if "matrix_rate" not in row.key
+    ]
+
+
+def text_tokens(protocol: Protocol, file: pathlib.Path | None = None) -> Tokens:
+    """A file of tokens, or this interpreter's standard library as the trainer tokenizes it."""
+    if file is not None:
+        return load_tokens(file)
+    found = prepare_data(DataConfig(vocab_size=shape(protocol.shape).vocab_size))
+    sides = found.train_tokens, found.heldout_tokens
+    return Tokens(*sides, tokens_sha256(*sides), found.describe())
+
+
+def measure_long(
+    folder: pathlib.Path,
+    protocol: Protocol,
+    tokens: Tokens,
+    searches: Sequence[Search],
+    minutes: float,
+    command: Sequence[str] = (),
+) -> None:
+    """Runs what is missing and nobody else runs, until it is done or the time is over."""
+    store = SharedStore(folder / f"{NAME}.json")
+    facts = circumstances(plain_command("benchmarks.quality", command))
+    worker = Worker(protocol, tokens, store, facts, seconds=60 * minutes)
+    for line in worker.work(searches, folder / f".{NAME}_claims"):
+        print(line, flush=True)
+
+
+def long_content(folder: pathlib.Path) -> Mapping[str, Any]:
+    """What has been measured for the long table so far."""
+    return SharedStore(folder / f"{NAME}.json").content
+
+
+def long_section(content: Mapping[str, Any]) -> str:
+    """The part of the page about the long table."""
+    begin = """## Long
+
+Each row at a budget of tokens, at its own rate and its own ratio of the rate of embedding and head to it (1,
+0.3, 0.1, as long as a smaller one helps), searched at full length."""
+    if not content["cells"]:
+        return f"""{begin} No row has been run yet. This runs them on two CPU cores (128 wide, 4 layers):
+
+    python -m benchmarks.quality --tokens 4e6 --workers 2
+
+and this on an accelerator (256 wide, 6 layers):
+
+    python -m benchmarks.quality --tokens 16.384e6 --file tokens.npz --workers 3"""
+    found = [begin, describe_circumstances(content["circumstances"]), *sections(content, "###")]
+    return "\n\n".join(part.strip() for part in found)
