@@ -141,6 +141,12 @@ def test_states_of_other_options_are_refused():
         sage_optax.scale_by_sage(damper=None).update(grads, with_damper)
     with pytest.raises(ValueError, match='has no field for mu_dtype="int8"'):
         sage_optax.scale_by_sage(mu_dtype="int8").update(grads, with_damper)
+    by_row = sage_optax.scale_by_sage(row_damper=0.5)
+    with pytest.raises(TypeError, match="expected the RowDamperState that its init makes"):
+        by_row.update(grads, with_damper)
+    resized = {"embedding": jnp.ones((16, 8))}
+    with pytest.raises(ValueError, match=r"'embedding' has shape \(12, 8\).*\(16, 8\)"):
+        by_row.update(resized, by_row.init(grads))
 
 
 def test_a_leaf_that_was_not_ours_before_is_refused_by_path():
@@ -170,7 +176,7 @@ REQUIRED = {
     "rank": 2,
     "decay": 0.9,
 }
-OPTIONAL = {"gamma", "gamma1", "gamma2", "residual", "bound", "consistent_rms"}
+OPTIONAL = {"gamma", "gamma1", "gamma2", "residual", "bound", "consistent_rms", "row_damper"}
 """Numbers whose default is None, beside the rates of single roles."""
 
 
