@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from layout_optax.fit import check_transformation
 from layout_optax.layout import PyTree, path_string
 
 
@@ -46,11 +47,7 @@ def unboxed(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
       >>> updates["up"]["kernel"].names, state[0].v_row["up"]["kernel"].shape
       (('embed', 'mlp'), (8,))
     """
-    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
-        raise TypeError(
-            f"unboxed: expected an optax.GradientTransformation, got {tx!r}. Call the optimizer first: "
-            "unboxed(optax.adam(1e-3))."
-        )
+    check_transformation("unboxed", tx)
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params: PyTree) -> PyTree:

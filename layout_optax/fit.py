@@ -17,6 +17,23 @@ WAY_OUT = (
 )
 
 
+def check_transformation(caller: str, tx: Any) -> None:
+    """Refuses what is no optax transformation: a factory that was not called, arguments in another order.
+
+    Raises:
+      TypeError: naming what was given.
+
+    Example:
+      >>> check_transformation("state_bytes", optax.adam(1e-3))
+    """
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        given = f"a {type(tx).__name__}" if isinstance(tx, (dict, list, tuple)) else repr(tx)
+        raise TypeError(
+            f"{caller}: expected an optax.GradientTransformation, got {given}. Call the optimizer first: "
+            f"{caller}(optax.adam(1e-3), ...)."
+        )
+
+
 def check_trainable(path: str, leaf: Any) -> None:
     """Refuses a leaf that is not an array (or shape) of real floating-point numbers.
 

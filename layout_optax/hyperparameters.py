@@ -131,6 +131,34 @@ def check_adam(b1: Any, b2: Any, eps: Any, *, prefix: str = "") -> None:
     check_number(f"{prefix}eps", eps, 0)
 
 
+def check_float_dtype(name: str, dtype: Any) -> None:
+    """Refuses a storage dtype that is not None or a floating-point one.
+
+    Raises:
+      ValueError: naming the argument; also for an array, which `optax.inject_hyperparams` makes of a dtype's
+        class.
+
+    Example:
+      >>> check_float_dtype("factor_dtype", "int8")
+      Traceback (most recent call last):
+        ...
+      ValueError: factor_dtype must be None or a float dtype, got 'int8'.
+    """
+    if dtype is None:
+        return
+    if isinstance(dtype, jax.Array):
+        raise ValueError(
+            f"{name} arrived as an array. Under optax.inject_hyperparams a class such as jnp.bfloat16 is "
+            "taken for a schedule: pass static_args=STATIC_ARGS, or its name."
+        )
+    try:
+        floating = jax.numpy.issubdtype(jax.numpy.dtype(dtype), np.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(f"{name} must be None or a float dtype, got {dtype!r}.")
+
+
 def check_one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raises ValueError unless value is one of the choices."""
     if value not in choices:
@@ -182,7 +210,7 @@ def _is_concrete(value: Any) -> bool:
 
 
 def _as_float(name: str, value: Any) -> float:
-    if isinstance(value, (str, bytes)):
+    if isinstance(value, (str, bytes, bool, np.bool_)):
         raise TypeError(f"{name} must be a number or a schedule, got {value!r}.")
     try:
         return float(value)

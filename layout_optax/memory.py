@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import optax
 
+from layout_optax.fit import check_transformation
 from layout_optax.layout import LayoutLike, PyTree, is_empty, path_string
 from layout_optax.leaves import flatten_with_layout
 from layout_optax.sharding import state_shardings
@@ -28,12 +29,16 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> int:
       tx: any optax transformation.
       params: a pytree of arrays or `jax.ShapeDtypeStruct`.
 
+    Raises:
+      TypeError: if ``tx`` is no transformation.
+
     Example:
       >>> import jax.numpy as jnp
       >>> params = {"embed": jax.ShapeDtypeStruct((1000, 64), jnp.float32)}
       >>> state_bytes(optax.adam(1e-3), params)  # two moments and a counter
       512004
     """
+    check_transformation("state_bytes", tx)
     return tree_bytes(jax.eval_shape(tx.init, params))
 
 
@@ -172,6 +177,7 @@ def memory_report(
 
     Raises:
       ValueError: for a leaf that no layout rule explains, or a sharding that does not fit.
+      TypeError: if ``tx`` is no transformation.
 
     Example:
       >>> import jax.numpy as jnp
@@ -189,6 +195,7 @@ def memory_report(
       shared                    0                4                4
       total               256,000          512,004           64,004
     """
+    check_transformation("memory_report", tx)
 
     def init(params: PyTree) -> tuple[PyTree, PyTree]:
         return params, tx.init(params)

@@ -18,6 +18,7 @@ from layout_optax.fit import check_state_type, check_trainable_tree, checked_ada
 from layout_optax.hyperparameters import (
     Number,
     check_adam,
+    check_float_dtype,
     check_layout,
     check_mask,
     check_number,
@@ -194,11 +195,12 @@ def adam_direction(
     """`optax.scale_by_adam` with numbers or schedules.
 
     Raises:
-      ValueError: for decays outside [0, 1) and an eps that is negative or not finite; at update for a state
-        that does not fit. It names the argument or the path.
+      ValueError: for decays outside [0, 1), an eps that is negative or not finite, a dtype of no floats; at
+        update for a state that does not fit. It names the argument or the path.
       TypeError: for something that is no number; for a leaf that is not a real floating-point array.
     """
     check_adam(b1, b2, eps)
+    check_float_dtype("mu_dtype", mu_dtype)
     factory = optax.scale_by_adam
     if any(map(callable, (b1, b2, eps))):
         factory = optax.inject_hyperparams(

@@ -212,7 +212,8 @@ def lorapre_adamw(
     """LoRA-Pre AdamW for a whole model: low-rank moments on matrices, full AdamW on everything else.
 
     The paper's scope: attention and MLP matrices; embeddings, head, norms and biases keep plain AdamW,
-    or SAGE by option.
+    or SAGE by option. The defaults are the paper's rule; ``**RECOMMENDED`` was better from scratch at every
+    rank tried here (docs/lorapre.md), so begin with that.
 
     Args:
       learning_rate: a number or schedule for every role that has no rate of its own.

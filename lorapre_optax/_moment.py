@@ -21,7 +21,7 @@ import optax
 
 from layout_optax.axes import compute_dtype, shape_without, zeros_without
 from layout_optax.fit import check_shapes
-from layout_optax.hyperparameters import Number, at, check_number, check_one_of
+from layout_optax.hyperparameters import Number, at, check_float_dtype, check_number, check_one_of
 from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty
 from layout_optax.leaves import LayoutLeaves, flatten_with_layout
 from lorapre_optax import _factors
@@ -79,6 +79,7 @@ class MomentOptions:
         """Refuses options that cannot be meant."""
         check_number("damping", self.damping, 0)
         check_one_of("damping_kind", self.damping_kind, ("relative", "absolute"))
+        check_float_dtype("factor_dtype", self.factor_dtype)
         check_one_of("initial_subspace", self.initial_subspace, ("normal", "gradient"))
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from layout_optax.axes import compute_dtype, rms, zeros_without
+from layout_optax.axes import compute_dtype, rms, shape_without, zeros_without
+from layout_optax.fit import check_shapes, check_state_type
 from layout_optax.hyperparameters import at, check_number
 from layout_optax.layout import LayoutLike, ParamLayout
 from layout_optax.leaves import flatten_with_layout
@@ -50,11 +51,15 @@ def with_row_damper(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, RowDamperState]:
+        check_state_type("scale_by_sage", state, RowDamperState)
         ours = flatten_with_layout(layout, updates)
         decay, exponent = (at(number, state.sage.count) for number in (b2, power))
         directions, inner = sage.update(updates, state.sage, params, **extra_args)
 
         def average(path: str, layout: ParamLayout, g: jax.Array, old: jax.Array) -> jax.Array:
+            check_shapes(path, g.shape, old, shape_without(g.shape, layout.column_axes))
+            if not g.size:
+                return old
             instant = jnp.mean(jnp.abs(g.astype(compute_dtype(g.dtype))), axis=layout.column_axes)
             weight = jnp.asarray(decay, instant.dtype)
             return ((1 - weight) * instant + weight * old.astype(instant.dtype)).astype(old.dtype)
@@ -62,7 +67,8 @@ def with_row_damper(
         def damped(
             path: str, layout: ParamLayout, g: jax.Array, direction: jax.Array, average: jax.Array
         ) -> jax.Array:
-            del g
+            if not g.size:
+                return direction
             damping = row_damping(jnp.expand_dims(average, layout.column_axes), layout, exponent)
             return (direction.astype(damping.dtype) * damping).astype(direction.dtype)
 

@@ -299,6 +299,7 @@ def sage_damper(
       >>> print(sage_damper(grads, scale_by_sage().init(grads))["embedding"].round(3))
       [0.791 1.   ]
     """
+    check_state_type("sage_damper", state, SageState)
     if state.magnitude is None or damper is None:
         raise ValueError("sage_damper: damper=None keeps no magnitude; its H is 1 everywhere.")
     check_options(damper, eps_mode)
@@ -311,6 +312,7 @@ def sage_damper(
             return optax.MaskedNode()
         if not g.size:
             return jnp.zeros_like(magnitude)
+        check_shapes(path, g.shape, magnitude, shape_without(g.shape, layout.row_axes))
         g = g.astype(compute_dtype(g.dtype))
         found, _ = sage_damping(g, magnitude, layout, count, decay, offset, damper, eps_mode)
         return jnp.squeeze(found, layout.row_axes)

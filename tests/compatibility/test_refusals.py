@@ -106,7 +106,7 @@ def test_masked_out_they_are_nobodys_business():
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - STATELESS - {"by_role"}))
 def test_a_state_of_other_parameters_is_refused_by_path(name):
-    """The vocabulary was resized, a norm was added, a norm is gone. (`by_role` has its directions' state.)"""
+    """The vocabulary was resized, a norm was added or is gone. (`by_role` has the state of its directions.)"""
     tx = make(name)
     state = tx.init(PARAMS)
     stateful = "layers/norm/scale" if name == "lorapre_sinkgd" else "embed/embedding"
@@ -141,6 +141,12 @@ def test_states_of_other_options_are_refused():
         sage_optax.scale_by_sage(damper=None).update(grads, with_damper)
     with pytest.raises(ValueError, match='has no field for mu_dtype="int8"'):
         sage_optax.scale_by_sage(mu_dtype="int8").update(grads, with_damper)
+    by_row = sage_optax.scale_by_sage(row_damper=0.5)
+    with pytest.raises(TypeError, match="expected the RowDamperState that its init makes"):
+        by_row.update(grads, with_damper)
+    resized = {"embedding": jnp.ones((16, 8))}
+    with pytest.raises(ValueError, match=r"'embedding' has shape \(12, 8\).*\(16, 8\)"):
+        by_row.update(resized, by_row.init(grads))
 
 
 def test_a_leaf_that_was_not_ours_before_is_refused_by_path():
@@ -170,7 +176,7 @@ REQUIRED = {
     "rank": 2,
     "decay": 0.9,
 }
-OPTIONAL = {"gamma", "gamma1", "gamma2", "residual", "bound", "consistent_rms"}
+OPTIONAL = {"gamma", "gamma1", "gamma2", "residual", "bound", "consistent_rms", "row_damper"}
 """Numbers whose default is None, beside the rates of single roles."""
 
 
@@ -193,6 +199,34 @@ def test_numbers_are_finite_numbers_at_construction(name):
     given = {each: value for each, value in REQUIRED.items() if each in parameters}
     factory(**given)
     for argument in numbers_of(parameters):
-        for value in (float("nan"), float("inf"), "1e-3", [1.0]):
+        for value in (float("nan"), float("inf"), "1e-3", [1.0], True):
             with pytest.raises((ValueError, TypeError), match=rf"\b{argument}\b"):
                 factory(**(given | {argument: value}))
+
+
+def test_dtypes_of_the_state_are_floats():
+    for factory in (lorapre_optax.lorapre_adamw, lorapre_optax.lorapre_muon):
+        for dtype in ("int8", "float33", jnp.complex64):
+            with pytest.raises(ValueError, match="factor_dtype must be None or a float dtype"):
+                factory(1e-3, 2, factor_dtype=dtype)
+    with pytest.raises(ValueError, match="mu_dtype must be None or a float dtype"):
+        layout_optax.adam_direction(mu_dtype="int8")
+    with pytest.raises(ValueError, match="factor_dtype arrived as an array"):
+        lorapre_optax.low_rank_ema(0.9, 2, factor_dtype=jnp.float32(0))
+
+
+def test_measuring_needs_a_transformation_first():
+    for measure in (layout_optax.state_bytes, layout_optax.memory_report):
+        with pytest.raises(TypeError, match=f"{measure.__name__}: expected an optax.* got a dict"):
+            measure(PARAMS, optax.adam(1e-3))
+        with pytest.raises(TypeError, match="Call the optimizer first"):
+            measure(optax.adam, PARAMS)
+
+
+def test_the_damper_of_another_state_is_refused():
+    state = sage_optax.scale_by_sage().init(PARAMS)
+    resized = with_leaf("embed/embedding", jnp.ones((12, 6)))
+    with pytest.raises(ValueError, match=r"'embed/embedding' has shape \(8,\).*needs \(6,\)"):
+        sage_optax.sage_damper(resized, state)
+    with pytest.raises(TypeError, match="sage_damper: expected the SageState"):
+        sage_optax.sage_damper(PARAMS, optax.sgd(1e-3).init(PARAMS))

@@ -61,6 +61,7 @@ CALLS = {
             number(0.9), number(0.99), number(1e-8), mu_dtype="bfloat16", eps_mode="relative"
         ),
         lambda number: sage_optax.scale_by_sage(number(0.9), number(0.99), damper=None),
+        lambda number: sage_optax.scale_by_sage(b2=number(0.99), row_damper=number(0.5)),
     ],
     "sage": [
         lambda number: sage_optax.sage(1e-3),
@@ -70,7 +71,7 @@ CALLS = {
     ],
     "scale_by_sinkhorn": [
         lambda number: sage_optax.scale_by_sinkhorn(),
-        lambda number: sage_optax.scale_by_sinkhorn(variant="sqrt"),
+        lambda number: sage_optax.scale_by_sinkhorn(variant="sqrt", vectors_dtype="bfloat16"),
     ],
     "sinkgd": [lambda number: sage_optax.sinkgd(number(1e-3), weight_decay=0.1)],
     "sage_hybrid": [

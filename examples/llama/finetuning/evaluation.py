@@ -23,6 +23,7 @@ from examples.llama.reporting.files import SUMMARY, jsonable, versions, write_js
 from examples.llama.reporting.folders import ITEMS, check_output
 from examples.llama.reporting.locks import FolderLock
 from examples.llama.reporting.progress import counting
+from examples.llama.training.config import check_not_empty
 
 
 @dataclass(frozen=True)
@@ -231,8 +232,19 @@ def task_of(config: EvaluateConfig) -> Task:
     )
 
 
+def check(config: EvaluateConfig) -> Sampling:
+    """How tokens are chosen; raises ValueError for what cannot be meant, before anything is read."""
+    check_not_empty(config)
+    for name in ("batch_size", "new_tokens", "limit"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    return Sampling(config.temperature, config.top_p, config.seed)
+
+
 def run(config: EvaluateConfig, console: Console | None = None) -> dict[str, Any]:
     """Evaluates as a command line asks, writes the results, and returns the summary."""
+    sampling = check(config)
     check_output(
         config.out,
         "evaluation",
@@ -252,7 +264,7 @@ def run(config: EvaluateConfig, console: Console | None = None) -> dict[str, Any
         task,
         batch_size=config.batch_size,
         new_tokens=config.new_tokens,
-        sampling=Sampling(config.temperature, config.top_p, config.seed),
+        sampling=sampling,
         dtype=config.compute_dtype,
         console=console,
     )

@@ -207,17 +207,18 @@ def prepare_finetuning(
             settings.eval_batches * parts,
             **share,
         ),
-        notes=(
-            rank_notes(settings, program.abstract_params)
-            if what.adapter is None
-            else adapter_notes(model.config, what.adapter)
-        ),
         asked=config,
         sections={FINETUNE: section | sizes},
         identity={f"{FINETUNE}.{name}": value for name, value in section.items()},
         module="examples.llama.finetune",
         console=console,
         name=config.method,
+        # The rules were compared from scratch only.
+        notes=(
+            rank_notes(settings, program.abstract_params)
+            if what.adapter is None
+            else adapter_notes(model.config, what.adapter)
+        ),
     )
 
 

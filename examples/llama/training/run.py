@@ -106,13 +106,7 @@ def prepare_run(
         settings.eval_batches * parts,
         **share,
     )
-    notes = settings_notes(settings, program.abstract_params)
-    return Run(
-        *(config, settings, dataset, program, batches, heldout),
-        notes=notes,
-        console=console,
-        name=name,
-    )
+    return Run(config, settings, dataset, program, batches, heldout, console=console, name=name)
 
 
 def run_command(
@@ -181,13 +175,13 @@ class Run:
         program: What it executes.
         batches: Its training batches, an iterator with `get_state` and `set_state`.
         heldout: The batches of an evaluation.
-        notes: What whoever starts the run should know about its settings.
         asked: The configuration to write down where it is not `config`.
         sections: Further sections of config.json, by name.
         identity: What must be the same when the run goes on, beside settings and data.
         module: The module whose command line this is.
         console: Where to show progress; by default standard output.
         name: What progress calls the run; by default the optimizer's name.
+        notes: What whoever starts the run should know about it; by default about its settings.
 
     Raises:
         ValueError: The data has more tokens than the model, or the folder holds another run.
@@ -202,21 +196,22 @@ class Run:
         batches: Any,
         heldout: Sequence[Batch],
         *,
-        notes: Sequence[str] = (),
         asked: Any = None,
         sections: Mapping[str, Any] | None = None,
         identity: Mapping[str, Any] | None = None,
         module: str = "examples.llama.train",
         console: Console | None = None,
         name: str | None = None,
+        notes: Sequence[str] | None = None,
     ):
         quiet_rank_warning()
         self.config, self.settings, self.data = config, settings, data
         self.program, self.batches, self.heldout = program, batches, heldout
         self.console = console or Console()
         self.name = name or settings.optimizer
-        self.notes, self._asked = notes, config if asked is None else asked
+        self._asked = config if asked is None else asked
         self._sections, self._identity, self._module = sections or {}, identity or {}, module
+        self.notes = settings_notes(settings, program.abstract_params) if notes is None else notes
         check_vocabulary(data, settings)
         if config.resume:
             check_folder_holds(config.out, self.describe(), parse_migrations(config.migrate))

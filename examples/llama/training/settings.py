@@ -105,6 +105,13 @@ def check_settings(settings: Settings) -> None:
             f"seq_len {settings.seq_len} is more than the model's max_seq_len "
             f"({settings.model.max_seq_len})"
         )
+    if settings.model.tie_embeddings:
+        if "head" in (settings.options.role_multipliers or {}):
+            raise ValueError(
+                "role head: this model has none, its embedding is tied; name embedding"
+            )
+        if settings.options.head_rule is not None:
+            raise ValueError("head_rule is for a head of its own; this model's embedding is tied")
     check_batch(settings.batch_size, accumulate=settings.accumulate)
     make_optimizer(settings.optimizer, settings.learning_rate, settings.options)
 

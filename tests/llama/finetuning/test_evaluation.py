@@ -215,6 +215,22 @@ def test_a_model_that_wrote_is_measured(model, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data": ""}, "data is empty"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"new_tokens": -1}, "new_tokens must be at least 1"),
+        ({"temperature": float("nan")}, "temperature must be 0 or positive"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_the_model_is_read(tmp_path, fields, message):
+    asked = {"model": str(tmp_path / "none"), "data": "arithmetic:0", **fields}
+    with pytest.raises(ValueError, match=message):
+        run(EvaluateConfig(out=tmp_path / "out", **asked))
+
+
 def test_problems_without_an_answer_are_named(model):
     model = load_model(model)
     with pytest.raises(DataError, match="Problem 0: no number answer in its field 'answer'"):

@@ -468,6 +468,15 @@ def test_values_are_checked_before_anything_is_compiled(tmp_path, fields, messag
         resolve(tiny.config(tmp_path, **fields), tiny.MODEL)
 
 
+@pytest.mark.parametrize("fields", [{"role_rates": "head=1e-3"}, {"head_rule": "adamw"}])
+def test_settings_of_a_head_that_is_not_there_are_refused(tmp_path, fields):
+    tied, untied = (dataclasses.replace(tiny.MODEL, tie_embeddings=tie) for tie in (True, False))
+    config = tiny.config(tmp_path, optimizer="sage_hybrid", **fields)
+    resolve(config, untied)
+    with pytest.raises(ValueError, match="embedding is tied"):
+        resolve(config, tied)
+
+
 def test_no_rate_names_one_to_begin_with_and_the_page(tmp_path):
     message = r"begin with --learning-rate 0\.002 \(.*sage_1.3b\), read docs/tuning.md"
     config = tiny.config(tmp_path, preset="galore_60m", optimizer="sage_hybrid", learning_rate=None)
