@@ -40,7 +40,7 @@ demo: $(READY) ## Train a small Llama with AdamW, Lion-Hybrid and SAGE-Hybrid on
 		--optimizers adamw,lion_hybrid,sage_hybrid,sage_hybrid_int8 $(ARGS)
 
 demo-distributed: $(READY) ## Train the demo in two processes of four simulated devices; compare with one process
-	@$(BIN)/python -m examples.llama.demo_distributed $(ARGS)
+	@$(BIN)/python -m benchmarks.meshes.two_processes $(ARGS)
 
 test: $(READY) ## Prove every formula, golden vector, promise and error message once (some eight minutes on two cores)
 	@echo "== Running the tests on Python $(VERSION), first with quick code generation"

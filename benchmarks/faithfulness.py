@@ -189,7 +189,7 @@ def run(
     tracked = {rank: init(zeros) for rank, (init, _) in observers.items()}
     taken, losses, rows = [], [], []
     for number in range(1, steps + 1):
-        state, loss, matrices = jax.block_until_ready(step(state, next(batches)))
+        state, loss, matrices = jax.block_until_ready(step(state, next(batches)["tokens"]))
         row = {}
         for rank, (_, observe) in observers.items():
             tracked[rank], row[rank] = observe(tracked[rank], matrices, state[2])

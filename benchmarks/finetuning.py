@@ -34,13 +34,13 @@ from examples.llama.data.instructions import prompt_template
 from examples.llama.data.tokenizer import BOS, EOS
 from examples.llama.finetuning.evaluation import Task, evaluate
 from examples.llama.finetuning.loading import Model, load_model
-from examples.llama.finetuning.program import FinetuneProgram
-from examples.llama.finetuning.run import FinetuneConfig, FinetuneRun, instruction_data
+from examples.llama.finetuning.run import FinetuneConfig, instruction_data, prepare_finetuning
 from examples.llama.model.config import LlamaConfig
 from examples.llama.model.hf_write import save_folder
 from examples.llama.reporting.files import read_json, write_json
 from examples.llama.training.config import TrainConfig
-from examples.llama.training.run import Run
+from examples.llama.training.program import Program
+from examples.llama.training.run import Run, prepare_run
 
 MODEL = LlamaConfig(
     vocab_size=320,
@@ -131,7 +131,7 @@ def measure(store: Store, work: pathlib.Path, pretrain_steps: int, steps: int, t
     if store.data["base"] is None:
         store.data["base"] = {"exact_match": exact_match(model, tests)}
         store.save()
-    programs: dict[str, FinetuneProgram] = {}
+    programs: dict[str, Program] = {}
     config = FinetuneConfig(
         model=str(folder),
         data=str(data_file),
@@ -161,14 +161,14 @@ def measure(store: Store, work: pathlib.Path, pretrain_steps: int, steps: int, t
             known = cell["trials"].get(f"{rate:g}")
             if known is not None:
                 return math.inf if known["loss"] is None else known["loss"]
-            run = FinetuneRun(
+            run = prepare_finetuning(
                 dataclasses.replace(asked, learning_rate=rate),
                 model=model,
                 data=data,
                 program=programs.get(label),
                 console=quiet(),
             )
-            programs[label] = run.program  # type: ignore[assignment]
+            programs[label] = run.program
             started = time.perf_counter()
             summary = run.train()
             if summary.status not in ("finished", "non_finite"):
@@ -186,10 +186,10 @@ def measure(store: Store, work: pathlib.Path, pretrain_steps: int, steps: int, t
         found = search_rate(train_at, start, factor=3.0, max_trials=trials)
         cell["rate"], cell["rate_at_edge"] = found.best.rate, found.at_edge
         best = dataclasses.replace(asked, learning_rate=found.best.rate)
-        run = FinetuneRun(
+        run = prepare_finetuning(
             best, model=model, data=data, program=programs.get(label), console=quiet()
         )
-        programs[label] = run.program  # type: ignore[assignment]
+        programs[label] = run.program
         summary = run.train()
         cell["loss"] = summary.heldout_loss
         cell["exact_match"] = exact_match(load_model(best.out), tests)
@@ -210,7 +210,7 @@ def pretrained(work: pathlib.Path, steps: int) -> pathlib.Path:
     corpus = work / "text.jsonl"
     corpus.write_text("".join(json.dumps({"text": d.text}) + "\n" for d in text))
     digits_tokenizer([d.text for d in text]).save(str(work / "tokenizer.json"))
-    run = Run(
+    run = prepare_run(
         TrainConfig(
             data=str(corpus),
             tokenizer=str(work / "tokenizer.json"),
@@ -267,7 +267,7 @@ def exact_match(model: Model, tests: list[dict[str, str]]) -> dict[str, Any]:
     return result.summary()
 
 
-def costs(run: FinetuneRun) -> dict[str, Any]:
+def costs(run: Run) -> dict[str, Any]:
     return {
         "trained_parameters": run.program.parameter_count(),
         "optimizer_state_bytes": run.program.state_bytes(),
@@ -275,14 +275,14 @@ def costs(run: FinetuneRun) -> dict[str, Any]:
 
 
 def step_times(
-    config: FinetuneConfig, model: Model, data: Any, programs: dict[str, FinetuneProgram]
+    config: FinetuneConfig, model: Model, data: Any, programs: dict[str, Program]
 ) -> dict[str, Any]:
     """Seconds of a step of every method, taken in turns, and their ratio to AdamW's in the same round."""
     runs = {}
     for label, (method, options, rate) in METHODS.items():
         asked = dataclasses.replace(config, method=method, learning_rate=rate, **options)
         with tempfile.TemporaryDirectory() as folder:
-            runs[label] = FinetuneRun(
+            runs[label] = prepare_finetuning(
                 dataclasses.replace(asked, out=pathlib.Path(folder)),
                 model=model,
                 data=data,

@@ -132,7 +132,7 @@ class Step:
             jax.block_until_ready(state)
             started = time.perf_counter()
             for _ in range(count):
-                state, _, _ = program.step(state, tokens, 1e-5)
+                state, _, _ = program.step(state, {"tokens": tokens}, 1e-5)
             jax.block_until_ready(state)
             return state, (time.perf_counter() - started) / count
 

@@ -157,7 +157,10 @@ def _peaks(g: jax.Array, layout: ParamLayout, dtype: Any):
     row_peak = jnp.max(
         jnp.abs(g).astype(dtype), axis=layout.column_axes, keepdims=True, initial=0.0
     )
-    row_used, (_, row_exponent) = row_peak != 0, jnp.frexp(row_peak)
+    row_used = row_peak != 0
+    # The exponent of 0 is 0. JAX 0.12's frexp drops the exponents' sharding, and a choice by the sharded
+    # mask restores it.
+    row_exponent = jnp.where(row_used, jnp.frexp(row_peak)[1], 0)
     half = (_PEAK_LIFT - row_exponent) >> 1
     first, second = jax.lax.optimization_barrier(
         (power_of_two(half, dtype), power_of_two(_PEAK_LIFT - row_exponent - half, dtype))
@@ -165,7 +168,8 @@ def _peaks(g: jax.Array, layout: ParamLayout, dtype: Any):
     # Not of |g|: XLA would write that, to share it.
     lifted = jnp.abs(g.astype(dtype) * first * second)
     column_peak = jnp.max(lifted, axis=layout.row_axes, keepdims=True, initial=0.0)
-    column_used, (_, column_exponent) = column_peak != 0, jnp.frexp(column_peak)
+    column_used = column_peak != 0
+    column_exponent = jnp.where(column_used, jnp.frexp(column_peak)[1], 0)
     return row_exponent, column_exponent - _PEAK_LIFT, row_used, column_used
 
 

@@ -23,7 +23,6 @@ LAYERS = {"layout_optax": 0, "sage_optax": 1, "lorapre_optax": 2}
 EXAMPLE = ROOT / "examples" / "llama"
 COMMANDS = {
     *("train", "finetune", "generate", "evaluate", "export", "compare", "plan"),
-    "demo_distributed",
 }
 GROUND = {"model", "data", "optimizers", "devices", "reporting"}
 """The example's folders that import nothing of each other."""

@@ -69,7 +69,9 @@ def steps_of(
     state = jax.jit(tx.init)(params)
     for number in range(1, settings.steps + 1):
         before = state
-        params, state, loss, gradients = jax.block_until_ready(step(params, state, next(batches)))
+        params, state, loss, gradients = jax.block_until_ready(
+            step(params, state, next(batches)["tokens"])
+        )
         yield Seen(
             number, float(loss), gradients, before, settings.learning_rate, dataset.corpus_sha256
         )

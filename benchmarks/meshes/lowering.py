@@ -17,11 +17,12 @@ from typing import Any
 
 from benchmarks.common import circumstances, describe_circumstances, table
 from examples.llama.devices.processes import simulate_devices
-from examples.llama.finetuning.program import FinetuneProgram
+from examples.llama.finetuning.program import FromModel
 from examples.llama.finetuning.run import FinetuneConfig, trainer_config, tuned
 from examples.llama.model.config import LlamaConfig, preset
 from examples.llama.reporting.files import read_json, write_json
 from examples.llama.training.config import resolve
+from examples.llama.training.program import Program
 
 METHODS = ("adamw", "lorapre_adamw", "sage_hybrid", "lora")
 SETTING = {"preset": "llama3.1_8b", "devices": 8, "rows": 8, "seq_len": 512, "rank": 8}
@@ -74,7 +75,8 @@ def measure(
     def load(**_: Any) -> Any:
         raise AssertionError("nothing is read")
 
-    program = FinetuneProgram(settings, tuned(config), load)
+    source = FromModel(tuned(config), load)
+    program = Program(settings, source)
     started = time.perf_counter()
     lowered = program.lower()
     lowering = time.perf_counter() - started
@@ -84,11 +86,10 @@ def measure(
         raise RuntimeError("this backend has no memory analysis")
     placement = program.placement
     assert placement is not None
-    state = program.abstract_state
-    frozen = program.tuned.split(program.abstract_model)[1]
+    state, frozen = program.abstract_state, program.abstract_frozen
     return {
         "trained_parameters": program.parameter_count(),
-        "model_parameters": program.model_parameter_count(),
+        "model_parameters": source.model_parameter_count(settings),
         "trained_bytes": placement.bytes_per_device(state.params, program.state_shardings.params),
         "frozen_bytes": placement.bytes_per_device(frozen, placement.params(frozen)),
         "optimizer_state_bytes": program.state_bytes_per_device(),

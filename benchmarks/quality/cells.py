@@ -19,7 +19,7 @@ from examples.llama.reporting.files import jsonable, read_json, write_json
 from examples.llama.reporting.metrics import read_metrics
 from examples.llama.training.config import TrainConfig, data_config, resolve
 from examples.llama.training.program import Program
-from examples.llama.training.run import Run
+from examples.llama.training.run import prepare_run
 
 _ANY_RATE = 1e-2
 """The rate of the configuration that says which data is meant."""
@@ -120,7 +120,7 @@ class Cells:
 
     def _run(self, key: str, rate: float, steps: int, seed: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as out:
-            run = Run(
+            run = prepare_run(
                 self._config(key, rate, steps, seed, out),
                 model=self.model,
                 dataset=self.dataset,

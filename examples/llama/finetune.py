@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from examples.llama.finetuning.run import FinetuneConfig, FinetuneRun
+from examples.llama.finetuning.run import FinetuneConfig, prepare_finetuning
 from examples.llama.reporting.command import parse
 from examples.llama.training.run import run_command
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = parse(FinetuneConfig, arguments, prog="python -m examples.llama.finetune")
     return run_command(
         config,
-        lambda config, console: FinetuneRun(config, console=console),
+        lambda config, console: prepare_finetuning(config, console=console),
         # A base's files are read when the training begins.
         usage_errors=(ValueError, FileExistsError, FileNotFoundError),
     )

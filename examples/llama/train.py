@@ -18,7 +18,7 @@ from examples.llama.training.checkpoints import SchemaError
 from examples.llama.training.config import TrainConfig
 from examples.llama.training.migrations import MigrationError
 from examples.llama.training.resume import ResumeError
-from examples.llama.training.run import Run, run_command
+from examples.llama.training.run import prepare_run, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = parse(TrainConfig, arguments, prog="python -m examples.llama.train")
     return run_command(
         config,
-        lambda config, console: Run(config, console=console),
+        lambda config, console: prepare_run(config, console=console),
         usage_errors=(ResumeError, SchemaError, MigrationError, FolderError),
     )
 

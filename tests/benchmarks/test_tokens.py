@@ -108,7 +108,7 @@ def test_one_compile_serves_all_rates_and_gives_the_trainers_numbers(tokens):
     found = lists_of_batches(tokens, settings)
     curve = []
     for batch in found:
-        state, metrics, _ = trainer.step(state, batch, 1e-2)
+        state, metrics, _ = trainer.step(state, {"tokens": batch}, 1e-2)
         curve.append(round(float(metrics.loss), 4))
     assert [loss for _, loss in losses[0]] == pytest.approx(curve, abs=2e-4)
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from examples.llama.training.checkpoints import Checkpoints
 from examples.llama.training.resume import target
-from examples.llama.training.run import EXIT_CODES, Run
+from examples.llama.training.run import EXIT_CODES, prepare_run
 from tests.llama import tiny
 
 RESULT = "result.json"
@@ -65,7 +65,7 @@ def train(job: Job) -> None:
     )
     with job.log.open("a", encoding="utf-8", buffering=1) as log:
         console = Console(file=log, width=200)
-        run = Run(config, model=tiny.MODEL, dataset=tiny.dataset(), console=console)
+        run = prepare_run(config, model=tiny.MODEL, dataset=tiny.dataset(), console=console)
         step = run.program.step
 
         def slow_step(state, *arguments, **options):

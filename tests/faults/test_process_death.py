@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from examples.llama.devices.launch import free_port
+from benchmarks.meshes.launch import free_port
 from examples.llama.reporting.files import METRICS, SUMMARY, read_json
 from examples.llama.reporting.metrics import read_metrics
 

@@ -47,7 +47,7 @@ from examples.llama.reporting.progress import duration
 from examples.llama.reporting.summary import RunSummary
 from examples.llama.training.config import JobConfig, TrainConfig, data_config, resolve
 from examples.llama.training.program import Program
-from examples.llama.training.run import Run
+from examples.llama.training.run import prepare_run
 from examples.llama.training.settings import Settings
 
 REFERENCE = "adamw"
@@ -123,7 +123,9 @@ class Comparison:
             dataset = prepare_data(data_config(self._train_config(self.names[0]), settings[0]))
         self.dataset = dataset
         # Everything that could be refused is refused now, not after the first run.
-        Run(self._train_config(self.names[0]), model=model, dataset=dataset, console=self.console)
+        prepare_run(
+            self._train_config(self.names[0]), model=model, dataset=dataset, console=self.console
+        )
 
     def run(self) -> list[Row]:
         """Searches rates if asked, trains, times, writes and shows; returns the rows.
@@ -188,7 +190,7 @@ class Comparison:
         )
 
     def _train(self, name: str, config: TrainConfig) -> RunSummary:
-        run = Run(
+        run = prepare_run(
             config,
             model=self.model,
             dataset=self.dataset,
@@ -280,8 +282,8 @@ class Comparison:
             program = self._program(name)
             settings = program.settings
             batches = train_iterator(self.dataset, settings.batch_size, settings.seq_len)
-            tokens = [next(batches) for _ in range(4)]
-            found = paired_step_times(program, self._program(REFERENCE), tokens, rounds)
+            some = [next(batches) for _ in range(4)]
+            found = paired_step_times(program, self._program(REFERENCE), some, rounds)
             times[name] = {
                 "programs": identity,
                 "ratio": found.ratio,
@@ -332,8 +334,8 @@ class Comparison:
         program = self._program(REFERENCE)
         settings = program.settings
         batches = train_iterator(self.dataset, settings.batch_size, settings.seq_len)
-        tokens = [next(batches) for _ in range(4)]
-        step = paired_step_times(program, program, tokens, 2).median
+        some = [next(batches) for _ in range(4)]
+        step = paired_step_times(program, program, some, 2).median
         spent = time.perf_counter() - started
         # What does not grow with the steps: a compile for each, ten evaluations at about a third
         # of a step for each batch, and the timing at the end.

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import numpy as np
 
 from examples.llama.training.program import Program
-from examples.llama.training.step import TrainState
+from examples.llama.training.step import Batch, TrainState
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class StepTimes:
 
 
 def paired_step_times(
-    program: Program, reference: Program, batches: Sequence[np.ndarray], rounds: int
+    program: Program, reference: Program, batches: Sequence[Batch], rounds: int
 ) -> StepTimes:
     """Times the steps of two programs in turns, each step waited for.
 
@@ -59,19 +58,17 @@ def paired_step_times(
     states = [program.init(0), reference.init(0)]
     times: tuple[list[float], list[float]] = ([], [])
     for round_number in range(rounds + 1):
-        tokens = batches[round_number % len(batches)]
+        batch = batches[round_number % len(batches)]
         for which in (0, 1) if round_number % 2 else (1, 0):
-            states[which], seconds = _timed_step((program, reference)[which], states[which], tokens)
+            states[which], seconds = _timed_step((program, reference)[which], states[which], batch)
             if round_number:
                 times[which].append(seconds)
     return StepTimes(*times)
 
 
-def _timed_step(
-    program: Program, state: TrainState, tokens: np.ndarray
-) -> tuple[TrainState, float]:
+def _timed_step(program: Program, state: TrainState, batch: Batch) -> tuple[TrainState, float]:
     started = time.perf_counter()
     # A small rate: the time does not depend on it, and many steps at it cannot diverge.
-    state, _, _ = program.step(state, tokens, 1e-5)
+    state, _, _ = program.step(state, batch, 1e-5)
     jax.block_until_ready(state)
     return state, time.perf_counter() - started

@@ -9,6 +9,9 @@ from examples.llama.data.checks import check_batch, check_seed
 from examples.llama.data.dataset import Dataset
 from examples.llama.data.documents import DataError
 
+Batch = dict[str, np.ndarray]
+"""Arrays by name; here `tokens` alone."""
+
 
 class WindowSource:
     """Random access to the windows of a token array, for grain.
@@ -21,7 +24,7 @@ class WindowSource:
         seq_len: Number of inputs, and of targets, of a window.
 
     >>> source = WindowSource(np.arange(10), seq_len=4)
-    >>> [source[i].tolist() for i in range(len(source))]
+    >>> [source[i]["tokens"].tolist() for i in range(len(source))]
     [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
     """
 
@@ -34,9 +37,9 @@ class WindowSource:
     def __len__(self) -> int:
         return max(0, (len(self._tokens) - 1) // self._seq_len)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> Batch:
         start = index * self._seq_len
-        return self._tokens[start : start + self._seq_len + 1].astype(np.int32)
+        return {"tokens": self._tokens[start : start + self._seq_len + 1].astype(np.int32)}
 
 
 def train_iterator(
@@ -48,7 +51,7 @@ def train_iterator(
     process_index: int = 0,
     process_count: int = 1,
     prefetch: int = 0,
-) -> grain.DatasetIterator[np.ndarray]:
+) -> grain.DatasetIterator[Batch]:
     """Endless training batches in a seeded order that changes with each epoch.
 
     `get_state()` gives a small JSON-serialisable state; `set_state(state)` on an iterator made with
@@ -66,7 +69,7 @@ def train_iterator(
             20 microseconds a sequence.
 
     Returns:
-        A grain iterator of int32 arrays `(batch_size / process_count, seq_len + 1)`.
+        A grain iterator of batches `{"tokens": int32 (batch_size / process_count, seq_len + 1)}`.
 
     Raises:
         DataError: If the training tokens do not fill one batch, or the batch does not divide.
@@ -94,7 +97,7 @@ def heldout_batches(
     *,
     process_index: int = 0,
     process_count: int = 1,
-) -> list[np.ndarray]:
+) -> list[Batch]:
     """The batches a model is evaluated on: always the same ones, full, never padded.
 
     The windows are spread evenly over the held-out tokens, so that fewer batches still see all of
@@ -109,7 +112,7 @@ def heldout_batches(
         process_count: Number of processes, each of which gets its share of every batch.
 
     Returns:
-        int32 arrays `(batch_size / process_count, seq_len + 1)`, at least one.
+        Batches `{"tokens": int32 (batch_size / process_count, seq_len + 1)}`, at least one.
 
     Raises:
         DataError: If the held-out tokens do not fill one batch, or the batch does not divide.
@@ -123,7 +126,7 @@ def heldout_batches(
     count = count if max_batches is None else min(count, max_batches)
     chosen = np.arange(count * batch_size) * len(source) // (count * batch_size)
     return [
-        np.stack([source[int(i)] for i in rows[process_index::process_count]])
+        {"tokens": np.stack([source[int(i)]["tokens"] for i in rows[process_index::process_count]])}
         for rows in chosen.reshape(count, batch_size)
     ]
 

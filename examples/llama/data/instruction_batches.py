@@ -1,8 +1,9 @@
 """From instruction records to batches: tokens, responses marked, documents packed into rows.
 
-A batch is one int32 array (B, 3, T + 1): tokens; whether a token is to be predicted (a response's); and the
-number of its document in the row, 0 for padding. Attention stays within a document and positions begin at each
-one's first token (`document_positions`), so that a packed row computes what its documents do apart.
+A batch holds three int32 arrays (B, T + 1): `tokens`; `learned`, 1 for a token that is to be predicted (a
+response's); and `documents`, the number of its document in the row, 0 for padding. Attention stays within a
+document and positions begin at each one's first token, so that a packed row computes
+what its documents do apart.
 """
 
 from __future__ import annotations
@@ -14,18 +15,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grain
-import jax
-import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
 from examples.llama.data import tokenizer as tokenization
+from examples.llama.data.batches import Batch
 from examples.llama.data.checks import check_batch, check_seed
 from examples.llama.data.documents import DataError
 from examples.llama.data.instructions import Part, Template
 
-TOKENS, LEARNED, DOCUMENTS = 0, 1, 2
-"""Rows of axis 1 of a batch."""
+FIELDS = ("tokens", "learned", "documents")
+"""The arrays of a batch."""
 
 _EPOCHS = 1_000_000
 
@@ -216,7 +216,7 @@ def pack_rows(lengths: Sequence[int], room: int, *, packed: bool = True) -> list
 
 
 class RowSource:
-    """Random access to packed rows int32 (3, seq_len + 1), for grain."""
+    """Random access to packed rows, whose arrays are int32 (seq_len + 1,), for grain."""
 
     def __init__(self, examples: Sequence[Example], seq_len: int, *, packed: bool):
         self._examples = examples
@@ -227,17 +227,17 @@ class RowSource:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        row = np.zeros((3, self._length), np.int32)
+    def __getitem__(self, index: int) -> Batch:
+        row = empty_row(self._length)
         start = 0
         for number, i in enumerate(self._rows[index], start=1):
             example = self._examples[i]
             place = slice(start, start + len(example.tokens))
-            row[TOKENS, place] = example.tokens
-            row[LEARNED, place] = example.learned
+            row["tokens"][place] = example.tokens
+            row["learned"][place] = example.learned
             # Nothing before a document's first token predicts it.
-            row[LEARNED, start] = 0
-            row[DOCUMENTS, place] = number
+            row["learned"][start] = 0
+            row["documents"][place] = number
             start = place.stop
         return row
 
@@ -250,7 +250,7 @@ def instruction_iterator(
     *,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator[np.ndarray]:
+) -> grain.DatasetIterator[Batch]:
     """Training batches of a million epochs, each in another order. Else as `train_iterator`.
 
     Raises:
@@ -271,32 +271,32 @@ def heldout_rows(
     *,
     process_index: int = 0,
     process_count: int = 1,
-) -> list[np.ndarray]:
+) -> list[Batch]:
     """Batches of the examples held out, the last filled up with empty rows, which count nothing."""
     check_batch(batch_size, processes=process_count)
     source = RowSource(data.heldout, seq_len, packed=data.packed)
     rows = [source[i] for i in range(min(len(source), max_batches * batch_size))]
-    empty = np.zeros((3, seq_len + 1), np.int32)
-    rows += [empty] * (-len(rows) % batch_size)
-    starts = range(0, len(rows), batch_size)
-    return [np.stack(rows[i : i + batch_size][process_index::process_count]) for i in starts]
+    rows += [empty_row(seq_len + 1)] * (-len(rows) % batch_size)
+    return [
+        {
+            name: np.stack(
+                [row[name] for row in rows[i : i + batch_size][process_index::process_count]]
+            )
+            for name in FIELDS
+        }
+        for i in range(0, len(rows), batch_size)
+    ]
+
+
+def empty_row(length: int) -> Batch:
+    """A row of padding, from which nothing is learned."""
+    return {name: np.zeros(length, np.int32) for name in FIELDS}
 
 
 def rows_per_epoch(data: InstructionData, seq_len: int) -> int:
     """Rows that hold every training example once."""
     lengths = [len(example.tokens) for example in data.train]
     return len(pack_rows(lengths, seq_len + 1, packed=data.packed))
-
-
-def document_positions(documents: jax.Array) -> jax.Array:
-    """The place of each token in its document, from document numbers (B, T).
-
-    >>> document_positions(jnp.array([[1, 1, 2, 2, 2, 0]])).tolist()
-    [[0, 1, 0, 1, 2, 0]]
-    """
-    place = jnp.arange(documents.shape[1])
-    first = documents != jnp.pad(documents, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    return place - jax.lax.cummax(jnp.where(first, place, 0), axis=1)
 
 
 def _checked_rows(

@@ -156,7 +156,7 @@ class Placement:
             raise ValueError(
                 "; ".join(notes) + ". Choose another --mesh or leave out --mesh-strict."
             )
-        self.notes = notes
+        self.notes = list(dict.fromkeys((*self.notes, *notes)))  # of trained and frozen ones alike
         return found
 
     def state(self, init: Callable[..., Any], params: Any) -> Any:

@@ -17,19 +17,17 @@ from tokenizers import Tokenizer
 from examples.llama.data.documents import DataError
 from examples.llama.data.instruction_batches import encode_text
 from examples.llama.data.tokenizer import load_tokenizer, separator_id
-from examples.llama.finetuning.adapters import AdapterSpec
-from examples.llama.finetuning.program import FinetuneProgram, Tuned
-from examples.llama.model.config import LlamaConfig, RopeScaling
+from examples.llama.finetuning.program import finetuning_program, tuned_from_json
+from examples.llama.model.config import LlamaConfig
 from examples.llama.model.hf import load_params
 from examples.llama.model.hf_config import read_config
 from examples.llama.model.llama import Params, abstract, stack_layers, structure, unstack_layers
 from examples.llama.model.subtrees import select
-from examples.llama.optimizers.options import OptimizerOptions
 from examples.llama.reporting.files import CONFIG, read_json
 from examples.llama.training.checkpoints import CheckpointError, Checkpoints, checkpoint_steps
 from examples.llama.training.program import Program
 from examples.llama.training.resume import target
-from examples.llama.training.settings import Settings
+from examples.llama.training.settings import settings_from_json
 
 FINETUNE = "finetune"
 """The section of a fine-tuning run's config.json that says what was tuned and from which model."""
@@ -144,53 +142,6 @@ def on_one_device(params: Params) -> Any:
     return jax.tree.map(lambda _: sharding, params)
 
 
-def settings_from_json(fields: dict[str, Any]) -> Settings:
-    """The settings that a run has written down.
-
-    Raises:
-        ValueError: They are of another version of this program.
-
-    >>> from examples.llama.reporting.files import jsonable
-    >>> from examples.llama.training.config import TrainConfig, resolve
-    >>> config = TrainConfig(optimizer="lorapre_adamw", learning_rate=1e-3, bound=float("inf"))
-    >>> settings = resolve(config)
-    >>> settings_from_json(jsonable(settings)) == settings
-    True
-    """
-    try:
-        model = dict(fields["model"])
-        if model["rope_scaling"] is not None:
-            model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
-        options: dict[str, Any] = {
-            name: float(value) if value in ("Infinity", "-Infinity", "NaN") else value
-            for name, value in fields["options"].items()
-        }
-        parts = {"model": LlamaConfig(**model), "options": OptimizerOptions(**options)}
-        return Settings(**{**fields, **parts})
-    except (TypeError, KeyError) as error:
-        raise ValueError(
-            f"the run's settings are of another version of this program ({error})"
-        ) from error
-
-
-def tuned_to_json(tuned: Tuned) -> dict[str, Any]:
-    """What was tuned, fit for JSON."""
-    return dataclasses.asdict(tuned)
-
-
-def tuned_from_json(fields: dict[str, Any]) -> Tuned:
-    """The inverse of `tuned_to_json`, also after a trip through JSON.
-
-    >>> tuned = Tuned(adapter=AdapterSpec("dora", rank=4))
-    >>> tuned_from_json(json.loads(json.dumps(tuned_to_json(tuned)))) == tuned
-    True
-    """
-    patterns, adapter = fields["patterns"], fields["adapter"]
-    if adapter is not None:
-        adapter = AdapterSpec(**{**adapter, "targets": tuple(adapter["targets"])})
-    return Tuned(None if patterns is None else tuple(patterns), adapter)
-
-
 def _hub_model(folder: Path, fields: dict[str, Any], tokenizer: Tokenizer) -> Model:
     config = read_config(folder)
     generation = folder / "generation_config.json"
@@ -210,20 +161,19 @@ def _run_model(folder: Path, fields: dict[str, Any], tokenizer: Tokenizer) -> Mo
     settings = dataclasses.replace(
         settings_from_json(fields["settings"]), mesh=None, mesh_mode=None, mesh_strict=None
     )
-    hub_folder = None
+    hub_folder, tuned = None, None
     if FINETUNE in fields:
         base = load_model(_base_of(folder, fields))
         hub_folder, stop_ids = base.hub_folder, base.stop_ids
-        program: Program = FinetuneProgram(
-            settings, tuned_from_json(fields[FINETUNE]["tuned"]), base.read
-        )
+        tuned = tuned_from_json(fields[FINETUNE]["tuned"])
+        program = finetuning_program(settings, tuned, base.read)
     else:
         program, stop_ids = Program(settings), [separator_id(tokenizer)]
 
     def read(*, scan_layers: bool, shardings: Any, wanted: Any) -> Params:
         params = _newest_params(folder, program)
-        if isinstance(program, FinetuneProgram):
-            params = program.merged(params)
+        if tuned is not None:
+            params = tuned.merge(params, program.frozen)
         if settings.scan_layers != scan_layers:
             params = stack_layers(params) if scan_layers else unstack_layers(params)
         if shardings is not None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 from rich.console import Console
 
@@ -23,15 +22,16 @@ from examples.llama.data.instructions import Template, chat_template, prompt_tem
 from examples.llama.devices.mesh import MeshMode
 from examples.llama.devices.processes import ClusterConfig
 from examples.llama.finetuning.adapters import TARGETS, AdapterSpec, check_rank
-from examples.llama.finetuning.loading import FINETUNE, Model, load_model, tuned_to_json
-from examples.llama.finetuning.program import FinetuneProgram, Tuned
+from examples.llama.finetuning.loading import FINETUNE, Model, load_model
+from examples.llama.finetuning.program import FromModel, Tuned, tuned_to_json
 from examples.llama.model.subtrees import trainable_patterns
 from examples.llama.optimizers.options import OptionSet
 from examples.llama.optimizers.registry import OPTIMIZERS, optimizer_entry
-from examples.llama.reporting.files import CONFIG, jsonable, read_json, write_json
-from examples.llama.reporting.folders import check_output
+from examples.llama.reporting.files import jsonable
 from examples.llama.reporting.summary import RunSummary
 from examples.llama.training.config import CheckpointConfig, TrainConfig, resolve
+from examples.llama.training.program import Program
+from examples.llama.training.replacement import claim_folder
 from examples.llama.training.run import Run
 
 ADAPTERS = ("lora", "rslora", "dora")
@@ -137,8 +137,20 @@ class FinetuneConfig(CheckpointConfig, ClusterConfig):
     """Replace the run in that folder, with its checkpoints."""
 
 
-class FinetuneRun(Run):
-    """One fine-tuning run, checked and ready to start; `train` trains it.
+def finetune(config: FinetuneConfig, **arguments: Any) -> RunSummary:
+    """Prepares and trains; see `prepare_finetuning` for the arguments and errors."""
+    return prepare_finetuning(config, **arguments).train()
+
+
+def prepare_finetuning(
+    config: FinetuneConfig,
+    *,
+    model: Model | None = None,
+    data: InstructionData | None = None,
+    program: Program | None = None,
+    console: Console | None = None,
+) -> Run:
+    """A fine-tuning run, checked and ready to start.
 
     Args:
         config: What was asked for.
@@ -152,88 +164,55 @@ class FinetuneRun(Run):
         FileNotFoundError: There is no such model.
         FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` is set.
     """
-
-    module = "examples.llama.finetune"
-
-    def __init__(
-        self,
-        config: FinetuneConfig,
-        *,
-        model: Model | None = None,
-        data: InstructionData | None = None,
-        program: FinetuneProgram | None = None,
-        console: Console | None = None,
-    ):
-        check(config)
-        self.finetune = config
-        check_output(config.out, "run", self.inputs())
-        self.tuned = tuned(config)
-        self.base = model or load_model(config.model, tokenizer=config.tokenizer)
-        if self.tuned.adapter is not None:
-            check_rank(self.base.config, self.tuned.adapter)
-        data = data or instruction_data(config, self.base)
+    check(config)
+    claim_folder(
+        config.out,
+        {"--model": config.model, "--data": config.data},
+        overwrite=config.overwrite,
+        resume=config.resume,
+    )
+    what = tuned(config)
+    model = load_model(config.model, tokenizer=config.tokenizer) if model is None else model
+    if what.adapter is not None:
+        check_rank(model.config, what.adapter)
+    data = instruction_data(config, model) if data is None else data
+    steps = config.steps
+    if steps is None:
         rows = rows_per_epoch(data, config.seq_len)
-        steps = config.steps
-        if steps is None:
-            steps = max(1, math.ceil(config.epochs * rows / config.batch_size))
-        train_config = trainer_config(config, steps)
-        settings = resolve(train_config, self.base.config)
-        if program is None or not program.serves(settings) or program.tuned != self.tuned:
-            program = FinetuneProgram(settings, self.tuned, self.base.read)
-        super().__init__(
-            train_config,
-            model=self.base.config,
-            dataset=data,  # type: ignore[arg-type] (what a run asks of it both have)
-            program=program,
-            console=console,
-            name=config.method,
-        )
-        # The trainer takes the rate as given, by whomever.
-        source = peak_rate(config)[1]
-        self.settings = dataclasses.replace(self.settings, rate_source=source)
-        self.summary.rate_source = source
-
-    def inputs(self) -> dict[str, str]:
-        """Files and folders that the run reads, by flag."""
-        return {"--model": self.finetune.model, "--data": self.finetune.data}
-
-    def _open_batches(self) -> tuple[Any, list[np.ndarray]]:
-        settings, share = self.settings, self.program.share_of_batch()
-        data: Any = self.dataset
-        batches = instruction_iterator(
-            data, settings.batch_size, settings.seq_len, settings.seed, **share
-        )
-        rows = settings.batch_size // settings.accumulate
-        count = settings.eval_batches * settings.accumulate
-        return batches, heldout_rows(data, rows, settings.seq_len, count, **share)
-
-    def describe(self) -> dict[str, Any]:
-        """What must be the same when a run goes on: what is tuned and from which model, too."""
-        return super().describe() | {f"{FINETUNE}.{k}": v for k, v in self._section().items()}
-
-    def _section(self) -> dict[str, Any]:
-        base = Path(self.finetune.model).expanduser().absolute()
-        return jsonable({"base": base, "tuned": tuned_to_json(self.tuned)})
-
-    def _write_config(self) -> None:
-        super()._write_config()
-        path = self.config.out / CONFIG
-        fields = read_json(path) or {}
-        assert isinstance(self.program, FinetuneProgram)
-        fields |= {
-            "config": jsonable(self.finetune),
-            FINETUNE: self._section()
-            | {
-                "trained_parameters": self.program.parameter_count(),
-                "model_parameters": self.program.model_parameter_count(),
-            },
-        }
-        write_json(path, fields)
-
-
-def finetune(config: FinetuneConfig, **arguments: Any) -> RunSummary:
-    """Prepares and trains; see `FinetuneRun` for the arguments and errors."""
-    return FinetuneRun(config, **arguments).train()
+        steps = max(1, math.ceil(config.epochs * rows / config.batch_size))
+    job = trainer_config(config, steps)
+    # The trainer takes the rate as given, by whomever.
+    settings = dataclasses.replace(resolve(job, model.config), rate_source=peak_rate(config)[1])
+    source = FromModel(what, model.read)
+    if program is None or not program.serves(settings, source):
+        program = Program(settings, source)
+    share, parts = program.share_of_batch(), settings.accumulate
+    base = Path(config.model).expanduser().absolute()
+    section = jsonable({"base": base, "tuned": tuned_to_json(what)})
+    sizes = {
+        "trained_parameters": program.parameter_count(),
+        "model_parameters": source.model_parameter_count(settings),
+    }
+    return Run(
+        job,
+        settings,
+        data,
+        program,
+        instruction_iterator(data, settings.batch_size, settings.seq_len, settings.seed, **share),
+        heldout_rows(
+            data,
+            settings.batch_size // parts,
+            settings.seq_len,
+            settings.eval_batches * parts,
+            **share,
+        ),
+        asked=config,
+        sections={FINETUNE: section | sizes},
+        identity={f"{FINETUNE}.{name}": value for name, value in section.items()},
+        module="examples.llama.finetune",
+        console=console,
+        name=config.method,
+    )
 
 
 def check(config: FinetuneConfig) -> None:

@@ -14,6 +14,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from examples.llama.model.config import LlamaConfig
 from examples.llama.model.hf import tensor_names
@@ -192,19 +193,16 @@ def _files(tensors: list[_Tensor], itemsize: int, max_file_bytes: int) -> dict[s
     """The tensors of each file, by its name."""
     if max_file_bytes < 1:
         raise ValueError(f"max_file_bytes must be positive, got {max_file_bytes}")
-    parts: list[list[_Tensor]] = []
-    room = 0
-    for tensor in tensors:
-        size = tensor.size * itemsize
-        if not parts or size > room:
-            parts.append([])
-            room = max_file_bytes
-        parts[-1].append(tensor)
-        room -= size
-    if len(parts) == 1:
-        return {"model.safetensors": parts[0]}
-    count = len(parts)
-    return {f"model-{i:05d}-of-{count:05d}.safetensors": p for i, p in enumerate(parts, start=1)}
+    named = {tensor.name: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        named,
+        get_storage_size=lambda tensor: tensor.size * itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_file_bytes,
+    )
+    return {
+        file: [named[name] for name in names] for file, names in split.filename_to_tensors.items()
+    }
 
 
 def _config_fields(config: LlamaConfig, dtype: str, base: str | Path | None) -> dict[str, Any]:

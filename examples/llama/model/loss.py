@@ -87,6 +87,17 @@ def next_token_loss(
     return total / jnp.where(count > 0, count, 1.0), count
 
 
+def document_positions(documents: jax.Array) -> jax.Array:
+    """The place of each token in its document, from document numbers (B, T).
+
+    >>> document_positions(jnp.array([[1, 1, 2, 2, 2, 0]])).tolist()
+    [[0, 1, 0, 1, 2, 0]]
+    """
+    place = jnp.arange(documents.shape[1])
+    first = documents != jnp.pad(documents, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    return place - jax.lax.cummax(jnp.where(first, place, 0), axis=1)
+
+
 def automatic_chunk(tokens: int, vocab_size: int, batch_shards: int = 1) -> int:
     """Tokens whose float32 logits fill `CHUNK_BYTES` on each device, or all of them if they are fewer.
 

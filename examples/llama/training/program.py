@@ -1,8 +1,9 @@
 """The compiled functions of a run: initialisation, train step, train step with statistics, evaluation.
 
 Each is compiled once, ahead of its first call, for one shape of batch: a batch of another shape is an error
-and never a second compile. Parameters and optimizer state are donated to the step. On a mesh every array is
-made where it belongs and stays there; a process gives its own share of each batch.
+and never a second compile. Trained parameters and optimizer state are donated to the step; what is frozen is
+an operand that is neither differentiated nor donated. On a mesh every array is made where it belongs and stays
+there; a process gives its own share of each batch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,14 +24,15 @@ from examples.llama.data.checks import check_batch
 from examples.llama.devices.mesh import Placement, parse_mesh
 from examples.llama.devices.processes import share_of_batch
 from examples.llama.model.blocks import unconstrained
-from examples.llama.model.config import LlamaConfig
-from examples.llama.model.llama import abstract, apply, create, structure
-from examples.llama.model.loss import automatic_chunk, next_token_loss
+from examples.llama.model.llama import apply
+from examples.llama.model.loss import automatic_chunk, document_positions, next_token_loss
+from examples.llama.model.subtrees import merge_trees
 from examples.llama.optimizers.registry import make_optimizer
 from examples.llama.optimizers.sage import damper_arguments
 from examples.llama.training.settings import Settings
+from examples.llama.training.sources import FromSeed, Source
 from examples.llama.training.step import (
-    LossFn,
+    Batch,
     Params,
     StepMetrics,
     TrainState,
@@ -45,45 +48,88 @@ from layout_optax.memory import tree_bytes
 StepOutput = tuple[TrainState, StepMetrics, dict[str, jax.Array]]
 
 
+LossFn = Callable[[Params, Params, Any], tuple[jax.Array, jax.Array]]
+"""From the trained parameters, the frozen ones and a batch to the mean loss and the number of its tokens."""
+
+
+@dataclass(frozen=True)
+class NextTokenLoss:
+    """The loss of a batch of text, or of instructions where the batch says which tokens are learned.
+
+    Hashable, so that programs of one model share what is compiled for it.
+
+    Attributes:
+        graphdef: The model's structure.
+        chunk: Tokens whose logits exist at once, or None for automatic.
+    """
+
+    graphdef: Any
+    chunk: int | None
+
+    def __call__(self, trained: Params, frozen: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
+        """The mean loss over the learned tokens, and their number."""
+        given = {}
+        if "learned" in batch:
+            given["mask"] = batch["learned"][:, 1:]
+        if "documents" in batch:
+            given["segments"] = documents = batch["documents"][:, :-1]
+            given["positions"] = document_positions(documents)
+        model = apply(self.graphdef, merge_trees(trained, frozen))
+        return next_token_loss(model, batch["tokens"], chunk=self.chunk, **given)
+
+
 class Program:
     """What a run executes on its devices, compiled when first used.
 
     The learning rate and the seed of `settings` play no part, so that runs which differ in these
     alone can share one program (`serves`).
 
+    Args:
+        settings: The run's settings.
+        source: Which parameters are trained and where all of them come from; new ones, all trained, when
+            None.
+
     Raises:
         ValueError: The mesh does not fit the devices, the batch or, in strict mode, the model.
 
     Attributes:
         settings: What it was made for.
+        source: Where its parameters come from.
         placement: Where arrays live on the mesh, or None without a mesh.
         compile_seconds: Time that compiling train steps has taken so far.
     """
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, source: Source | None = None):
         self.settings = settings
+        self.source = FromSeed() if source is None else source
         self.compile_seconds = 0.0
         self.placement = placement = _placement(settings)
-        self._graphdef = structure(
-            settings.model,
-            scan_layers=settings.scan_layers,
-            remat=settings.remat,
-            dtype=settings.compute_dtype,
-            constrain=unconstrained if placement is None else placement.activations,
-        )
+        constrain = unconstrained if placement is None else placement.activations
+        self._graphdef = self.source.structure(settings, constrain)
         if placement is not None:
             rows = settings.batch_size // settings.accumulate
             check_batch(rows, devices=placement.batch_shards)
             placement.params(self.abstract_params)
 
-    def serves(self, settings: Settings) -> bool:
+    def serves(self, settings: Settings, source: Source | None = None) -> bool:
         """Whether this program is the one that other settings need."""
-        return _without_rate(self.settings) == _without_rate(settings)
+        same = _without_rate(self.settings) == _without_rate(settings)
+        return same and self.source == (FromSeed() if source is None else source)
 
     @cached_property
-    def abstract_params(self) -> Any:
-        """Shapes and dtypes of the parameters."""
-        return abstract(self.settings.model, scan_layers=self.settings.scan_layers)
+    def abstract_params(self) -> Params:
+        """Shapes and dtypes of the parameters that are trained."""
+        return self.source.shapes(self.settings)[0]
+
+    @cached_property
+    def abstract_frozen(self) -> Params:
+        """Shapes and dtypes of the parameters that are not."""
+        return self.source.shapes(self.settings)[1]
+
+    @cached_property
+    def frozen(self) -> Params:
+        """The parameters that are not trained, where they belong; read when first asked for."""
+        return self.source.frozen(self.settings, self.placement)
 
     @cached_property
     def abstract_state(self) -> TrainState:
@@ -92,7 +138,7 @@ class Program:
         return jax.eval_shape(lambda params: init_state(params, make), self.abstract_params)
 
     def parameter_count(self) -> int:
-        """Number of parameters."""
+        """Number of trained parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_params))
 
     def state_bytes(self) -> int:
@@ -107,7 +153,7 @@ class Program:
         return self.placement.bytes_per_device(state.opt_state, shardings.opt_state)
 
     def adamw_state_bytes(self) -> int:
-        """Bytes that AdamW's state would take for this model."""
+        """Bytes that AdamW's state would take for what is trained."""
         tx = make_optimizer("adamw", optax.constant_schedule(0.0))
         return state_bytes(tx, self.abstract_params)
 
@@ -143,24 +189,15 @@ class Program:
         """The state before the first step.
 
         The parameters come from a function of their own, whatever the optimizer, so that all
-        optimizers start from the same bits. On a mesh each device makes its own part of them.
+        optimizers start from the same bits.
         """
-        settings, placement = self.settings, self.placement
-        if placement is None:
-            params = _init_params(settings.model, settings.scan_layers, np.uint32(seed))
-        else:
-            # On Auto axes the compiler splits the random numbers too; what changes after is the type.
-            born = jax.jit(
-                partial(_create_params, settings.model, settings.scan_layers),
-                out_shardings=placement.params(self.abstract_params, auto=True),
-            )(np.uint32(seed))
-            params = jax.device_put(born, placement.params(self.abstract_params))
-        make = settings.optimizer_from
+        trained = self.source.trained(self.settings, self.placement, seed, self.frozen)
+        make = self.settings.optimizer_from
         return jax.jit(
             lambda params: init_state(params, make),
             donate_argnums=0,
             out_shardings=self.state_shardings,
-        )(params)
+        )(trained)
 
     def compile(self, *, detailed: bool = False) -> None:
         """Compiles the train step now, and the one with statistics if asked."""
@@ -169,51 +206,85 @@ class Program:
             _ = self._detailed_step
 
     def step(
-        self, state: TrainState, tokens: np.ndarray, peak: float, *, detailed: bool = False
+        self, state: TrainState, batch: Batch, peak: float, *, detailed: bool = False
     ) -> StepOutput:
         """Takes one optimizer step; `state` is donated.
 
         Args:
             state: The state.
-            tokens: int32 (batch_size, seq_len + 1), of several processes each its share of the sequences.
+            batch: int32 arrays (batch_size, seq_len + 1), of several processes each its share of the
+                sequences.
             peak: Peak learning rate.
             detailed: Compute the statistics of updates, damper and factors too.
         """
         compiled = self._detailed_step if detailed else self._step
-        return compiled(state, self._placed(tokens), jax.device_put(np.float32(peak)))
+        return compiled(state, self.frozen, self._placed(batch), jax.device_put(np.float32(peak)))
 
-    def evaluate(self, params: Any, batches: Sequence[np.ndarray]) -> tuple[float, int]:
-        """The mean loss over all tokens of some batches, and their number."""
+    def evaluate(self, params: Params, batches: Sequence[Batch]) -> tuple[float, int]:
+        """The mean loss over all learned tokens of some batches, and their number."""
         sums: Any = (np.float32(0), np.float32(0))
-        for tokens in batches:
-            sums = self._evaluate(params, self._placed(tokens), sums)
+        for batch in batches:
+            sums = self._evaluate(params, self.frozen, self._placed(batch), sums)
         total, count = jax.device_get(sums)
-        return float(total) / float(count), int(count)
+        return float(total) / max(float(count), 1.0), int(count)
 
-    def _placed(self, tokens: np.ndarray) -> Any:
+    def lower(self, statistics: Any = None, *, platforms: Sequence[str] | None = None) -> Any:
+        """The lowered train step, a function of state, frozen parameters, batch and rate.
+
+        Nothing is allocated.
+
+        Args:
+            statistics: See `make_train_step`.
+            platforms: What to lower for, as ("cuda",); by default the devices at hand.
+        """
+        settings, placement, loss_fn = self.settings, self.placement, self._loss_fn()
+
+        def step(state: TrainState, frozen: Params, batch: Any, peak: jax.Array) -> StepOutput:
+            take = make_train_step(
+                lambda trained, batch: loss_fn(trained, frozen, batch),
+                settings.optimizer_from,
+                warmup_cosine(settings.steps, settings.warmup_steps, settings.final_rate_fraction),
+                clip_norm=settings.clip_norm,
+                accumulate=settings.accumulate,
+                statistics=statistics,
+            )
+            return take(state, batch, peak)
+
+        state, frozen, batch = self.abstract_state, self.abstract_frozen, self._abstract_batch()
+        options: dict[str, Any] = {"donate_argnums": 0}
+        if placement is not None:
+            state = jax.tree.map(_with_sharding, state, self.state_shardings)
+            frozen = jax.tree.map(_with_sharding, frozen, placement.params(frozen))
+            batch = {name: _with_sharding(leaf, placement.batch) for name, leaf in batch.items()}
+            replicated = placement.replicated
+            options["out_shardings"] = (self.state_shardings, replicated, replicated)
+        peak = jax.ShapeDtypeStruct((), jnp.float32)
+        traced = jax.jit(step, **options).trace(state, frozen, batch, peak)
+        return traced.lower(lowering_platforms=None if platforms is None else tuple(platforms))
+
+    def _placed(self, batch: Batch) -> Any:
         """A batch on the device, or on the mesh from the share of it that this process has read."""
         if self.placement is None:
-            return jax.device_put(tokens)
-        return jax.make_array_from_process_local_data(self.placement.batch, tokens)
+            return jax.device_put(batch)
+        place = partial(jax.make_array_from_process_local_data, self.placement.batch)
+        return jax.tree.map(place, batch)
 
     @cached_property
     def _evaluate(self) -> Callable[..., Any]:
+        loss_fn = self._loss_fn()
         if self.placement is None:
-            return partial(_evaluate, self._graphdef, self.settings.loss_chunk)
-        evaluation = make_evaluation(self._loss_fn())
-        return jax.jit(evaluation, out_shardings=self.placement.replicated)
+            return partial(_evaluate, loss_fn)
+        return jax.jit(partial(_add_evaluation, loss_fn), out_shardings=self.placement.replicated)
 
     def _loss_fn(self) -> LossFn:
         settings, placement = self.settings, self.placement
-        if placement is None:
-            return _loss_fn(self._graphdef, settings.loss_chunk)
         chunk = settings.loss_chunk
-        if chunk is None:
+        if placement is not None and chunk is None:
             # The limit is of one device's memory.
             tokens = settings.tokens_per_step
             chunk = automatic_chunk(tokens, settings.model.vocab_size, placement.batch_shards)
-        loss_fn = _loss_fn(self._graphdef, chunk)
-        if placement.mode == "auto":
+        loss_fn = NextTokenLoss(self._graphdef, chunk)
+        if placement is None or placement.mode == "auto":
             return loss_fn
         scalar = placement.replicated
         wrapped: Any = jax.sharding.auto_axes(loss_fn, out_sharding=(scalar, scalar))
@@ -228,40 +299,14 @@ class Program:
         return self._compiled_step(make_statistics(damper_arguments(self.settings.options)))
 
     def _compiled_step(self, statistics: Any) -> Callable[..., StepOutput]:
-        settings, placement = self.settings, self.placement
-        step = make_train_step(
-            self._loss_fn(),
-            settings.optimizer_from,
-            warmup_cosine(settings.steps, settings.warmup_steps, settings.final_rate_fraction),
-            clip_norm=settings.clip_norm,
-            accumulate=settings.accumulate,
-            statistics=statistics,
-        )
         started = time.perf_counter()
-        state, tokens = self.abstract_state, self._abstract_tokens()
-        peak = jax.ShapeDtypeStruct((), jnp.float32)
-        options: dict[str, Any] = {"donate_argnums": 0}
-        if placement is not None:
-            state = jax.tree.map(_with_sharding, state, self.state_shardings)
-            tokens = _with_sharding(tokens, placement.batch)
-            replicated = placement.replicated
-            options["out_shardings"] = (self.state_shardings, replicated, replicated)
-        compiled = jax.jit(step, **options).lower(state, tokens, peak).compile()
+        compiled = self.lower(statistics).compile()
         self.compile_seconds += time.perf_counter() - started
         return compiled
 
-    def _abstract_tokens(self) -> jax.ShapeDtypeStruct:
+    def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (self.settings.batch_size, self.settings.seq_len + 1)
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _init_params(model: LlamaConfig, scan_layers: bool, seed: jax.Array) -> Params:
-    return _create_params(model, scan_layers, seed)
-
-
-def _create_params(model: LlamaConfig, scan_layers: bool, seed: jax.Array) -> Params:
-    return create(model, seed, scan_layers=scan_layers)[1]
+        return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in self.source.fields}
 
 
 def _placement(settings: Settings) -> Placement | None:
@@ -278,15 +323,12 @@ def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _evaluate(
-    graphdef: Any, chunk: int | None, params: Params, tokens: jax.Array, sums: Any
-) -> Any:
-    return make_evaluation(_loss_fn(graphdef, chunk))(params, tokens, sums)
+def _add_evaluation(loss_fn: LossFn, trained: Params, frozen: Params, batch: Any, sums: Any) -> Any:
+    evaluate = make_evaluation(lambda trained, batch: loss_fn(trained, frozen, batch))
+    return evaluate(trained, batch, sums)
 
 
-def _loss_fn(graphdef: Any, chunk: int | None) -> LossFn:
-    return lambda params, tokens: next_token_loss(apply(graphdef, params), tokens, chunk=chunk)
+_evaluate = jax.jit(_add_evaluation, static_argnums=0)
 
 
 def _without_rate(settings: Settings) -> Settings:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from examples.llama.devices.processes import agree, is_main
-from examples.llama.reporting.files import CONFIG, METRICS, SUMMARY
-from examples.llama.reporting.folders import REPLACED, FolderError
+from examples.llama.reporting.files import CONFIG, METRICS, SUMMARY, read_json
+from examples.llama.reporting.folders import REPLACED, FolderError, check_output
 from examples.llama.reporting.locks import FolderLock
+from examples.llama.training.checkpoints import checkpoint_steps
 
 _MOVED = (CONFIG, SUMMARY, "tokenizer.json", "checkpoints", "damaged-checkpoints", "tensorboard")
 _COPIED = (METRICS,)
@@ -111,3 +112,42 @@ class Replacement:
                 shutil.rmtree(begun)
             kept.replace(begun)
         self._kept.rmdir()
+
+
+def claim_folder(folder: Path, inputs: Mapping[str, str], *, overwrite: bool, resume: bool) -> None:
+    """Refuses an output folder that is an input or holds another run, before anything is read.
+
+    Args:
+        folder: The run's folder.
+        inputs: Files and folders that the run reads, by flag.
+        overwrite: Whether the run may take another's place.
+        resume: Whether it goes on from what is there.
+
+    Raises:
+        ValueError: The folder is one of them, or holds what is no run.
+        FileExistsError: It holds a run, and neither `resume` nor `overwrite` is set.
+    """
+    check_output(folder, "run", dict(inputs))
+    if is_main():
+        recover(folder)
+    check_folder(folder, overwrite=overwrite, resume=resume)
+
+
+def check_folder(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
+    """Refuses a folder that holds a finished run, or checkpoints of one that is not.
+
+    Raises:
+        FileExistsError: It does, and neither `overwrite` nor `resume` is set.
+    """
+    if overwrite or resume:
+        return
+    summary = read_json(folder / SUMMARY)
+    if summary is not None and summary.get("status") == "finished":
+        raise FileExistsError(
+            f"{folder} holds a finished run; give another --out, or --overwrite to replace it."
+        )
+    if steps := checkpoint_steps(folder):
+        raise FileExistsError(
+            f"{folder} holds a run with checkpoints up to step {steps[0]}; --resume goes on, "
+            "--overwrite replaces it."
+        )

@@ -6,14 +6,22 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
 
-from examples.llama.reporting.files import jsonable
+from examples.llama.reporting.files import jsonable, versions
 from examples.llama.training.checkpoints import CheckpointError, Checkpoints, checkpoint_steps
-from examples.llama.training.migrations import MIGRATIONS, migrate_layers, migrate_ranks
+from examples.llama.training.config import TrainConfig
+from examples.llama.training.migrations import (
+    MIGRATIONS,
+    migrate_layers,
+    migrate_ranks,
+    parse_migrations,
+)
 from examples.llama.training.program import Program
+from examples.llama.training.recorder import NonFiniteLossError
 from examples.llama.training.settings import Settings
 from examples.llama.training.step import TrainState
 
@@ -57,6 +65,107 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{self.name} is {self.asked!r} and was {self.saved!r}"
+
+
+class RunCheckpoints:
+    """The checkpoints of one run: the one it goes on from, and those it leaves to go on from.
+
+    As a context it closes them at the end of training, unless that could mean to wait for a process that
+    is gone.
+
+    Args:
+        config: The run's folder, and what to keep there.
+        every: Steps between checkpoints; with 0 nothing is saved.
+        program: What the run executes.
+        batches: Its training batches, whose place is part of a checkpoint.
+        run: What it is, from `describe_run`.
+        record: What else to keep beside the train state.
+        name: What the lines shown call the run.
+        say: Shows a line.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        every: int,
+        program: Program,
+        batches: Any,
+        *,
+        run: Mapping[str, Any],
+        record: Mapping[str, Any],
+        name: str,
+        say: Callable[[str], None],
+    ):
+        self._resume, self._out = config.resume, config.out
+        self._migrations = parse_migrations(config.migrate)
+        self._program, self._batches = program, batches
+        self._run, self._fixed = run, record
+        self._name, self._say = name, say
+        self._checkpoints: Checkpoints | None = None
+        if every or (config.resume and checkpoint_steps(config.out)):
+            self._checkpoints = Checkpoints(
+                config.out, keep_last=config.keep_last, keep_best=config.keep_best
+            )
+
+    def restore(self) -> tuple[TrainState, dict[str, Any]] | None:
+        """The state and record to go on from, if there is one; the batches go on from there too.
+
+        Raises:
+            ResumeError, SchemaError, MigrationError: See `restore_newest`.
+        """
+        if self._checkpoints is None or not self._resume:
+            return None
+        found = restore_newest(
+            self._checkpoints, self._program, self._run, self._migrations, self._say
+        )
+        if found is None:
+            self._say(f"{self._name}: no checkpoint in {self._out}, training begins")
+            return None
+        record = found[1]
+        self._batches.set_state(record["data_iterator"])
+        self._say(f"{self._name}: resumed from step {record['step']}")
+        if changes := differences(record["versions"], jsonable(versions())):
+            self._say(f"Since then: {'; '.join(map(str, changes))}.")
+        return found
+
+    def save(self, state: TrainState, progress: Mapping[str, Any], loss: float | None) -> None:
+        """Saves a step, in the background.
+
+        Args:
+            state: The train state.
+            progress: What the recorder goes on from.
+            loss: The held-out loss of this step, if it was evaluated.
+
+        Raises:
+            SaveError: This save or the one before it has failed.
+        """
+        if self._checkpoints is None:
+            return
+        record = {
+            "run": self._run,
+            **self._fixed,
+            "data_iterator": self._batches.get_state(),
+            "progress": progress,
+        }
+        self._checkpoints.save(state, record, loss)
+
+    def close(self) -> None:
+        """Waits for what is being saved, and closes."""
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+
+    def __enter__(self) -> RunCheckpoints:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Of several processes one that failed alone would wait for the others for ever.
+        if error is None or jax.process_count() == 1 or isinstance(error, NonFiniteLossError):
+            self.close()
 
 
 def describe_run(settings: Settings, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from rich.console import Console
 
-from examples.llama.data.batches import heldout_batches, train_iterator
+from examples.llama.data.batches import Batch, heldout_batches, train_iterator
 from examples.llama.data.dataset import Dataset, prepare_data
 from examples.llama.devices.processes import (
     ClusterConfig,
@@ -32,32 +30,21 @@ from examples.llama.reporting.files import (
     SUMMARY,
     command_line,
     jsonable,
-    read_json,
     versions,
     write_json,
 )
-from examples.llama.reporting.folders import check_output
 from examples.llama.reporting.metrics import MetricsWriter
 from examples.llama.reporting.progress import make_progress
 from examples.llama.reporting.summary import RunSummary, summary_table
-from examples.llama.training.checkpoints import (
-    Checkpoints,
-    SaveError,
-    checkpoint_steps,
-)
+from examples.llama.training.checkpoints import SaveError, checkpoint_steps
 from examples.llama.training.config import TrainConfig, data_config, resolve
 from examples.llama.training.migrations import parse_migrations
 from examples.llama.training.notes import rank_note
 from examples.llama.training.orbax_noise import quiet_orbax
 from examples.llama.training.program import Program
 from examples.llama.training.recorder import NonFiniteLossError, Recorder
-from examples.llama.training.replacement import Replacement, locked, recover
-from examples.llama.training.resume import (
-    check_folder_holds,
-    describe_run,
-    differences,
-    restore_newest,
-)
+from examples.llama.training.replacement import Replacement, claim_folder, locked
+from examples.llama.training.resume import RunCheckpoints, check_folder_holds, describe_run
 from examples.llama.training.settings import Settings
 from examples.llama.training.step import TrainState
 
@@ -76,8 +63,50 @@ EXIT_CODES = {
 
 
 def train(config: TrainConfig, **arguments: Any) -> RunSummary:
-    """Prepares and trains; see `Run` for the arguments and errors."""
-    return Run(config, **arguments).train()
+    """Prepares and trains; see `prepare_run` for the arguments and errors."""
+    return prepare_run(config, **arguments).train()
+
+
+def prepare_run(
+    config: TrainConfig,
+    *,
+    model: LlamaConfig | None = None,
+    dataset: Dataset | None = None,
+    program: Program | None = None,
+    console: Console | None = None,
+    name: str | None = None,
+) -> Run:
+    """A run on text, checked and ready to start.
+
+    Args:
+        config: What was asked for.
+        model: A shape to use instead of the preset's.
+        dataset: Prepared data to use instead of reading it.
+        program: A compiled program to use where it serves.
+        console: Where to show progress; by default standard output.
+        name: What progress calls the run; by default the optimizer's name.
+
+    Raises:
+        ValueError: The configuration, the data or the batch cannot be used.
+        FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` is set.
+    """
+    settings = resolve(config, model)
+    claim_folder(
+        config.out, {"--data": config.data}, overwrite=config.overwrite, resume=config.resume
+    )
+    dataset = prepare_data(data_config(config, settings)) if dataset is None else dataset
+    if program is None or not program.serves(settings):
+        program = Program(settings)
+    share, parts = program.share_of_batch(), settings.accumulate
+    batches = train_iterator(dataset, settings.batch_size, settings.seq_len, settings.seed, **share)
+    heldout = heldout_batches(
+        dataset,
+        settings.batch_size // parts,
+        settings.seq_len,
+        settings.eval_batches * parts,
+        **share,
+    )
+    return Run(config, settings, dataset, program, batches, heldout, console=console, name=name)
 
 
 def run_command(
@@ -125,7 +154,7 @@ def run_command(
 
 
 def prepared(config: C, console: Console, make_run: Callable[[C, Console], Run]) -> Run:
-    """A run that every process can begin with the same settings and data; see `Run` for the errors."""
+    """A run that every process can begin with the same settings and data; see `prepare_run` for the errors."""
     run, problem = None, None
     try:
         run = make_run(config, console)
@@ -137,53 +166,54 @@ def prepared(config: C, console: Console, make_run: Callable[[C, Console], Run])
 
 
 class Run:
-    """One training run, checked and ready to start; fine-tuning derives its own from it.
+    """One training run, checked and ready to start; `prepare_run` makes one from a configuration.
 
     Args:
-        config: What was asked for.
-        model: A shape to use instead of the preset's.
-        dataset: Prepared data to use instead of reading it.
-        program: A compiled program to use where it serves.
+        config: What was asked for of the trainer: folder, checkpoints, progress.
+        settings: What that was decided to be.
+        data: What the batches are of: `describe()`, `tokenizer`, `vocab_size` and `corpus_sha256`.
+        program: What it executes.
+        batches: Its training batches, an iterator with `get_state` and `set_state`.
+        heldout: The batches of an evaluation.
+        asked: The configuration to write down where it is not `config`.
+        sections: Further sections of config.json, by name.
+        identity: What must be the same when the run goes on, beside settings and data.
+        module: The module whose command line this is.
         console: Where to show progress; by default standard output.
         name: What progress calls the run; by default the optimizer's name.
 
     Raises:
-        ValueError: The configuration, the data or the batch cannot be used.
-        FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` is set.
+        ValueError: The data has more tokens than the model, or the folder holds another run.
     """
-
-    module = "examples.llama.train"
-    """The module whose command line this is."""
 
     def __init__(
         self,
         config: TrainConfig,
+        settings: Settings,
+        data: Any,
+        program: Program,
+        batches: Any,
+        heldout: Sequence[Batch],
         *,
-        model: LlamaConfig | None = None,
-        dataset: Dataset | None = None,
-        program: Program | None = None,
+        asked: Any = None,
+        sections: Mapping[str, Any] | None = None,
+        identity: Mapping[str, Any] | None = None,
+        module: str = "examples.llama.train",
         console: Console | None = None,
         name: str | None = None,
     ):
-        self.config = config
-        self.settings = settings = resolve(config, model)
-        check_output(config.out, "run", self.inputs())
-        if is_main():
-            recover(config.out)
-        check_folder(config.out, overwrite=config.overwrite, resume=config.resume)
-        self.dataset = prepare_data(data_config(config, settings)) if dataset is None else dataset
-        check_vocabulary(self.dataset, settings)
-        self.migrations = parse_migrations(config.migrate)
+        self.config, self.settings, self.data = config, settings, data
+        self.program, self.batches, self.heldout = program, batches, heldout
+        self.console = console or Console()
+        self.name = name or settings.optimizer
+        self._asked = config if asked is None else asked
+        self._sections, self._identity, self._module = sections or {}, identity or {}, module
+        check_vocabulary(data, settings)
         if config.resume:
-            check_folder_holds(config.out, self.describe(), self.migrations)
+            check_folder_holds(config.out, self.describe(), parse_migrations(config.migrate))
         self.checkpoint_every = (
             settings.eval_every if config.checkpoint_every is None else config.checkpoint_every
         )
-        served = program is not None and program.serves(settings)
-        self.program = program if program is not None and served else Program(settings)
-        self.batches, self.heldout = self._open_batches()
-        self.console = console or Console()
-        self.name = name or settings.optimizer
         self.summary = RunSummary(
             status="interrupted",
             preset=config.preset,
@@ -192,42 +222,23 @@ class Run:
             rate_source=settings.rate_source,
             seed=settings.seed,
             planned_steps=settings.steps,
-            parameters=self.program.parameter_count(),
-            optimizer_state_bytes=self.program.state_bytes(),
-            device_state_bytes=self.program.state_bytes_per_device(),
-            adamw_state_bytes=self.program.adamw_state_bytes(),
-            corpus_sha256=self.dataset.corpus_sha256,
+            parameters=program.parameter_count(),
+            optimizer_state_bytes=program.state_bytes(),
+            device_state_bytes=program.state_bytes_per_device(),
+            adamw_state_bytes=program.adamw_state_bytes(),
+            corpus_sha256=data.corpus_sha256,
         )
-
-    def inputs(self) -> dict[str, str]:
-        """Files and folders that the run reads, by flag; its own folder must be none of them."""
-        return {"--data": self.config.data}
-
-    def _open_batches(self) -> tuple[Any, list[np.ndarray]]:
-        """The iterator of training batches and the batches held out; of both this process's share."""
-        settings, share = self.settings, self.program.share_of_batch()
-        batches = train_iterator(
-            self.dataset, settings.batch_size, settings.seq_len, settings.seed, **share
-        )
-        heldout = heldout_batches(
-            self.dataset,
-            settings.batch_size // settings.accumulate,
-            settings.seq_len,
-            settings.eval_batches * settings.accumulate,
-            **share,
-        )
-        return batches, heldout
 
     def identity(self) -> str:
         """What must be the same in all processes of a run: settings, data and versions."""
         known = versions()
         del known["platform"]
-        parts = {"settings": self.settings, "data": self.dataset.describe(), "versions": known}
+        parts = {"settings": self.settings, "data": self.data.describe(), "versions": known}
         return json.dumps(jsonable(parts), sort_keys=True)
 
     def describe(self) -> dict[str, Any]:
         """What must be the same when a run goes on from a checkpoint."""
-        return describe_run(self.settings, self.dataset.describe())
+        return describe_run(self.settings, self.data.describe()) | dict(self._identity)
 
     def train(self) -> RunSummary:
         """Trains to the end, to too many steps that are not finite, to a signal or to a save that fails.
@@ -251,8 +262,17 @@ class Run:
                 Replacement(config.out, replace=replaces, active=main)
             )
             stop = stack.enter_context(StopSignals(terminate=self.checkpoint_every > 0))
-            checkpoints = self._open_checkpoints()
-            restored = self._restore(checkpoints)
+            checkpoints = RunCheckpoints(
+                config,
+                self.checkpoint_every,
+                self.program,
+                self.batches,
+                run=self.describe(),
+                record=self._facts(),
+                name=self.name,
+                say=self._say,
+            )
+            restored = checkpoints.restore()
             if main:
                 (config.out / SUMMARY).unlink(missing_ok=True)
                 self._write_config()
@@ -275,15 +295,14 @@ class Run:
             before = summary.total_seconds
 
             def save(state: TrainState) -> None:
-                if checkpoints is not None:
-                    summary.total_seconds = before + time.perf_counter() - started
-                    writer.sync()
-                    evaluated = summary.heldout_step == summary.steps
-                    loss = summary.heldout_loss if evaluated else None
-                    checkpoints.save(state, self._record(recorder), loss)
+                summary.total_seconds = before + time.perf_counter() - started
+                writer.sync()
+                evaluated = summary.heldout_step == summary.steps
+                loss = summary.heldout_loss if evaluated else None
+                checkpoints.save(state, recorder.to_dict(), loss)
 
             try:
-                with _closing(checkpoints):
+                with checkpoints:
                     state = None if restored is None else restored[0]
                     self._loop(recorder, stop, save, state, begun=replacement.commit)
                 self._conclude(stop)
@@ -349,41 +368,6 @@ class Run:
                 break
             recorder.clock.start()
 
-    def _open_checkpoints(self) -> Checkpoints | None:
-        config = self.config
-        if not (self.checkpoint_every or (config.resume and checkpoint_steps(config.out))):
-            return None
-        return Checkpoints(config.out, keep_last=config.keep_last, keep_best=config.keep_best)
-
-    def _restore(self, checkpoints: Checkpoints | None) -> tuple[TrainState, dict[str, Any]] | None:
-        """The state and record to go on from, if there is one; the batches go on from there too."""
-        if checkpoints is None or not self.config.resume:
-            return None
-        found = restore_newest(
-            checkpoints, self.program, self.describe(), self.migrations, self._say
-        )
-        if found is None:
-            self._say(f"{self.name}: no checkpoint in {self.config.out}, training begins")
-            return None
-        _, record = found
-        self.batches.set_state(record["data_iterator"])
-        self._say(f"{self.name}: resumed from step {record['step']}")
-        if changes := differences(record["versions"], jsonable(versions())):
-            self._say(f"Since then: {'; '.join(map(str, changes))}.")
-        return found
-
-    def _record(self, recorder: Recorder) -> dict[str, Any]:
-        """What a checkpoint holds beside the train state."""
-        return {
-            "run": self.describe(),
-            "settings": self.settings,
-            "data": self.dataset.describe(),
-            "mesh": self.program.describe_mesh(),
-            "versions": versions(),
-            "data_iterator": self.batches.get_state(),
-            "progress": recorder.to_dict(),
-        }
-
     def _conclude(self, stop: StopSignals) -> None:
         """Says in the summary how the run ended: at its last step, or at a signal before it."""
         summary = self.summary
@@ -407,57 +391,30 @@ class Run:
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def _facts(self) -> dict[str, Any]:
+        """What config.json and every checkpoint say about the run."""
+        return {
+            "settings": jsonable(self.settings),
+            "data": self.data.describe(),
+            "mesh": self.program.describe_mesh(),
+            "versions": versions(),
+        }
+
     def _write_config(self) -> None:
         write_json(
             self.config.out / CONFIG,
             {
-                "config": jsonable(self.config),
-                "settings": jsonable(self.settings),
-                "data": self.dataset.describe(),
-                "mesh": self.program.describe_mesh(),
-                "versions": versions(),
-                "command": command_line(self.module),
+                "config": jsonable(self._asked),
+                **self._facts(),
+                "command": command_line(self._module),
+                **self._sections,
             },
         )
         # So that the run can be generated from and fine-tuned without its data.
-        self.dataset.tokenizer.save(str(self.config.out / TOKENIZER))
+        self.data.tokenizer.save(str(self.config.out / TOKENIZER))
 
 
-@contextmanager
-def _closing(checkpoints: Checkpoints | None) -> Iterator[None]:
-    """Closes the checkpoints at the end, unless that could mean to wait for a process that is gone."""
-    try:
-        yield
-    except BaseException as error:
-        alone = jax.process_count() == 1 or isinstance(error, NonFiniteLossError)
-        if checkpoints is not None and alone:
-            checkpoints.close()
-        raise
-    if checkpoints is not None:
-        checkpoints.close()
-
-
-def check_folder(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
-    """Refuses a folder that holds a finished run, or checkpoints of one that is not.
-
-    Raises:
-        FileExistsError: It does, and neither `overwrite` nor `resume` is set.
-    """
-    if overwrite or resume:
-        return
-    summary = read_json(folder / SUMMARY)
-    if summary is not None and summary.get("status") == "finished":
-        raise FileExistsError(
-            f"{folder} holds a finished run; give another --out, or --overwrite to replace it."
-        )
-    if steps := checkpoint_steps(folder):
-        raise FileExistsError(
-            f"{folder} holds a run with checkpoints up to step {steps[0]}; --resume goes on, "
-            "--overwrite replaces it."
-        )
-
-
-def check_vocabulary(dataset: Dataset, settings: Settings) -> None:
+def check_vocabulary(dataset: Any, settings: Settings) -> None:
     """Refuses data whose tokens the model has no embedding for.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 
 from examples.llama.data.checks import check_batch
 from examples.llama.devices.mesh import MeshMode
-from examples.llama.model.config import LlamaConfig
+from examples.llama.model.config import LlamaConfig, RopeScaling
 from examples.llama.optimizers.options import OptimizerOptions
 from examples.llama.optimizers.registry import make_optimizer
 
@@ -129,3 +129,32 @@ def check_finite(settings: Settings) -> None:
         value = numbers.get(name)
         if value is not None and value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
+
+
+def settings_from_json(fields: dict[str, Any]) -> Settings:
+    """The settings that a run has written down.
+
+    Raises:
+        ValueError: They are of another version of this program.
+
+    >>> from examples.llama.reporting.files import jsonable
+    >>> from examples.llama.training.config import TrainConfig, resolve
+    >>> config = TrainConfig(optimizer="lorapre_adamw", learning_rate=1e-3, bound=float("inf"))
+    >>> settings = resolve(config)
+    >>> settings_from_json(jsonable(settings)) == settings
+    True
+    """
+    try:
+        model = dict(fields["model"])
+        if model["rope_scaling"] is not None:
+            model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
+        options: dict[str, Any] = {
+            name: float(value) if value in ("Infinity", "-Infinity", "NaN") else value
+            for name, value in fields["options"].items()
+        }
+        parts = {"model": LlamaConfig(**model), "options": OptimizerOptions(**options)}
+        return Settings(**{**fields, **parts})
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"the run's settings are of another version of this program ({error})"
+        ) from error

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import optax
 
 Params = Any
-LossFn = Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]
-"""From parameters and tokens (B, T + 1) to the mean loss and the number of predicted tokens."""
+Batch = Any
+"""An array, or a dictionary of arrays, whose first axis is that of the sequences."""
+LossFn = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
+"""From parameters and a batch to the mean loss and the number of predicted tokens."""
 MakeOptimizer = Callable[[optax.Schedule], optax.GradientTransformation]
 StatisticsFn = Callable[["StepRecord"], dict[str, jax.Array]]
 
@@ -113,12 +115,12 @@ def make_train_step(
         statistics: Further numbers to report, or None.
 
     Returns:
-        A function of `TrainState`, tokens int32 (B, T + 1) and the peak rate (a scalar) that gives
-        the next state, `StepMetrics` and the statistics (an empty dict without `statistics`).
+        A function of `TrainState`, a batch and the peak rate (a scalar) that gives the next state,
+        `StepMetrics` and the statistics (an empty dict without `statistics`).
     """
 
-    def train_step(state: TrainState, tokens: jax.Array, peak: jax.Array):
-        loss, gradients = accumulated_gradients(loss_fn, state.params, tokens, accumulate)
+    def train_step(state: TrainState, batch: Batch, peak: jax.Array):
+        loss, gradients = accumulated_gradients(loss_fn, state.params, batch, accumulate)
         grad_norm = optax.tree.norm(gradients)
         if clip_norm is not None:
             clip = optax.clip_by_global_norm(clip_norm)
@@ -140,7 +142,7 @@ def make_train_step(
 
 
 def accumulated_gradients(
-    loss_fn: LossFn, params: Params, tokens: jax.Array, accumulate: int = 1
+    loss_fn: LossFn, params: Params, batch: Batch, accumulate: int = 1
 ) -> tuple[jax.Array, Params]:
     """The loss and gradient of a batch, computed in `accumulate` equal parts one after the other.
 
@@ -150,7 +152,7 @@ def accumulated_gradients(
     Args:
         loss_fn: See `LossFn`.
         params: The parameters.
-        tokens: int32 (B, T + 1).
+        batch: Arrays whose first axis is B, the number of sequences.
         accumulate: Number of parts; divides B.
 
     Returns:
@@ -166,14 +168,15 @@ def accumulated_gradients(
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate == 1:
-        (loss, _), gradients = value_and_grad(params, tokens)
+        (loss, _), gradients = value_and_grad(params, batch)
         return loss, gradients
-    if tokens.shape[0] % accumulate:
-        raise ValueError(
-            f"a batch of {tokens.shape[0]} sequences does not divide into {accumulate} parts"
-        )
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % accumulate:
+        raise ValueError(f"a batch of {rows} sequences does not divide into {accumulate} parts")
     # Every accumulate-th sequence: on a mesh each part then spans all devices as the batch does.
-    parts = jnp.moveaxis(tokens.reshape(-1, accumulate, *tokens.shape[1:]), 1, 0)
+    parts = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch
+    )
 
     def add_part(carry, part):
         total_loss, total_weight, sums = carry
@@ -205,12 +208,12 @@ def make_evaluation(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, jax.Array
     """Makes a function that adds one batch to a running sum of token losses.
 
     Returns:
-        A function of parameters, tokens and the pair (summed loss, number of tokens) that gives the
+        A function of parameters, a batch and the pair (summed loss, number of tokens) that gives the
         next pair; the mean over tokens is their ratio after the last batch.
     """
 
-    def evaluate(params: Params, tokens: jax.Array, sums: tuple[jax.Array, jax.Array]):
-        loss, weight = loss_fn(params, tokens)
+    def evaluate(params: Params, batch: Batch, sums: tuple[jax.Array, jax.Array]):
+        loss, weight = loss_fn(params, batch)
         return sums[0] + loss * weight, sums[1] + weight
 
     return evaluate

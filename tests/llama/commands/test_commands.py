@@ -8,7 +8,6 @@ import pytest
 
 COMMANDS = (
     *("train", "finetune", "generate", "evaluate", "export", "compare", "plan"),
-    "demo_distributed",
     "data.arithmetic",
 )
 

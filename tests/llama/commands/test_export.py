@@ -9,11 +9,12 @@ import pytest
 
 from examples.llama.evaluate import main as evaluate
 from examples.llama.export import main as export
-from examples.llama.finetuning.loading import load_model, settings_from_json
+from examples.llama.finetuning.loading import load_model
 from examples.llama.finetuning.run import finetune
 from examples.llama.generate import main as generate
 from examples.llama.model.hf_write import save_folder
 from examples.llama.training.run import train
+from examples.llama.training.settings import settings_from_json
 from tests.llama import finetune_case, tiny
 from tests.llama.tiny import quiet_console
 

@@ -108,11 +108,13 @@ def test_a_comparison_writes_table_picture_and_json(tmp_path):
 def test_all_start_from_the_same_parameters_and_see_the_same_batches(tmp_path, monkeypatch):
     seen, step = {}, Program.step
 
-    def watched(self, state, tokens, peak, **options):
+    def watched(self, state, batch, peak, **options):
         name = self.settings.optimizer
         first = np.asarray(state.params["embed_tokens"]["embedding"])[:2, :2].tobytes()
-        seen.setdefault(name, []).append((tokens.tobytes(), None if seen.get(name) else first))
-        return step(self, state, tokens, peak, **options)
+        seen.setdefault(name, []).append(
+            (batch["tokens"].tobytes(), None if seen.get(name) else first)
+        )
+        return step(self, state, batch, peak, **options)
 
     monkeypatch.setattr(Program, "step", watched)
     comparison(tmp_path, timing_rounds=0).run()

@@ -34,7 +34,11 @@ def dataset(config):
 
 
 def take(iterator, count: int) -> np.ndarray:
-    return np.stack([next(iterator) for _ in range(count)])
+    return np.stack([next(iterator)["tokens"] for _ in range(count)])
+
+
+def tokens_of(batches):
+    return [batch["tokens"] for batch in batches]
 
 
 def change(config: DataConfig, **changes) -> DataConfig:
@@ -167,7 +171,7 @@ def test_windows_predict_every_token_once():
     tokens = np.arange(23, dtype=np.uint16)
     source = WindowSource(tokens, 5)
     assert len(source) == 4
-    windows = np.stack([source[i] for i in range(4)])
+    windows = np.stack([source[i]["tokens"] for i in range(4)])
     assert windows.dtype == np.int32
     assert windows.shape == (4, 6)
     np.testing.assert_array_equal(windows[:, :-1].ravel(), np.arange(20))
@@ -191,7 +195,7 @@ def test_training_batches_see_every_window_once_an_epoch(dataset):
     assert batches.dtype == np.int32
     assert batches.shape == (count, batch_size, seq_len + 1)
     rows = [row.tobytes() for row in batches.reshape(-1, seq_len + 1)]
-    windows = [source[i].tobytes() for i in range(epoch)]
+    windows = [source[i]["tokens"].tobytes() for i in range(epoch)]
     first, second = rows[:epoch], rows[epoch : 2 * epoch]
     assert sorted(first) == sorted(windows) == sorted(second)
     assert first != windows
@@ -246,7 +250,7 @@ def test_processes_share_the_batches_of_one(dataset):
 def test_training_text_too_short(dataset):
     tokens = len(dataset.train_tokens)
     windows = (tokens - 1) // 64
-    assert next(train_iterator(dataset, windows, 64)).shape == (windows, 65)
+    assert next(train_iterator(dataset, windows, 64))["tokens"].shape == (windows, 65)
     needed = (windows + 1) * 64 + 1
     with one_sentence(
         f"The training text is too short: a batch of {windows + 1} sequences of 64 needs at least "
@@ -273,20 +277,20 @@ def test_bad_iterator_arguments(dataset):
 
 def test_heldout_batches_are_full_fixed_and_ordered(dataset):
     source = WindowSource(dataset.heldout_tokens, 32)
-    batches = heldout_batches(dataset, 8, 32)
+    batches = tokens_of(heldout_batches(dataset, 8, 32))
     assert len(batches) == len(source) // 8
     assert all(b.shape == (8, 33) and b.dtype == np.int32 for b in batches)
-    again = heldout_batches(dataset, 8, 32)
+    again = tokens_of(heldout_batches(dataset, 8, 32))
     np.testing.assert_array_equal(np.stack(batches), np.stack(again))
-    places = {source[i].tobytes(): i for i in range(len(source))}
+    places = {source[i]["tokens"].tobytes(): i for i in range(len(source))}
     chosen = [places[row.tobytes()] for batch in batches for row in batch]
     assert chosen == sorted(set(chosen))
 
 
 def test_fewer_heldout_batches_are_spread_evenly(dataset):
     source = WindowSource(dataset.heldout_tokens, 16)
-    places = {source[i].tobytes(): i for i in range(len(source))}
-    batches = heldout_batches(dataset, 4, 16, max_batches=3)
+    places = {source[i]["tokens"].tobytes(): i for i in range(len(source))}
+    batches = tokens_of(heldout_batches(dataset, 4, 16, max_batches=3))
     assert len(batches) == 3
     chosen = np.asarray([places[row.tobytes()] for batch in batches for row in batch])
     steps = np.diff([*chosen, len(source)])
@@ -296,9 +300,9 @@ def test_fewer_heldout_batches_are_spread_evenly(dataset):
 
 
 def test_heldout_processes_share_the_batches_of_one(dataset):
-    whole = heldout_batches(dataset, 6, 32, 4)
+    whole = tokens_of(heldout_batches(dataset, 6, 32, 4))
     for i in range(2):
-        part = heldout_batches(dataset, 6, 32, 4, process_index=i, process_count=2)
+        part = tokens_of(heldout_batches(dataset, 6, 32, 4, process_index=i, process_count=2))
         np.testing.assert_array_equal(np.stack(part), np.stack(whole)[:, i::2])
 
 

@@ -4,18 +4,15 @@ import gzip
 import json
 import sys
 
-import jax.numpy as jnp
+import chex
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from examples.llama.data.documents import DataError
 from examples.llama.data.instruction_batches import (
-    DOCUMENTS,
-    LEARNED,
-    TOKENS,
+    FIELDS,
     RowSource,
-    document_positions,
     encode_parts,
     heldout_rows,
     instruction_iterator,
@@ -87,16 +84,16 @@ def test_rows_hold_whole_documents():
     seen = []
     for i in range(len(source)):
         row = source[i]
-        assert row.shape == (3, 9)
-        for number in range(1, row[DOCUMENTS].max() + 1):
-            place = row[DOCUMENTS] == number
-            seen.append(tuple(row[TOKENS][place]))
-            assert row[LEARNED][place].sum() == 2
-            assert row[LEARNED][place][0] == 0
-        padding = row[DOCUMENTS] == 0
-        assert not row[LEARNED][padding].any()
+        assert {name: array.shape for name, array in row.items()} == dict.fromkeys(FIELDS, (9,))
+        for number in range(1, row["documents"].max() + 1):
+            place = row["documents"] == number
+            seen.append(tuple(row["tokens"][place]))
+            assert row["learned"][place].sum() == 2
+            assert row["learned"][place][0] == 0
+        padding = row["documents"] == 0
+        assert not row["learned"][padding].any()
     assert sorted(seen) == sorted(tuple(example.tokens) for example in data.train)
-    assert max(RowSource(data.train, 8, packed=False)[i][DOCUMENTS].max() for i in range(4)) == 1
+    assert max(RowSource(data.train, 8, packed=False)[i]["documents"].max() for i in range(4)) == 1
 
 
 def test_nothing_predicts_a_documents_first_token():
@@ -109,7 +106,7 @@ def test_nothing_predicts_a_documents_first_token():
         end_id=None,
         heldout_fraction=0.5,
     )
-    assert RowSource(data.train, 8, packed=True)[0][LEARNED].tolist()[:3] == [0, 1, 0]
+    assert RowSource(data.train, 8, packed=True)[0]["learned"].tolist()[:3] == [0, 1, 0]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -120,12 +117,6 @@ def test_packing_loses_nothing_and_fits(seed):
     assert all(sum(lengths[i] for i in row) <= 30 for row in rows)
     # Not far above the least there could be.
     assert len(rows) <= 1.15 * np.ceil(sum(lengths) / 30)
-
-
-def test_positions_begin_anew_in_every_document():
-    documents = jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
-    expected = [[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
-    assert document_positions(documents).tolist() == expected
 
 
 def test_long_records_are_cut_or_dropped():
@@ -145,13 +136,15 @@ def test_batches_of_processes_make_up_the_batch():
         next(instruction_iterator(data, 4, 8, 3, process_index=i, process_count=2))
         for i in range(2)
     ]
-    np.testing.assert_array_equal(whole[0::2], parts[0])
-    np.testing.assert_array_equal(whole[1::2], parts[1])
+    for name in FIELDS:
+        np.testing.assert_array_equal(whole[name][0::2], parts[0][name])
+        np.testing.assert_array_equal(whole[name][1::2], parts[1][name])
     held = heldout_rows(data, 4, 8, 10)
     halves = [heldout_rows(data, 4, 8, 10, process_index=i, process_count=2) for i in range(2)]
     for batch, left, right in zip(held, *halves, strict=True):
-        np.testing.assert_array_equal(batch[0::2], left)
-        np.testing.assert_array_equal(batch[1::2], right)
+        for name in FIELDS:
+            np.testing.assert_array_equal(batch[name][0::2], left[name])
+            np.testing.assert_array_equal(batch[name][1::2], right[name])
 
 
 def test_iterator_goes_on_where_it_was():
@@ -162,7 +155,7 @@ def test_iterator_goes_on_where_it_was():
     state, expected = iterator.get_state(), next(iterator)
     again = instruction_iterator(data, 2, 8, 0)
     again.set_state(state)
-    np.testing.assert_array_equal(next(again), expected)
+    chex.assert_trees_all_equal(next(again), expected)
 
 
 def test_every_epoch_sees_every_example():
@@ -170,17 +163,17 @@ def test_every_epoch_sees_every_example():
     rows = rows_per_epoch(data, 8)
     iterator = instruction_iterator(data, 1, 8, 0)
     for _ in range(2):
-        epoch = sorted(tuple(next(iterator)[0, TOKENS]) for _ in range(rows))
+        epoch = sorted(tuple(next(iterator)["tokens"][0]) for _ in range(rows))
         source = RowSource(data.train, 8, packed=False)
-        assert epoch == sorted(tuple(source[i][TOKENS]) for i in range(rows))
+        assert epoch == sorted(tuple(source[i]["tokens"]) for i in range(rows))
 
 
 def test_heldout_rows_are_filled_up_with_nothing():
     data = prepared(records(*[(w, "a b c d") for w in WORDS[2:10]]))
     batches = heldout_rows(data, 4, 8, 10)
-    learned = sum(int(batch[:, LEARNED].sum()) for batch in batches)
+    learned = sum(int(batch["learned"].sum()) for batch in batches)
     assert learned == sum(int(e.learned.sum()) for e in data.heldout)
-    assert {batch.shape for batch in batches} == {(4, 3, 9)}
+    assert {array.shape for batch in batches for array in batch.values()} == {(4, 9)}
 
 
 def test_split_follows_the_seed():

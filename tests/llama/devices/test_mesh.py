@@ -23,8 +23,9 @@ from examples.llama.reporting.files import CONFIG, SUMMARY, read_json
 from examples.llama.reporting.metrics import read_metrics
 from examples.llama.reporting.summary import RunSummary, summary_table
 from examples.llama.training.config import resolve
-from examples.llama.training.program import Program, _create_params
+from examples.llama.training.program import Program
 from examples.llama.training.run import train
+from examples.llama.training.sources import _create_params
 from examples.llama.training.step import init_state
 from layout_optax.layout import path_string
 from tests.llama import tiny
@@ -200,10 +201,10 @@ def test_a_step_compiles_once_and_the_state_stays_where_it_was(compiled):
     assert compiles == 1
     tokens = np.zeros((8, 17), np.int32)
     state = made.init(0)
-    state, _, _ = made.step(state, tokens, RATE)
+    state, _, _ = made.step(state, {"tokens": tokens}, RATE)
     with compiles_counted() as events:
         for _ in range(3):
-            state, _, _ = made.step(state, tokens, RATE)
+            state, _, _ = made.step(state, {"tokens": tokens}, RATE)
     assert not events
     held = 0
     for leaf, sharding in zip(

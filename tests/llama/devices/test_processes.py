@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from examples.llama import demo_distributed
-from examples.llama.demo_distributed import DemoConfig, compare_losses
-from examples.llama.devices.launch import Command, LaunchError, free_port, run_together
+from benchmarks.meshes import two_processes
+from benchmarks.meshes.launch import Command, LaunchError, free_port, run_together
+from benchmarks.meshes.two_processes import DemoConfig, compare_losses
 from examples.llama.devices.processes import ClusterConfig, share_of_batch, start_devices
 from examples.llama.reporting.files import CONFIG, SUMMARY, read_json
 from examples.llama.reporting.metrics import MetricsWriter, read_metrics
@@ -144,8 +144,8 @@ def test_the_demo_fails_when_the_losses_are_apart(tmp_path, monkeypatch, capsys,
         versions = {"jax": "1", "python": "3"}
         (out / CONFIG).write_text(json.dumps({"mesh": {}, "versions": versions}))
 
-    monkeypatch.setattr(demo_distributed, "_train", fake_train)
-    code = demo_distributed.main([f"--out={tmp_path}", "--steps=4", "--compared-steps=4"])
+    monkeypatch.setattr(two_processes, "_train", fake_train)
+    code = two_processes.main([f"--out={tmp_path}", "--steps=4", "--compared-steps=4"])
     assert code == (1 if apart else 0)
     stored = read_json(tmp_path / "comparison.json")
     assert stored["agree"] == (not apart)
@@ -154,7 +154,7 @@ def test_the_demo_fails_when_the_losses_are_apart(tmp_path, monkeypatch, capsys,
     assert ("The losses agree:" in page) == (not apart)
     assert "| 2 | 2.5000000 | 2.5000000 | 0.0e+00 |" in page
     assert ("DO NOT agree" in capsys.readouterr().out) == bool(apart)
-    assert demo_distributed.main([f"--out={tmp_path}", "--steps=4"]) == 1
+    assert two_processes.main([f"--out={tmp_path}", "--steps=4"]) == 1
     assert "compared_steps must be in 1..4" in capsys.readouterr().err
     with pytest.raises(ValueError, match="does not hold the losses of steps 1 to 5"):
         compare_losses(tmp_path / "one", tmp_path / "several", 5)
@@ -163,7 +163,7 @@ def test_the_demo_fails_when_the_losses_are_apart(tmp_path, monkeypatch, capsys,
 @pytest.mark.extended
 def test_the_demo_names_a_process_that_fails(tmp_path, capsys):
     config = [f"--out={tmp_path}", "--optimizer=adam", "--steps=4", "--compared-steps=4"]
-    assert demo_distributed.main(config) == 1
+    assert two_processes.main(config) == 1
     error = capsys.readouterr().err
     assert "process 0 exited with 2" in error
     assert "unknown optimizer 'adam'" in error

@@ -11,8 +11,8 @@ import pytest
 from examples.llama.devices.stop_signals import StopSignals
 from examples.llama.finetune import main
 from examples.llama.finetuning.loading import load_model
-from examples.llama.finetuning.program import FinetuneProgram, Tuned
-from examples.llama.finetuning.run import FinetuneRun, check, finetune
+from examples.llama.finetuning.program import FromModel, Tuned
+from examples.llama.finetuning.run import check, finetune, prepare_finetuning
 from examples.llama.model.hf_write import save_folder
 from examples.llama.reporting.files import jsonable, read_json
 from examples.llama.reporting.metrics import read_metrics
@@ -83,25 +83,28 @@ def test_methods_train_the_matrices_and_nothing_else(method, config, model):
 
 
 def test_state_is_of_the_trained_parameters_alone(config):
-    run = FinetuneRun(config(method="adamw"), console=quiet_console())
+    run = prepare_finetuning(config(method="adamw"), console=quiet_console())
     trained = run.program.parameter_count()
     # And two counts.
     assert run.program.state_bytes() == 8 * trained + 8
     assert (
-        FinetuneRun(config(method="sage_hybrid"), console=quiet_console()).program.state_bytes()
+        prepare_finetuning(
+            config(method="sage_hybrid"), console=quiet_console()
+        ).program.state_bytes()
         < 64
     )
-    assert run.program.model_parameter_count() - trained == 300 * 32 + 5 * 32
+    assert isinstance(run.program.source, FromModel)
+    assert run.program.source.model_parameter_count(run.settings) - trained == 300 * 32 + 5 * 32
 
 
 def test_no_gradient_of_what_is_frozen(config):
     """Nowhere in the step is there an array of a frozen table's shape but the table itself."""
-    untied = FinetuneRun(config(method="adamw"), console=quiet_console()).program
+    untied = prepare_finetuning(config(method="adamw"), console=quiet_console()).program
     text = untied.lower().as_text()
     table = "tensor<300x32xf32>"
     made = [line for line in text.splitlines() if f"-> {table}" in line and "func" not in line]
     assert not made, made[:3]
-    everything = FinetuneRun(
+    everything = prepare_finetuning(
         config(method="adamw", trainable="all"), console=quiet_console()
     ).program.lower()
     assert f"-> {table}" in everything.as_text()
@@ -169,14 +172,14 @@ def test_packed_rows_compute_what_their_documents_do(config):
     """The summed loss of the same held-out examples, packed or padded."""
     losses = []
     for packing in (True, False):
-        run = FinetuneRun(
+        run = prepare_finetuning(
             config(packing=packing, eval_batches=50, batch_size=2, seq_len=159),
             console=quiet_console(),
         )
         params = run.program.init(0).params
         losses.append(run.program.evaluate(params, run.heldout))
         if packing:
-            assert max(row[2].max() for batch in run.heldout for row in batch) > 1
+            assert max(batch["documents"].max() for batch in run.heldout) > 1
     assert losses[0][1] == losses[1][1]
     np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-5)
 
@@ -190,8 +193,8 @@ def test_accumulation_equals_the_whole_batch(config, tmp_path):
 
 
 def test_epochs_count_the_rows(config):
-    run = FinetuneRun(config(steps=None, epochs=2.0, packing=False), console=quiet_console())
-    assert run.settings.steps == math.ceil(2 * len(run.dataset.train) / 4)
+    run = prepare_finetuning(config(steps=None, epochs=2.0, packing=False), console=quiet_console())
+    assert run.settings.steps == math.ceil(2 * len(run.data.train) / 4)
 
 
 def test_a_run_can_start_from_a_run_and_be_exported(config, tmp_path, model):
@@ -264,13 +267,13 @@ def test_parameters_or_an_adapter():
 
 
 def test_a_program_is_reused_for_another_rate(config, tmp_path):
-    first = FinetuneRun(config(method="lora"), console=quiet_console())
-    other = dataclasses.replace(first.finetune, learning_rate=1e-4, out=tmp_path / "b")
+    first = prepare_finetuning(config(method="lora"), console=quiet_console())
+    other = dataclasses.replace(config(method="lora"), learning_rate=1e-4, out=tmp_path / "b")
     program = first.program
-    assert isinstance(program, FinetuneProgram)
-    again = FinetuneRun(other, program=program, console=quiet_console())
+    assert isinstance(program.source, FromModel)
+    again = prepare_finetuning(other, program=program, console=quiet_console())
     assert again.program is program
-    changed = FinetuneRun(
+    changed = prepare_finetuning(
         dataclasses.replace(other, alpha=4.0), program=program, console=quiet_console()
     )
     assert changed.program is not program
@@ -278,16 +281,18 @@ def test_a_program_is_reused_for_another_rate(config, tmp_path):
 
 def test_a_rank_beyond_the_kernel_is_refused_before_anything_is_read(config):
     with pytest.raises(ValueError, match=r"--rank 33 is more than q_proj has.*at most 32"):
-        FinetuneRun(config(method="lora", rank=33, targets=("q_proj",)), console=quiet_console())
+        prepare_finetuning(
+            config(method="lora", rank=33, targets=("q_proj",)), console=quiet_console()
+        )
     with pytest.raises(ValueError, match=r"k_proj has.*at most 16"):
-        FinetuneRun(config(method="dora", rank=17), console=quiet_console())
+        prepare_finetuning(config(method="dora", rank=17), console=quiet_console())
 
 
 def test_a_default_rate_is_that_of_the_method_or_asked_for(config):
-    run = FinetuneRun(config(method="lora", learning_rate=None), console=quiet_console())
+    run = prepare_finetuning(config(method="lora", learning_rate=None), console=quiet_console())
     assert run.summary.learning_rate == 2e-5
     assert run.summary.rate_source == "default: the LoRA-Pre paper's"
-    given = FinetuneRun(config(method="lora", learning_rate=1e-3), console=quiet_console())
+    given = prepare_finetuning(config(method="lora", learning_rate=1e-3), console=quiet_console())
     assert given.summary.rate_source == "given"
     with pytest.raises(ValueError, match=r"sage_hybrid has no default rate.*--learning-rate"):
         check(config(method="sage_hybrid", learning_rate=None))
@@ -295,4 +300,4 @@ def test_a_default_rate_is_that_of_the_method_or_asked_for(config):
 
 def test_no_steps_are_not_an_epoch(config):
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        FinetuneRun(config(steps=0), console=quiet_console())
+        prepare_finetuning(config(steps=0), console=quiet_console())

@@ -14,7 +14,13 @@ import pytest
 
 from examples.llama.model.config import PRESETS, LlamaConfig
 from examples.llama.model.llama import Llama, apply, structure
-from examples.llama.model.loss import CHUNK_BYTES, automatic_chunk, cross_entropy, next_token_loss
+from examples.llama.model.loss import (
+    CHUNK_BYTES,
+    automatic_chunk,
+    cross_entropy,
+    document_positions,
+    next_token_loss,
+)
 from tests.llama.random_params import random_params
 
 CONFIG = LlamaConfig(
@@ -213,3 +219,9 @@ def test_weights_have_a_gradient_too():
 
     np.testing.assert_allclose(value(6), value(None), rtol=1e-4, atol=1e-6)
     del tokens
+
+
+def test_positions_begin_anew_in_every_document():
+    documents = jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+    expected = [[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
+    assert document_positions(documents).tolist() == expected

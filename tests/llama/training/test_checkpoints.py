@@ -41,7 +41,7 @@ from examples.llama.training.migrations import (
 )
 from examples.llama.training.program import Program
 from examples.llama.training.resume import ResumeError, describe_run, target
-from examples.llama.training.run import Run
+from examples.llama.training.run import prepare_run
 from examples.llama.training.step import TrainState
 from tests.faults.damage import DAMAGES, every_file, flip_file
 from tests.llama import tiny
@@ -56,7 +56,7 @@ def program(**fields):
 def make_run(folder, *, shared=None, dataset=None, **fields):
     fields = {"checkpoint_every": 4, "statistics_every": 0, **fields}
     config = tiny.config(folder, **fields)
-    return Run(
+    return prepare_run(
         config,
         model=tiny.MODEL,
         dataset=dataset or tiny.dataset(),
@@ -390,7 +390,7 @@ def test_another_run_is_refused_with_every_difference_named(tmp_path, undisturbe
         make_run(undisturbed, resume=True, dataset=data)
     model = dataclasses.replace(tiny.MODEL, num_layers=2)
     with pytest.raises(ResumeError, match=r"model.num_layers is 2 and was 1"):
-        Run(tiny.config(undisturbed, resume=True), model=model, dataset=tiny.dataset())
+        prepare_run(tiny.config(undisturbed, resume=True), model=model, dataset=tiny.dataset())
 
 
 def test_another_rank_is_refused_and_the_migration_offered(tmp_path):
@@ -399,7 +399,7 @@ def test_another_rank_is_refused_and_the_migration_offered(tmp_path):
     stop_after(make_run(tmp_path, shared=shared, rank=2, **fields), 4)
     with pytest.raises(ResumeError, match=r"options.rank is 3 and was 2; .*--migrate rank"):
         make_run(tmp_path, resume=True, rank=3, shared=Program(shared.settings), **fields)
-    run = Run(
+    run = prepare_run(
         tiny.config(tmp_path, resume=True, rank=3, migrate="rank", **fields),
         model=tiny.MODEL,
         dataset=tiny.dataset(),

@@ -28,7 +28,7 @@ from examples.llama.training.config import TrainConfig, resolve
 from examples.llama.training.notes import rank_note
 from examples.llama.training.program import Program
 from examples.llama.training.protocols import default_protocol
-from examples.llama.training.run import Run, check_vocabulary, train
+from examples.llama.training.run import check_vocabulary, prepare_run, train
 from examples.llama.training.step import init_state, make_train_step, warmup_cosine
 from tests.llama import tiny
 
@@ -92,7 +92,7 @@ def test_loss_falls_with_every_optimizer(name):
     batches = train_iterator(tiny.dataset(), 16, 16)
     state, found = init_state(params, settings.optimizer_from), []
     for _ in range(20):
-        state, metrics, _ = step(state, next(batches), RATES.get(name, 1e-2))
+        state, metrics, _ = step(state, next(batches)["tokens"], RATES.get(name, 1e-2))
         found.append(float(metrics.loss))
     assert found[0] == pytest.approx(math.log(vocab), rel=0.05)
     assert found[-1] < found[0] - 0.3
@@ -144,7 +144,7 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tmp_path, a
 
 
 def test_the_held_out_loss_is_the_plain_mean_over_tokens(tmp_path, adamw_program):
-    job = Run(
+    job = prepare_run(
         tiny.config(tmp_path), model=tiny.MODEL, dataset=tiny.dataset(), program=adamw_program
     )
     assert job.program is adamw_program
@@ -166,7 +166,9 @@ def test_accumulation_trains_as_the_large_batch_does(tmp_path, adamw_program):
 
 def test_bfloat16_compute_learns_with_float32_parameters(tmp_path):
     config = tiny.config(tmp_path, compute_dtype="bfloat16")
-    job = Run(config, model=tiny.MODEL, dataset=tiny.dataset(), console=tiny.quiet_console())
+    job = prepare_run(
+        config, model=tiny.MODEL, dataset=tiny.dataset(), console=tiny.quiet_console()
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(job.program.abstract_params)} == {
         np.dtype("float32")
     }
@@ -214,20 +216,20 @@ def test_one_compile_serves_the_whole_run_and_another_rate(tmp_path, adamw_progr
         state = adamw_program.init(0)
         before = len(compiles)
         for _ in range(3):
-            state, _, _ = adamw_program.step(state, np.zeros((8, 17), np.int32), 3e-3)
+            state, _, _ = adamw_program.step(state, {"tokens": np.zeros((8, 17), np.int32)}, 3e-3)
         assert len(compiles) == before
         run(config, program=adamw_program)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert losses(tmp_path / "first")[-1] != losses(tmp_path / "second")[-1]
     with pytest.raises(TypeError, match="int32"):
-        adamw_program.step(state, np.zeros((4, 17), np.int32), 3e-3)
+        adamw_program.step(state, {"tokens": np.zeros((4, 17), np.int32)}, 3e-3)
 
 
 def test_parameters_and_state_are_donated_to_the_step(adamw_program):
     state = adamw_program.init(0)
     leaf = state.params["embed_tokens"]["embedding"]
-    adamw_program.step(state, np.zeros((8, 17), np.int32), 1e-3)
+    adamw_program.step(state, {"tokens": np.zeros((8, 17), np.int32)}, 1e-3)
     assert leaf.is_deleted()
 
 
@@ -408,7 +410,9 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 def test_the_second_writer_of_a_folder_is_refused(tmp_path):
     config = tiny.config(tmp_path, steps=1)
-    second = Run(config, model=tiny.MODEL, dataset=tiny.dataset(), console=tiny.quiet_console())
+    second = prepare_run(
+        config, model=tiny.MODEL, dataset=tiny.dataset(), console=tiny.quiet_console()
+    )
     with FolderLock(tmp_path), pytest.raises(FileExistsError, match="is writing to"):
         second.train()
     assert list(tmp_path.iterdir()) == []

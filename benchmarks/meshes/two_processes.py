@@ -1,6 +1,6 @@
 """Trains the demo in several processes on this machine and compares with one process on the same mesh.
 
-    python -m examples.llama.demo_distributed
+    python -m benchmarks.meshes.two_processes
 
 Two processes with four simulated CPU devices each find each other over loopback, read their own share of every
 batch and train as one. The same run is made by one process of eight devices; the losses must agree. The folder
@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from examples.llama.devices.launch import Command, LaunchError, free_port, run_together
+from benchmarks.meshes.launch import Command, LaunchError, free_port, run_together
 from examples.llama.optimizers.registry import OPTIMIZERS
 from examples.llama.reporting.files import (
     CONFIG,
@@ -81,7 +81,7 @@ class Step:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    config = tyro.cli(DemoConfig, args=arguments, prog="python -m examples.llama.demo_distributed")
+    config = tyro.cli(DemoConfig, args=arguments, prog="python -m benchmarks.meshes.two_processes")
     console = Console()
     one, several = config.out / "one", config.out / "several"
     total = config.processes * config.devices
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "heldout_loss": [summary["heldout_loss"] for summary in summaries],
         "mesh": read_json(several / CONFIG)["mesh"],
         "versions": read_json(several / CONFIG)["versions"],
-        "command": command_line("examples.llama.demo_distributed"),
+        "command": command_line("benchmarks.meshes.two_processes"),
     }
     write_json(config.out / "comparison.json", result)
     (config.out / "comparison.md").write_text(markdown(jsonable(result)), encoding="utf-8")
