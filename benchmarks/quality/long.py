@@ -122,7 +122,7 @@ def long_section(content: Mapping[str, Any]) -> str:
     begin = """## Long
 
 Each row at a budget of tokens, at its own rate and its own ratio of the rate of embedding and head to it (1,
-0.3, 0.1, as long as a smaller one helps), searched at full length."""
+0.3, 0.1 or 3, 10, as long as one helps), searched at full length."""
     if not content["cells"]:
         return f"""{begin} No row has been run yet. This runs them on two CPU cores (128 wide, 4 layers):
 

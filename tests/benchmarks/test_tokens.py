@@ -108,7 +108,7 @@ def test_one_compile_serves_all_rates_and_gives_the_trainers_numbers(tokens):
     found = lists_of_batches(tokens, settings)
     curve = []
     for batch in found:
-        state, metrics, _ = trainer.step(state, batch, 1e-2)
+        state, metrics, _ = trainer.step(state, {"tokens": batch}, 1e-2)
         curve.append(round(float(metrics.loss), 4))
     assert [loss for _, loss in losses[0]] == pytest.approx(curve, abs=2e-4)
 
@@ -180,7 +180,17 @@ def test_a_search_ends_with_the_best_inside_and_stops_at_a_ratio_that_does_not_h
 
     assert search(run, Search("adamw", 1e-3)) == (8e-3, 8e-3)
     assert max(rate for rate, _ in tried) == 1.6e-2
-    assert {round(table / rate, 2) for rate, table in tried} == {1.0, 0.3}
+    assert {round(table / rate, 2) for rate, table in tried} == {1.0, 0.3, 3.0}
+    tried.clear()
+    assert search(run, Search("adamw", 1e-3), ratios=(1.0,)) == (8e-3, 8e-3)
+    assert {table / rate for rate, table in tried} == {1.0}
+
+
+def test_a_ratio_above_one_is_found_where_tables_want_the_higher_rate():
+    def run(rate, table_rate):
+        return abs(np.log(rate / 8e-3)) + abs(np.log(table_rate / 3.2e-2))
+
+    assert search(run, Search("adamw", 8e-3)) == (8e-3, 2.4e-2)
 
 
 SLOW = """
