@@ -214,6 +214,21 @@ MAXTEXT = (
 )
 """MaxText's own names, scanned or not; the others are Flax's."""
 
+HUGGING_FACE = (
+    _preset(
+        "Llama 4's experts (experts, in, out)",
+        r"(^|/)feed_forward/experts/(gate_up|down)_proj$",
+        {3: KERNEL},
+    ),
+    _preset(
+        "experts (experts, out, in)",
+        r"(^|/)experts/(gate_up|down)_proj$",
+        {3: WEIGHT},
+        guess="GPT-OSS has its experts as (experts, in, out), under the same names",
+    ),
+)
+"""Hugging Face's experts in one parameter."""
+
 NAMES = (
     _preset(
         "attention bias (heads, head_dim)",
@@ -274,5 +289,5 @@ GENERAL = (
 )
 """What no name tells."""
 
-DEFAULT = (*HALIAX, *QWIX, *TUNIX, *MAXTEXT, *NAMES, *FLAX, *WEIGHTS, *GENERAL)
+DEFAULT = (*HALIAX, *QWIX, *TUNIX, *MAXTEXT, *HUGGING_FACE, *NAMES, *FLAX, *WEIGHTS, *GENERAL)
 """All of them; the first match wins."""
