@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Container, Sequence
 
 import jax
 import numpy as np
 import optax
 
+from layout_optax.inference import inference_rules
 from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty, path_string
 from layout_optax.leaves import flatten_with_layout
 from layout_optax.memory import StateLeaf, leaf_bytes, state_leaves
-from layout_optax.rules import infer_layout, infer_leaf
+from layout_optax.rules import infer_leaf
 
 
 def describe(
@@ -73,14 +73,12 @@ def describe(
 
 def _reasons(params: PyTree, layout: LayoutLike) -> dict[str, str]:
     """Why each leaf has its layout, by path."""
-    rules = ()
-    inferred = layout is None
-    if isinstance(layout, functools.partial) and layout.func is infer_layout and not layout.args:
-        inferred, rules = True, layout.keywords.get("rules", ())
+    rules = inference_rules(layout)
     reasons = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_empty)[0]:
         if not is_empty(leaf):
-            reason = infer_leaf(keys, np.shape(leaf), rules).assumed if inferred else "given"
+            shape = np.shape(leaf)
+            reason = "given" if rules is None else infer_leaf(keys, shape, rules).note
             reasons[path_string(keys)] = reason
     return reasons
 

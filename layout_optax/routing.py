@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from layout_optax.hyperparameters import Number, check_layout, check_mask, check_number, check_rate
+from layout_optax.inference import warn_of_missed_tables
 from layout_optax.layout import ROLES, LayoutLike
 from layout_optax.leaves import flatten_with_layout
 
@@ -172,6 +173,7 @@ def labels_by_role(layout: LayoutLike = None) -> Callable[[Any], Any]:
     def labels(tree: Any) -> Any:
         check_layout(layout, tree)
         leaves = flatten_with_layout(layout, tree)
+        warn_of_missed_tables(layout, tree)
         return leaves.map(lambda _, found, leaf: found.role, other=lambda: OTHER)
 
     return labels

@@ -1,7 +1,7 @@
 """Reads EasyDeL's models: easydel.json.
 
-Run with easydel, pillow and torch installed: ``JAX_PLATFORMS=cpu python tools/trees/read_easydel.py``. Nothing is
-allocated.
+Run with easydel, pillow and torch installed: ``JAX_PLATFORMS=cpu python tools/trees/read_easydel.py``.
+Nothing is allocated.
 """
 
 from __future__ import annotations
