@@ -89,7 +89,7 @@ def _uncertain(paths: Sequence[str], found: Sequence[Inferred]) -> list[str]:
     messages = []
     for guess, rows in by_guess.items():
         other = _rules([(path, inferred.other) for path, inferred in rows])
-        same = _rules([(path, inferred.layout) for path, inferred in rows[:1]])
+        same = _rules([(path, inferred.layout) for path, inferred in rows])
         messages.append(
             f"layout: '{rows[0][0]}'{_and_more(rows)} read as '{rows[0][1].assumed}', but {guess}. If "
             f"so, say {other}; if not, silence this with {same}."
@@ -118,11 +118,12 @@ def _unstacked(
                 break
     if not rows:
         return []
-    path, _, shape, layout = rows[0]
+    path, _, shape, _ = rows[0]
     return [
         f"layout: '{path}' of shape {shape}{_and_more(rows)} read as a matrix by its shape alone, but "
         "the leaves beside it are stacks of that length. If it is a stack of vectors, say "
-        f"{_rules([row[:2] for row in rows])}; if not, silence this with {_rules([(path, layout)])}."
+        f"{_rules([row[:2] for row in rows])}; if not, silence this with "
+        f"{_rules([(row[0], row[3]) for row in rows])}."
     ]
 
 

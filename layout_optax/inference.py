@@ -1,4 +1,4 @@
-"""A whole tree of layouts from paths and shapes: every leaf is inferred, then the tree is looked at for doubts."""
+"""A tree of layouts from paths and shapes: every leaf is inferred, then the whole is looked at for doubts."""
 
 from __future__ import annotations
 
