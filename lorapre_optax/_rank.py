@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import optax
 
-from layout_optax.layout import ROLES, ParamLayout
+from layout_optax.doubts import matches, nearest, warn_once
+from layout_optax.layout import ROLES, LayoutLike, ParamLayout, PyTree
+from layout_optax.leaves import LayoutLeaves, flatten_with_layout
 
 RankLike: TypeAlias = (
     int
@@ -52,7 +55,7 @@ def leaf_rank(
     rows, columns = (
         math.prod(shape[axis] for axis in axes) for axes in (layout.row_axes, layout.column_axes)
     )
-    value = _look_up(rank, path, layout, tuple(shape))
+    value = look_up(rank, path, layout, tuple(shape))
     if value is not None:
         value = _as_int(value, path, min(rows, columns))
     if value is None or layout.role == "vector" or rows * columns == 0:
@@ -62,7 +65,61 @@ def leaf_rank(
     return min(value, rows, columns)
 
 
-def _look_up(rank: Any, path: str, layout: ParamLayout, shape: tuple[int, ...]) -> Any:
+def check_keys(
+    rank: RankLike, leaves: LayoutLeaves, roles: Collection[str] = ("embedding", "head", "matrix")
+) -> None:
+    """Refuses keys of a mapping that match nothing in a whole tree, and warns of those for other roles.
+
+    Args:
+      rank: see `RankLike`.
+      leaves: of all parameters; nothing is checked where some are masked.
+      roles: those whose moments can be factors.
+
+    Raises:
+      ValueError: for a key that is no role and matches no path, or that is no regular expression.
+    """
+    masked = any(isinstance(leaf, optax.MaskedNode) for leaf in leaves.leaves)
+    if not isinstance(rank, Mapping) or masked:
+        return
+    found = {
+        path: layout.role
+        for path, layout in zip(leaves.paths, leaves.layouts, strict=True)
+        if layout is not None
+    }
+    for key, value in rank.items():
+        if key in ROLES or key in found or not found:
+            continue
+        if not matches(key, tuple(found), "rank: key"):
+            raise ValueError(
+                f"rank: {key!r} is no role ({', '.join(ROLES)}) and matches no parameter; "
+                f"{nearest(key, tuple(found))}. Correct the key or remove it."
+            )
+        hit = {path: role for path, role in found.items() if re.search(key, path)}
+        if value is not None and not any(role in roles for role in hit.values()):
+            path, role = next(iter(hit.items()))
+            warn_once(
+                f"rank: {key!r} matches parameters that get no factors here, '{path}' for one, whose "
+                f"role is {role!r}. Factors are for: {', '.join(sorted(roles))}."
+            )
+
+
+def checking_keys(
+    tx: optax.GradientTransformationExtraArgs,
+    rank: RankLike,
+    layout: LayoutLike,
+    roles: Collection[str],
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation, whose init calls `check_keys` on all parameters."""
+
+    def init_fn(params: PyTree) -> PyTree:
+        if isinstance(rank, Mapping):
+            check_keys(rank, flatten_with_layout(layout, params), roles)
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init_fn, tx.update)
+
+
+def look_up(rank: Any, path: str, layout: ParamLayout, shape: tuple[int, ...]) -> Any:
     """The rule's answer for one leaf: a number or None."""
     if isinstance(rank, Mapping):
         if path in rank:

@@ -14,6 +14,7 @@ from jax.core import Tracer
 from layout_optax.hyperparameters import check_layout, check_mask
 from layout_optax.layout import LayoutLike
 from layout_optax.leaves import flatten_with_layout
+from layout_optax.notes import note
 from sage_optax._sinkhorn import Variant, sinkhorn
 
 
@@ -81,7 +82,8 @@ def scale_by_sinkhorn(
 
     def init_fn(params: Any) -> optax.EmptyState:
         check_layout(layout, params)
-        flatten_with_layout(layout, params)  # an unexplained leaf is an error now, not in a step
+        leaves = flatten_with_layout(layout, params)  # an unexplained leaf is an error now
+        leaves.map(lambda path, *_: note(path, "sinkgd"))
         return optax.EmptyState()
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
