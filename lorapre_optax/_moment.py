@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from layout_optax.axes import compute_dtype, zeros_without
+from layout_optax.boxes import refuse_boxes
 from layout_optax.hyperparameters import Number, at, check_number, check_one_of
 from layout_optax.layout import LayoutLike, ParamLayout, PyTree
 from layout_optax.leaves import LayoutLeaves, flatten_with_layout
@@ -158,6 +159,7 @@ def init(options: MomentOptions, layout: LayoutLike, seed: int = 0) -> Callable[
     """The ``init`` of one low-rank moment; ``seed`` tells the moments of one optimizer apart."""
 
     def init_fn(params: PyTree) -> LowRankState:
+        refuse_boxes(params)
         leaves = flatten_with_layout(layout, params)
         kept = leaves.map(lambda path, own, leaf: _start(path, own, leaf, options, seed))
         return _state(leaves, jnp.zeros([], jnp.int32), kept, lambda kept: kept)

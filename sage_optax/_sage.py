@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from layout_optax.axes import compute_dtype, zeros_without
+from layout_optax.boxes import refuse_boxes
 from layout_optax.hyperparameters import (
     at,
     check_decay,
@@ -120,6 +121,7 @@ def scale_by_sage(
     int8 = dtype == jnp.int8
 
     def init_fn(params: optax.Params) -> SageState:
+        refuse_boxes(params)
         check_layout(layout, params)
         ours = flatten_with_layout(layout, params)
 
