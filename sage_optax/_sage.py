@@ -11,7 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from layout_optax.axes import compute_dtype, zeros_without
+from layout_optax.axes import (
+    close_statistic,
+    compute_dtype,
+    open_statistic,
+    zero_statistic,
+    zeros_without,
+)
 from layout_optax.boxes import refuse_boxes
 from layout_optax.hyperparameters import (
     at,
@@ -126,14 +132,14 @@ def scale_by_sage(
         ours = flatten_with_layout(layout, params)
 
         def zero_magnitude(path, layout, param):
-            return zeros_without(param, layout.row_axes, compute_dtype(param.dtype))
+            return zero_statistic(param, layout.row_axes, compute_dtype(param.dtype))
 
         return SageState(
             count=jnp.zeros([], jnp.int32),
             mu=ours.map(lambda _, layout, p: zeros_without(p, (), dtype or p.dtype)),
             magnitude=None if damper is None else ours.map(zero_magnitude),
             mu_row_max=(
-                ours.map(lambda _, layout, p: zeros_without(p, layout.column_axes, jnp.float32))
+                ours.map(lambda _, layout, p: zero_statistic(p, layout.column_axes, jnp.float32))
                 if int8
                 else None
             ),
@@ -151,17 +157,21 @@ def scale_by_sage(
             narrow = g.dtype
             if damper is not None or int8:  # otherwise optax.lion's own arithmetic
                 if int8:
+                    row_max = open_statistic(row_max, g, layout.column_axes)
                     mu = decode(mu, row_max, layout)
                 wide = compute_dtype(jnp.promote_types(narrow, mu.dtype))
                 g, mu = g.astype(wide), mu.astype(wide)
             direction, mu = lion_step(g, mu, rate1, rate2)
             if damper is not None:
+                magnitude = open_statistic(magnitude, g, layout.row_axes)
                 damping, magnitude = sage_damping(
                     g, magnitude, layout, count, rate2, offset, damper, eps_mode
                 )
+                magnitude = close_statistic(magnitude, g, layout.row_axes)
                 direction = direction * damping
             if int8:
                 mu, row_max = encode(mu, path, layout, count)
+                row_max = close_statistic(row_max, g, layout.column_axes)
             return _Leaf(direction.astype(narrow), mu, magnitude, row_max)
 
         steps = ours.map(step, *(_or_nones(ours, tree) for tree in state[1:]))
@@ -279,6 +289,7 @@ def sage_damper(
         if is_empty(magnitude):
             return optax.MaskedNode()
         g = g.astype(compute_dtype(g.dtype))
+        magnitude = open_statistic(magnitude, g, layout.row_axes)
         found, _ = sage_damping(g, magnitude, layout, count, decay, offset, damper, eps_mode)
         return jnp.squeeze(found, layout.row_axes)
 
