@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from layout_optax.axes import compute_dtype, shape_without, zeros_without
+from layout_optax.boxes import refuse_boxes
 from layout_optax.fit import check_shapes
 from layout_optax.hyperparameters import Number, at, check_float_dtype, check_number, check_one_of
 from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty
@@ -165,6 +166,7 @@ def init(options: MomentOptions, layout: LayoutLike, seed: int = 0) -> Callable[
     """
 
     def init_fn(params: PyTree) -> LowRankState:
+        refuse_boxes(params)
         leaves = flatten_with_layout(layout, params)
         leaves.check_trainable()
         check_rule(options.rank, leaves)
