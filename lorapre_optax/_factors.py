@@ -34,6 +34,7 @@ from layout_optax.axes import (
 )
 from layout_optax.keys import bits_of_seeds, path_words, seeds_of_words
 from layout_optax.layout import ParamLayout
+from lorapre_optax._products import Narrow, exact_product, large_product
 
 DampingKind: TypeAlias = Literal["relative", "absolute"]
 INIT_STD = 0.02
@@ -161,22 +162,24 @@ def _hashed_normal(
 
 
 def reconstruct(
-    left: jax.Array, right: jax.Array, layout: ParamLayout, like: jax.Array
+    left: jax.Array,
+    right: jax.Array,
+    layout: ParamLayout,
+    like: jax.Array,
+    narrow: Narrow | None = None,
 ) -> jax.Array:
     """The product B A in the parameter's axes, shaped and sharded like ``like``."""
     names = einsum_axes(layout, like.ndim)
-    return jnp.einsum(
-        f"{names.left},{names.right}->{names.param}",
-        left,
-        right,
-        out_sharding=sharding_without(like, ()),
+    equation = f"{names.left},{names.right}->{names.param}"
+    return large_product(
+        equation, left, right, narrow, sharding_without(like, ()), narrow_result=True
     )
 
 
 def prepare(
     left: jax.Array, right: jax.Array, layout: ParamLayout, ndim: int, kind: DampingKind
 ) -> Prepared:
-    """Balances the factors and computes their Gram matrices at the highest matmul precision.
+    """Balances the factors and computes their Gram matrices.
 
     Relative damping does not see the factors' scales, so they are free: the right factor is kept near
     one and the left one is looked at in units of its own size, and a Gram matrix neither overflows nor
@@ -201,6 +204,8 @@ def newton_step(
     gamma: jax.Array | float,
     layout: ParamLayout,
     kind: DampingKind,
+    narrow: Narrow | None = None,
+    scale: jax.Array | float = 1.0,
 ) -> Step:
     """One Newton step of both factors towards a target (Theorem 3.1), from the old factors.
 
@@ -224,6 +229,8 @@ def newton_step(
       gamma: rate of each factor.
       layout: the parameter's layout with non-negative axes.
       kind: of the damping.
+      narrow: how to round the operands of the products with G.
+      scale: of the target, G is ``scale * target``: multiplied into the factors, which are small.
     """
     names = einsum_axes(layout, target.ndim)
     left_sharding = factor_sharding(target, layout.column_axes)
@@ -231,29 +238,28 @@ def newton_step(
 
     def solve(inverse, side, numerator, sharding):
         equation = f"{names.batch}zZ,{side.replace('z', 'Z')}->{side}"
-        return jnp.einsum(equation, inverse, numerator, precision="highest", out_sharding=sharding)
+        return exact_product(equation, inverse, numerator, sharding)
 
-    left_step = jnp.einsum(
-        f"{names.param},{names.right}->{names.left}",
-        target,
-        prepared.right,
-        out_sharding=left_sharding,
+    left_step = large_product(
+        f"{names.param},{names.right}->{names.left}", target, prepared.right, narrow, left_sharding
     )
     left_step = solve(right_inverse, names.left, left_step, left_sharding)
-    right_step = jnp.einsum(
+    right_step = large_product(
         f"{names.param},{names.left}->{names.right}",
         target,
         prepared.left_unit,
-        out_sharding=right_sharding,
+        narrow,
+        right_sharding,
     )
     right_step = solve(left_inverse, names.right, right_step, right_sharding)
+    left_step, right_step = left_step * scale, right_step * scale
     if kind == "relative":
         axes = core_axes(names.left, names.batch)
         size = lambda x: jnp.max(jnp.abs(x), axis=axes, initial=0)  # noqa: E731
         old, fresh = size(prepared.left), size(left_step)
         alive = old > jnp.finfo(target.dtype).eps * fresh
-        scale = jnp.where(alive, 1 / prepared.left_scale, 0)
-        right_step = right_step * broadcast(scale, names.right, names.batch)
+        unit = jnp.where(alive, 1 / prepared.left_scale, 0)
+        right_step = right_step * broadcast(unit, names.right, names.batch)
         limit, fresh = MAX_JUMP * old, gamma * fresh
         trust = jnp.where(fresh > limit, limit / jnp.where(fresh > limit, fresh, 1), 1)
         trusted = right_step * broadcast(trust, names.right, names.batch)
@@ -267,15 +273,26 @@ def newton_step(
     )
 
 
-def residual(target: jax.Array, prepared: Prepared, step: Step, layout: ParamLayout) -> jax.Array:
-    """What the factors cannot hold of a target: G - (P_B G + G P_A) / 2.
+def remembered(
+    target: jax.Array,
+    prepared: Prepared,
+    step: Step,
+    decay: jax.Array | float,
+    weight: jax.Array | float,
+    layout: ParamLayout,
+    narrow: Narrow | None = None,
+) -> jax.Array:
+    """``decay B A - weight / 2 (P_B G + G P_A)``, as one product of twice the rank.
 
-    P_B and P_A project on the spans of the old factors; their products with G reuse the step's.
+    P_B and P_A project on the spans of the old factors; their products with G reuse the step's. With
+    ``weight`` times G this is what the factors cannot hold of a target, added to the history.
     """
-    inside = reconstruct(prepared.left, step.right_step, layout, target) + reconstruct(
-        step.left_step, prepared.right, layout, target
+    left = jnp.concatenate([prepared.left, step.left_step], axis=-2)
+    half = weight / 2
+    right = jnp.concatenate(
+        [decay * prepared.right - half * step.right_step, -half * prepared.right], axis=-2
     )
-    return target - inside / 2
+    return reconstruct(left, right, layout, target, narrow)
 
 
 def balance(
@@ -300,13 +317,8 @@ def gram(factor: jax.Array, side: str, names: EinsumAxes) -> jax.Array:
     """Gram matrix over everything but batch and rank; replicated, since it is tiny."""
     sharding = sharding_without(factor, ())
     split = None if sharding is None else _batch_sharding(sharding, side, names.batch)
-    found = jnp.einsum(
-        f"{side},{side.replace('z', 'Z')}->{names.batch}zZ",
-        factor,
-        factor,
-        precision="highest",
-        out_sharding=split,
-    )
+    equation = f"{side},{side.replace('z', 'Z')}->{names.batch}zZ"
+    found = exact_product(equation, factor, factor, split)
     if split is None:
         return found
     # In a step of its own: else each device gathers the factors of all batch indices.

@@ -16,6 +16,7 @@ from lorapre_optax._factors import DampingKind
 from lorapre_optax._moment import InitialSubspace, MomentOptions, as_updates, init
 from lorapre_optax._momentum import step_trace
 from lorapre_optax._newton_schulz import orthogonalize
+from lorapre_optax._products import Narrow, float_dtype, narrow_operands
 from lorapre_optax._rank import RankLike
 from lorapre_optax._recommended import RECOMMENDED
 from lorapre_optax._routing import Others, route_matrices
@@ -38,6 +39,8 @@ def scale_by_lorapre_muon(
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
     whole_matrices: bool = False,
+    product_dtype: Any = None,
+    ns_dtype: Any = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon's direction from a low-rank accumulator: Algorithm 2, from the previous factors.
@@ -68,6 +71,9 @@ def scale_by_lorapre_muon(
       whole_matrices: on a mesh, stack equal matrices, spread the stack over the devices and iterate on whole
         matrices there, instead of on sharded ones: two exchanges of each shard in place of several
         a step. A mesh axis that divides no stack is gathered, which repeats work on its devices.
+      product_dtype: see `scale_by_lorapre_adam`; static.
+      ns_dtype: dtype that Newton-Schulz runs in. None: bfloat16 for bfloat16 gradients on accelerators, as
+        in `optax.contrib.muon`, else float32; ``"float32"`` everywhere float32; static.
       layout: see `layout_optax.ParamLayout`; None infers it. Leaves that are not ours pass through.
 
     Returns:
@@ -89,8 +95,15 @@ def scale_by_lorapre_muon(
         check_number(name, value, 0)
     check_number("gamma", gamma, 0, 1)
     check_number("residual", residual, 0, 1)
+    float_dtype("ns_dtype", ns_dtype)
     options = MomentOptions(
-        rank, damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback
+        rank,
+        damping,
+        damping_kind,
+        initial_subspace,
+        factor_dtype,
+        full_rank_fallback,
+        product_dtype,
     )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -102,15 +115,15 @@ def scale_by_lorapre_muon(
         )
         steps, offset = at(ns_steps, before), at(eps, before)
         if whole_matrices:
-            orthogonal = _distributed(leaves, moments, steps, offset)
+            orthogonal = _distributed(leaves, moments, steps, offset, ns_dtype)
         else:
-            orthogonal = leaves.map(
-                lambda path, own, leaf, m: (
-                    m if own.role == "vector" else orthogonalize(m, own, steps, offset)
-                ),
-                moments,
-                other="leaf",
-            )
+
+            def direct(path, own, leaf, m):
+                if own.role == "vector":
+                    return m
+                return orthogonalize(m, own, steps, offset, _narrow(ns_dtype, leaf))
+
+            orthogonal = leaves.map(direct, moments, other="leaf")
 
         def resize(path, own, leaf, direction):
             if own.role == "vector":
@@ -124,14 +137,24 @@ def scale_by_lorapre_muon(
     return optax.GradientTransformationExtraArgs(init(options, layout), update_fn)
 
 
-def _distributed(leaves: LayoutLeaves, moments: PyTree, steps: Any, eps: Any) -> PyTree:
+def _narrow(ns_dtype: Any, leaf: Any) -> Narrow | None:
+    return narrow_operands("ns_dtype", ns_dtype, leaf.dtype)
+
+
+def _distributed(
+    leaves: LayoutLeaves, moments: PyTree, steps: Any, eps: Any, ns_dtype: Any
+) -> PyTree:
     """The moments with every matrix orthogonalised, equal matrices in one stack over the devices."""
     values = leaves.align(moments)
     matrices = {
         i: own for i, own in enumerate(leaves.layouts) if own is not None and own.role != "vector"
     }
     found = distributed_orthogonalize(
-        [values[i] for i in matrices], list(matrices.values()), steps, eps
+        [values[i] for i in matrices],
+        list(matrices.values()),
+        steps,
+        eps,
+        [_narrow(ns_dtype, leaves.leaves[i]) for i in matrices],
     )
     for i, direction in zip(matrices, found, strict=True):
         values[i] = direction
@@ -167,6 +190,8 @@ def lorapre_muon(
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
     whole_matrices: bool = False,
+    product_dtype: Any = None,
+    ns_dtype: Any = None,
     adam_b1: Number = 0.9,
     adam_b2: Number = 0.999,
     table_rank: RankLike = None,
@@ -197,6 +222,8 @@ def lorapre_muon(
       factor_dtype: see `low_rank_ema`.
       full_rank_fallback: see `low_rank_ema`.
       whole_matrices: see `scale_by_lorapre_muon`.
+      product_dtype: see `scale_by_lorapre_adam`; static.
+      ns_dtype: see `scale_by_lorapre_muon`; static.
       adam_b1: b1 of AdamW on the rest.
       adam_b2: b2 of AdamW on the rest.
       table_rank: if given, embedding and head get LoRA-Pre Adam at this rank with the options of
@@ -235,6 +262,8 @@ def lorapre_muon(
         factor_dtype=factor_dtype,
         full_rank_fallback=full_rank_fallback,
         whole_matrices=whole_matrices,
+        product_dtype=product_dtype,
+        ns_dtype=ns_dtype,
         layout=layout,
     )
     table = None
@@ -245,6 +274,7 @@ def lorapre_muon(
             adam_b2,
             eps,
             factor_dtype=factor_dtype,
+            product_dtype=product_dtype,
             layout=layout,
             **RECOMMENDED,
         )
