@@ -32,8 +32,8 @@ from lorapre_optax._moment import (
     in_compute_dtype,
     init,
     next_count,
-    open_histories,
     residual_weight,
+    step_leaves,
 )
 from lorapre_optax._rank import RankLike
 from lorapre_optax._routing import Others, route_matrices
@@ -72,6 +72,7 @@ def scale_by_lorapre_adam(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
+    product_dtype: Any = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam's direction from low-rank moments: Algorithm 1, from the previous factors.
@@ -109,6 +110,9 @@ def scale_by_lorapre_adam(
       initial_subspace: see `low_rank_ema`.
       factor_dtype: storage dtype of the state; None for float32 (float64 for float64 parameters).
       full_rank_fallback: keep full moments where r (p + q) >= p q.
+      product_dtype: dtype that the gradient and the factors are rounded to for the products with a whole
+        matrix, and that the product B A is written in; sums and the state stay float32. None: bfloat16
+        for bfloat16 gradients on accelerators, else no rounding; ``"float32"`` never rounds; static.
       layout: see `layout_optax.ParamLayout`; None infers it. Leaves that are not ours pass through.
 
     Returns:
@@ -134,7 +138,13 @@ def scale_by_lorapre_adam(
     check_one_of("bias_correction", bias_correction, ("paper", "exact"))
     check_one_of("second_moment", second_moment, ("low_rank", "full"))
     options = MomentOptions(
-        rank, damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback
+        rank,
+        damping,
+        damping_kind,
+        initial_subspace,
+        factor_dtype,
+        full_rank_fallback,
+        product_dtype,
     )
     second = options if second_moment == "low_rank" else dataclasses.replace(options, rank=None)
     first_init, second_init = init(options, layout), init(second, layout, seed=1)
@@ -161,10 +171,12 @@ def scale_by_lorapre_adam(
         def step(path, own, leaf, mu, nu):
             g = in_compute_dtype(leaf)
             d1, d2, rate1, rate2, kappa, limit, offset, factor = in_dtype(g.dtype, *numbers)
-            m = d1 * mu.past(g) + (1 - d1) * g  # (4)
             mu_step = mu.step(g, rate1)  # (5), (6)
             if mu.factored and kappa is not None:
-                m = m + residual_weight(kappa, d1, t, g.dtype) * mu.outside(g, mu_step)
+                weight = residual_weight(kappa, d1, t, g.dtype)
+                m = mu.remembered(g, mu_step, d1, weight) + (1 - d1 + weight) * g
+            else:
+                m = d1 * mu.past(g) + (1 - d1) * g  # (4)
             past = jnp.square(nu.past(g)) if nu.factored else nu.past(g)
             v = d2 * past + (1 - d2) * jnp.square(g)  # (8)
             nu_step = nu.step(jnp.abs(g), rate2)  # (9), (10)
@@ -177,8 +189,7 @@ def scale_by_lorapre_adam(
                 direction = direction * factor
             return direction, mu.keep(mu_step, m), nu.keep(nu_step, v)
 
-        histories = open_histories(leaves, options, (state.mu, jnp.asarray), (state.nu, jnp.abs))
-        stepped = leaves.map(step, *histories)
+        stepped = step_leaves(leaves, options, step, (state.mu, jnp.asarray), (state.nu, jnp.abs))
         directions, mu, nu = collect(leaves, t, stepped, state.mu, state.nu)
         return as_updates(leaves, directions), LorapreAdamState(mu, nu)
 
@@ -205,6 +216,7 @@ def lorapre_adamw(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
+    product_dtype: Any = None,
     others: Others = "adamw",
     layout: LayoutLike = None,
     **whole_model: Unpack[WholeModel],
@@ -233,6 +245,7 @@ def lorapre_adamw(
       initial_subspace: see `low_rank_ema`.
       factor_dtype: see `low_rank_ema`.
       full_rank_fallback: see `low_rank_ema`.
+      product_dtype: see `scale_by_lorapre_adam`; static.
       others: ``"adamw"`` or ``"sage"`` for embedding, head and vectors. Leaves that a rule gave to nobody
         get AdamW.
       layout: see `layout_optax.ParamLayout`; None infers it.
@@ -268,6 +281,7 @@ def lorapre_adamw(
         initial_subspace=initial_subspace,
         factor_dtype=factor_dtype,
         full_rank_fallback=full_rank_fallback,
+        product_dtype=product_dtype,
         layout=layout,
     )
     return route_matrices(

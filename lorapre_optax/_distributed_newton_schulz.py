@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from layout_optax.axes import mesh_axes, named_sharding, placed, spec_entries
 from layout_optax.layout import ParamLayout
 from lorapre_optax._newton_schulz import orthogonalize
+from lorapre_optax._products import Narrow
 
 Parts = list[tuple[str, ...]]
 """The mesh axes on each axis of an array."""
@@ -29,6 +30,7 @@ def distributed_orthogonalize(
     layouts: Sequence[ParamLayout],
     steps: jax.Array | int = 5,
     eps: jax.Array | float = 1e-8,
+    narrow: Sequence[Narrow | None] | None = None,
 ) -> list[jax.Array]:
     """`orthogonalize` of many parameters, every matrix whole on some device.
 
@@ -40,42 +42,48 @@ def distributed_orthogonalize(
       layouts: their layouts with non-negative axes.
       steps: number of iterations.
       eps: see `orthogonalize`.
+      narrow: see `orthogonalize`, one for each parameter; None for none.
 
     Returns:
       Arrays like ``xs``, on Explicit mesh axes with their shardings.
     """
     results: list[jax.Array | None] = [None] * len(xs)
-    for group in _groups(xs, layouts):
+    narrow = [None] * len(xs) if narrow is None else narrow
+    for group in _groups(xs, layouts, narrow):
         members = [xs[i] for i in group]
         layout = layouts[group[0]]
         if named_sharding(members[0]) is None or len(group) == 1:
             for i in group:
-                results[i] = _reshard(xs[i], layout, steps, eps)
+                results[i] = _reshard(xs[i], layout, steps, eps, narrow[i])
             continue
         above = ParamLayout(
             layout.role,
             tuple(axis + 1 for axis in layout.row_axes),
             tuple(axis + 1 for axis in layout.column_axes),
         )
-        stack = _reshard(jnp.stack(members), above, steps, eps)
+        stack = _reshard(jnp.stack(members), above, steps, eps, narrow[group[0]])
         for position, i in enumerate(group):
             results[i] = jax.lax.index_in_dim(stack, position, keepdims=False)
     return [result for result in results if result is not None]
 
 
-def _groups(xs: Sequence[jax.Array], layouts: Sequence[ParamLayout]) -> Iterator[list[int]]:
-    """Positions of arrays that can be stacked: of one layout, shape, dtype and sharding."""
+def _groups(
+    xs: Sequence[jax.Array], layouts: Sequence[ParamLayout], narrow: Sequence[Narrow | None]
+) -> Iterator[list[int]]:
+    """Positions of arrays that can be stacked: of one layout, shape, dtypes and sharding."""
     groups: dict[Hashable, list[int]] = {}
-    for i, (x, layout) in enumerate(zip(xs, layouts, strict=True)):
-        groups.setdefault((layout, x.shape, x.dtype, named_sharding(x)), []).append(i)
+    for i, (x, layout, rounded) in enumerate(zip(xs, layouts, narrow, strict=True)):
+        groups.setdefault((layout, x.shape, x.dtype, rounded, named_sharding(x)), []).append(i)
     yield from groups.values()
 
 
-def _reshard(x: jax.Array, layout: ParamLayout, steps: Any, eps: Any) -> jax.Array:
+def _reshard(
+    x: jax.Array, layout: ParamLayout, steps: Any, eps: Any, narrow: Narrow | None
+) -> jax.Array:
     """Orthogonalises with the mesh axes moved to the batch axes, and moves them back."""
     sharding = named_sharding(x)
     if sharding is None:
-        return orthogonalize(x, layout, steps, eps)
+        return orthogonalize(x, layout, steps, eps, narrow)
     kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
     # The spec in a traced type tells of Explicit axes only.
     movable = AxisType.Explicit if AxisType.Explicit in kinds.values() else AxisType.Auto
@@ -87,7 +95,7 @@ def _reshard(x: jax.Array, layout: ParamLayout, steps: Any, eps: Any) -> jax.Arr
         if kinds[name] == movable and size > 1
     }
     if not sizes or (known and not any(parts)):
-        return orthogonalize(x, layout, steps, eps)
+        return orthogonalize(x, layout, steps, eps, narrow)
     path, touched = _moves(parts, x.shape, layout.batch_axes(x.ndim), sizes)
 
     def place(y: jax.Array, parts: Parts, free: bool) -> jax.Array:
@@ -109,7 +117,7 @@ def _reshard(x: jax.Array, layout: ParamLayout, steps: Any, eps: Any) -> jax.Arr
     whole = PartitionSpec(*(names or None for names in path[-1]))
     # Without this frame XLA would find work for an axis that a matrix is gathered over.
     x = jax.shard_map(
-        lambda x, steps, eps: orthogonalize(x, layout, steps, eps),
+        lambda x, steps, eps: orthogonalize(x, layout, steps, eps, narrow),
         mesh=sharding.mesh,
         in_specs=(whole, PartitionSpec(), PartitionSpec()),
         out_specs=whole,

@@ -46,6 +46,7 @@ from layout_optax.axes import (
 )
 from layout_optax.keys import bits_of_seeds, path_words, seeds_of_words
 from layout_optax.layout import ParamLayout
+from lorapre_optax._products import Narrow, exact_product, large_product
 
 DampingKind: TypeAlias = Literal["relative", "absolute"]
 INIT_STD = 0.02
@@ -180,22 +181,26 @@ def _hashed_normal(
 
 
 def reconstruct(
-    left: jax.Array, right: jax.Array, layout: ParamLayout, like: jax.Array
+    left: jax.Array,
+    right: jax.Array,
+    layout: ParamLayout,
+    like: jax.Array,
+    narrow: Narrow | None = None,
 ) -> jax.Array:
     """The product B A in the parameter's axes, shaped and sharded like ``like``; ranks are whole."""
     names = einsum_axes(layout, like.ndim)
-    return jnp.einsum(
-        f"{names.left},{names.right}->{names.param}",
-        left,
-        right,
-        out_sharding=sharding_without(like, ()),
+    equation = f"{names.left},{names.right}->{names.param}"
+    return large_product(
+        equation, left, right, narrow, sharding_without(like, ()), narrow_result=True
     )
 
 
-def past(prepared: Prepared, layout: ParamLayout, like: jax.Array) -> jax.Array:
+def past(
+    prepared: Prepared, layout: ParamLayout, like: jax.Array, narrow: Narrow | None = None
+) -> jax.Array:
     """The product B A of the old factors, shaped and sharded like ``like``."""
     names = einsum_axes(layout, like.ndim)
-    product = reconstruct(prepared.left_unit, prepared.right_unit, layout, like)
+    product = reconstruct(prepared.left_unit, prepared.right_unit, layout, like, narrow)
     # The scale is a power of two: after the product it costs no bit and saves gathering B beside its unit.
     return product * broadcast(prepared.left_scale, names.param, names.batch)
 
@@ -203,7 +208,7 @@ def past(prepared: Prepared, layout: ParamLayout, like: jax.Array) -> jax.Array:
 def prepare(
     left: jax.Array, right: jax.Array, layout: ParamLayout, ndim: int, kind: DampingKind
 ) -> Prepared:
-    """Balances the factors and computes their Gram matrices at the highest matmul precision.
+    """Balances the factors and computes their Gram matrices.
 
     Relative damping does not see the factors' scales, so they are free: the right factor is kept near
     one and the left one is looked at in units of its own size, and a Gram matrix neither overflows nor
@@ -228,6 +233,8 @@ def newton_step(
     gamma: jax.Array | float,
     layout: ParamLayout,
     kind: DampingKind,
+    narrow: Narrow | None = None,
+    scale: jax.Array | float = 1.0,
 ) -> Step:
     """One Newton step of both factors towards a target (Theorem 3.1), from the old factors.
 
@@ -251,19 +258,19 @@ def newton_step(
       gamma: rate of each factor.
       layout: the parameter's layout with non-negative axes.
       kind: of the damping.
+      narrow: how to round the operands of the products with G.
+      scale: of the target, G is ``scale * target``: multiplied into the factors, which are small.
     """
     names = einsum_axes(layout, target.ndim)
     own, rank = explicit_sharding(target), prepared.left.shape[-2]
 
     def solve(inverse, side, factor):
         equation = f"{names.batch}zZ,{side.replace('z', 'Z')}->{side}"
-        sharding = sharding_without(factor, ())
-        found = jnp.einsum(equation, inverse, factor, precision="highest", out_sharding=sharding)
-        return rank_whole(found)
+        return rank_whole(exact_product(equation, inverse, factor, sharding_without(factor, ())))
 
     def product(equation, factor, removed):
         whole = factor_sharding(own, target.ndim, removed)
-        found = rank_whole(jnp.einsum(equation, target, factor, out_sharding=whole))
+        found = rank_whole(large_product(equation, target, factor * scale, narrow, whole))
         return found, placed(found, factor_sharding(own, target.ndim, removed, rank))
 
     # The inverses act on the thin factors first. What is left after the product is a sum over devices of
@@ -283,8 +290,8 @@ def newton_step(
         size = lambda x: jnp.max(jnp.abs(x), axis=axes, initial=0)  # noqa: E731
         old, fresh = size(prepared.left), size(left_step)
         alive = old > jnp.finfo(target.dtype).eps * fresh
-        scale = broadcast(jnp.where(alive, 1 / prepared.left_scale, 0), names.right, names.batch)
-        right_step, right_whole = right_step * scale, right_whole * scale
+        unit = broadcast(jnp.where(alive, 1 / prepared.left_scale, 0), names.right, names.batch)
+        right_step, right_whole = right_step * unit, right_whole * unit
         limit, fresh = MAX_JUMP * old, gamma * fresh
         trust = jnp.where(fresh > limit, limit / jnp.where(fresh > limit, fresh, 1), 1)
         trusted = right_step * broadcast(trust, names.right, names.batch)
@@ -298,17 +305,32 @@ def newton_step(
     )
 
 
-def residual(target: jax.Array, prepared: Prepared, step: Step, layout: ParamLayout) -> jax.Array:
-    """What the factors cannot hold of a target: G - (P_B G + G P_A) / 2.
+def remembered(
+    target: jax.Array,
+    prepared: Prepared,
+    step: Step,
+    decay: jax.Array | float,
+    weight: jax.Array | float,
+    layout: ParamLayout,
+    narrow: Narrow | None = None,
+) -> jax.Array:
+    """``decay B A - weight / 2 (P_B G + G P_A)``, as one product of twice the rank.
 
-    P_B and P_A project on the spans of the old factors; their products with G reuse the step's.
+    P_B and P_A project on the spans of the old factors; their products with G reuse the step's. With
+    ``weight`` times G this is what the factors cannot hold of a target, added to the history.
     """
     names = einsum_axes(layout, target.ndim)
-    scale = broadcast(prepared.left_scale, names.right, names.batch)
-    inside = reconstruct(prepared.left_unit, step.right_step * scale, layout, target) + reconstruct(
-        step.left_step, prepared.right_unit, layout, target
+    unit = broadcast(prepared.left_scale, names.right, names.batch)
+    half = weight / 2
+    left = jnp.concatenate([prepared.left_unit, step.left_step], axis=-2)
+    right = jnp.concatenate(
+        [
+            (decay * prepared.right_unit - half * step.right_step) * unit,
+            -half * prepared.right_unit,
+        ],
+        axis=-2,
     )
-    return target - inside / 2
+    return reconstruct(left, right, layout, target, narrow)
 
 
 def balance(
@@ -338,13 +360,8 @@ def gram(factor: jax.Array, side: str, names: EinsumAxes) -> jax.Array:
         entries = dict(zip(side, spec_entries(sharding, factor.ndim), strict=True))
         spec = (*(entries[axis] for axis in names.batch), entries["z"], None)
         split = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-    found = jnp.einsum(
-        f"{side},{side.replace('z', 'Z')}->{names.batch}zZ",
-        factor,
-        rank_whole(factor),
-        precision="highest",
-        out_sharding=split,
-    )
+    equation = f"{side},{side.replace('z', 'Z')}->{names.batch}zZ"
+    found = exact_product(equation, factor, rank_whole(factor), split)
     # In a step of its own: else each device gathers the factors of all batch indices.
     if split is None:
         return _constrained(_constrained(found, (found.ndim - 1,)), range(found.ndim))

@@ -28,8 +28,8 @@ from lorapre_optax._moment import (
     in_compute_dtype,
     init,
     next_count,
-    open_histories,
     residual_weight,
+    step_leaves,
 )
 from lorapre_optax._rank import RankLike
 from lorapre_optax._routing import route_matrices
@@ -117,19 +117,21 @@ def scale_by_lorapre_lion(
         def step(path, own, leaf, history):
             g = in_compute_dtype(leaf)
             d1, d2, rate, kappa, factor = in_dtype(g.dtype, *numbers)
-            past = history.past(g)
             if not history.factored:
+                past = history.past(g)
                 # The order of operations is optax's, so that results agree bit for bit.
                 direction, moment = jnp.sign((1.0 - d1) * g + d1 * past), (1 - d2) * g + d2 * past
                 return direction, history.keep(None, moment)
             newton = history.step(g, rate)
-            mix = d1 * past + (1 - d1) * g
-            if kappa is not None:
-                mix = mix + residual_weight(kappa, d2, t, g.dtype) * history.outside(g, newton)
+            if kappa is None:
+                mix = d1 * history.past(g) + (1 - d1) * g
+            else:
+                weight = residual_weight(kappa, d2, t, g.dtype)
+                mix = history.remembered(g, newton, d1, weight) + (1 - d1 + weight) * g
             return jnp.sign(mix) * factor, history.keep(newton, mix)
 
-        (histories,) = open_histories(leaves, options, (state, jnp.asarray))
-        directions, state = collect(leaves, t, leaves.map(step, histories), state)
+        stepped = step_leaves(leaves, options, step, (state, jnp.asarray))
+        directions, state = collect(leaves, t, stepped, state)
         return as_updates(leaves, directions), state
 
     return optax.GradientTransformationExtraArgs(init(options, layout), update_fn)

@@ -1,17 +1,17 @@
 """One low-rank moment of every leaf: its state, its options, its start and its step.
 
-An optimizer chooses targets and how to read the moment. Each update has three parts::
+An optimizer chooses targets and how to read the moment. Each update has two parts::
 
-    (histories,) = open_histories(leaves, options, (state, target))  # one batch of solves for all leaves
-    stepped = leaves.map(step, histories)                            # the paper's equations, leaf by leaf
+    stepped = step_leaves(leaves, options, step, (state, target))    # the paper's equations, leaf by leaf
     values, state = collect(leaves, count, stepped, state)
 
-``step`` gets a `History` for each leaf and returns the leaf's value and, for each moment, its `Kept` part.
+``step`` gets a leaf and its `History` and returns the leaf's value and, for each moment, its `Kept` part.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -26,11 +26,11 @@ from layout_optax.hyperparameters import Number, at, check_float_dtype, check_nu
 from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty
 from layout_optax.leaves import LayoutLeaves, flatten_with_layout
 from layout_optax.notes import note
-from lorapre_optax import _factors
+from lorapre_optax import _factors, _solves
 from lorapre_optax._factors import DampingKind
+from lorapre_optax._products import Narrow, float_dtype, narrow_operands
 from lorapre_optax._rank import RankLike, check_rule, leaf_rank, look_up, warn_of_full_ranks
-from lorapre_optax._solves import damped_inverses
-from lorapre_optax._subspace import Start, gradient_rights
+from lorapre_optax._subspace import Start, gradient_right
 
 InitialSubspace: TypeAlias = Literal["normal", "gradient"]
 Value: TypeAlias = jax.Array | float
@@ -68,6 +68,7 @@ class MomentOptions:
       factor_dtype: storage dtype of factors and full moments; None for float32 (float64 for float64).
         Arithmetic uses float32 or wider regardless.
       full_rank_fallback: keep a full moment where r (p + q) >= p q.
+      product_dtype: dtype of the operands of products with a whole matrix, see `scale_by_lorapre_adam`.
     """
 
     rank: RankLike
@@ -76,9 +77,11 @@ class MomentOptions:
     initial_subspace: InitialSubspace = "normal"
     factor_dtype: Any = None
     full_rank_fallback: bool = True
+    product_dtype: Any = None
 
     def __post_init__(self):
         """Refuses options that cannot be meant."""
+        float_dtype("product_dtype", self.product_dtype)
         check_number("damping", self.damping, 0)
         check_one_of("damping_kind", self.damping_kind, ("relative", "absolute"))
         check_float_dtype("factor_dtype", self.factor_dtype)
@@ -104,9 +107,9 @@ class FullHistory:
         """The previous moment in the dtype of ``like``."""
         return self.moment.astype(like.dtype)
 
-    def step(self, target: jax.Array, gamma: Value) -> None:
+    def step(self, target: jax.Array, gamma: Value, scale: Value = 1.0) -> None:
         """A full moment has no factors that could step."""
-        del target, gamma
+        del target, gamma, scale
 
     def keep(self, step: None, moment: jax.Array) -> Kept:
         """The new moment, to be stored."""
@@ -125,14 +128,15 @@ class FactoredHistory:
     right_inverse: jax.Array
     damping_kind: DampingKind
     dtype: Any
+    narrow: Narrow | None = None
     factored: ClassVar[bool] = True
 
     def past(self, like: jax.Array) -> jax.Array:
         """The previous moment B A, shaped and sharded like ``like``."""
-        return _factors.past(self.old, self.layout, like)
+        return _factors.past(self.old, self.layout, like, self.narrow)
 
-    def step(self, target: jax.Array, gamma: Value) -> _factors.Step:
-        """One Newton step of both factors towards the target, see `lorapre_optax._factors.newton_step`."""
+    def step(self, target: jax.Array, gamma: Value, scale: Value = 1.0) -> _factors.Step:
+        """One Newton step of both factors towards ``scale * target``, see `_factors.newton_step`."""
         return _factors.newton_step(
             target,
             self.old,
@@ -141,11 +145,18 @@ class FactoredHistory:
             gamma,
             self.layout,
             self.damping_kind,
+            self.narrow,
+            scale,
         )
 
-    def outside(self, target: jax.Array, step: _factors.Step) -> jax.Array:
-        """The part of the target that the factors cannot hold: T - (P_B T + T P_A) / 2."""
-        return _factors.residual(target, self.old, step, self.layout)
+    def remembered(
+        self, like: jax.Array, step: _factors.Step, decay: Value, weight: Value
+    ) -> jax.Array:
+        """``decay B A - weight (P_B T + T P_A) / 2`` for the target T of ``step``.
+
+        With ``weight T`` it is ``decay B A`` and ``weight`` times the part of T that the factors cannot hold.
+        """
+        return _factors.remembered(like, self.old, step, decay, weight, self.layout, self.narrow)
 
     def keep(self, step: _factors.Step, moment: jax.Array) -> Kept:
         """The new factors, to be stored; the state does not keep the moment itself."""
@@ -178,21 +189,27 @@ def init(options: MomentOptions, layout: LayoutLike, seed: int = 0) -> Callable[
     return init_fn
 
 
-def open_histories(
-    leaves: LayoutLeaves, options: MomentOptions, *moments: tuple[LowRankState, Target]
-) -> list[PyTree]:
-    """The history of every leaf in every moment, with the inverses that a step needs.
+def step_leaves(
+    leaves: LayoutLeaves,
+    options: MomentOptions,
+    step: Callable[..., tuple[Any, ...]],
+    *moments: tuple[LowRankState, Target],
+) -> PyTree:
+    """Calls ``step(path, layout, leaf, *histories)`` for every leaf that is ours.
 
-    The inverses of all leaves and moments come from one batch of solves: see `lorapre_optax._solves`.
+    The systems of many leaves and moments are solved by one call, see `lorapre_optax._solves`. Leaves go in
+    groups whose systems stay under a limit, each after the one before it: so the temporaries of one group are
+    gone when those of the next one come.
 
     Args:
       leaves: the updates with their layouts.
       options: how the factors follow.
+      step: the equations of one leaf; the last results are its `Kept` for each moment.
       *moments: states with their targets, element-wise functions of the updates. Only
         ``initial_subspace="gradient"`` reads the targets here.
 
     Returns:
-      For each moment a tree of histories, to be given to `LayoutLeaves.map`.
+      A tree of what ``step`` returned.
 
     Raises:
       ValueError: for a state that is not of these updates; it names the path.
@@ -200,37 +217,94 @@ def open_histories(
     for state, _ in moments:
         leaves.map(_check_fits, state.left, state.right, state.full)
     count = moments[0][0].count
-    rights = [state.right for state, _ in moments]
-    if options.initial_subspace == "gradient":
-        rights = _first_rights(leaves, count, moments)
+    lefts, rights, fulls = (
+        [leaves.align(getattr(state, name)) for state, _ in moments]
+        for name in ("left", "right", "full")
+    )
+    rows: list[Any] = [optax.MaskedNode()] * len(leaves.leaves)
+    done: list[Any] = []
+    for group in _in_order(leaves, lefts):
+        factors = [
+            [(left[i], right[i]) for left, right in zip(lefts, rights, strict=True)] for i in group
+        ]
+        if done:  # small arrays that the group before this one ends with, and this one starts with
+            factors, _ = jax.lax.optimization_barrier((factors, done))
+        histories = _open(leaves, options, group, factors, count, [target for _, target in moments])
+        for i, own in zip(group, histories, strict=True):
+            full = [FullHistory(each[i]) for each in fulls]
+            own = [each or other for each, other in zip(own, full, strict=True)]
+            rows[i] = step(leaves.paths[i], leaves.layouts[i], leaves.leaves[i], *own)
+        done = [kept[:2] for i in group for kept in rows[i][1:]]
+    return leaves.unflatten(rows)
 
-    def prepare(path, layout, leaf, left, right):
-        if isinstance(left, optax.MaskedNode):
-            return optax.MaskedNode()
+
+def _in_order(leaves: LayoutLeaves, lefts: list[list[Any]]) -> list[list[int]]:
+    """Positions of our leaves in groups whose Gram matrices stay under `_solves.GROUP_BYTES`."""
+    groups: list[list[int]] = []
+    filled = 0
+    for i, layout in enumerate(leaves.layouts):
+        if layout is None:
+            continue
+        size = 0
+        for left in (each[i] for each in lefts):
+            if not isinstance(left, optax.MaskedNode):
+                leaf = leaves.leaves[i]
+                batch = math.prod(leaf.shape[axis] for axis in layout.batch_axes(jnp.ndim(leaf)))
+                size += 2 * batch * left.shape[-2] ** 2 * compute_dtype(leaf.dtype).itemsize
+        if not groups or (size and filled + size > _solves.GROUP_BYTES):
+            groups.append([])
+            filled = 0
+        groups[-1].append(i)
+        filled += size
+    return groups
+
+
+def _open(
+    leaves: LayoutLeaves,
+    options: MomentOptions,
+    group: list[int],
+    factors: list[list[tuple[Any, Any]]],
+    count: jax.Array,
+    targets: list[Target],
+) -> list[list[FactoredHistory | None]]:
+    """The histories of a group's leaves in every moment, None where a moment is full."""
+    flat = [
+        (i, target, *pair)
+        for i, pairs in zip(group, factors, strict=True)
+        for target, pair in zip(targets, pairs, strict=True)
+    ]
+    factored = [each for each in flat if not isinstance(each[2], optax.MaskedNode)]
+    kind = options.damping_kind
+
+    def prepare(i: int, target: Target, left: jax.Array, right: jax.Array) -> _factors.Prepared:
+        leaf, layout = leaves.leaves[i], leaves.layouts[i]
+        assert layout is not None
         dtype = compute_dtype(leaf.dtype)
-        factors = (left.astype(dtype), right.astype(dtype))
-        return _factors.prepare(*factors, layout, jnp.ndim(leaf), options.damping_kind)
+        right = right.astype(dtype)
+        if options.initial_subspace == "gradient":
+            start = Start(leaves.paths[i], layout, leaf, target, right)
+            # The target is made in the branch: what a branch is given has to be written.
+            right = jax.lax.cond(count == 0, lambda: gradient_right(start), lambda: start.right)
+        return _factors.prepare(left.astype(dtype), right, layout, jnp.ndim(leaf), kind)
 
-    prepared = [
-        leaves.map(prepare, state.left, right)
-        for (state, _), right in zip(moments, rights, strict=True)
-    ]
-    is_prepared = lambda node: isinstance(node, _factors.Prepared)  # noqa: E731
-    grams = jax.tree.map(lambda old: (old.left_gram, old.right_gram), prepared, is_leaf=is_prepared)
-    damping = at(options.damping, count)
-    inverses = damped_inverses(grams, damping, options.damping_kind)
-
-    def history(path, layout, leaf, left, full, old, inverse):
-        if isinstance(left, optax.MaskedNode):
-            return FullHistory(full)
-        left_inverse, right_inverse = inverse
-        kind = options.damping_kind
-        return FactoredHistory(layout, old, left_inverse, right_inverse, kind, left.dtype)
-
-    return [
-        leaves.map(history, state.left, state.full, old, inverse)
-        for (state, _), old, inverse in zip(moments, prepared, inverses, strict=True)
-    ]
+    prepared = [prepare(*each) for each in factored]
+    inverses = _solves.damped_inverses(
+        [(old.left_gram, old.right_gram) for old in prepared], at(options.damping, count), kind
+    )
+    opened = iter(
+        FactoredHistory(
+            leaves.layouts[i],  # pyright: ignore[reportArgumentType]
+            old,
+            *inverse,
+            kind,
+            left.dtype,
+            narrow_operands("product_dtype", options.product_dtype, leaves.leaves[i].dtype),
+        )
+        for (i, _, left, _), old, inverse in zip(factored, prepared, inverses, strict=True)
+    )
+    found = [None if isinstance(each[2], optax.MaskedNode) else next(opened) for each in flat]
+    size = len(targets)
+    return [found[k : k + size] for k in range(0, len(found), size)]
 
 
 def collect(
@@ -351,27 +425,3 @@ def _state(
     ]
     fields = ([getattr(row, name) for row in kept] for name in Kept._fields)
     return LowRankState(count, *map(leaves.unflatten, fields))
-
-
-def _first_rights(
-    leaves: LayoutLeaves, count: jax.Array, moments: tuple[tuple[LowRankState, Target], ...]
-) -> list[PyTree]:
-    """Right factors that span the first targets' row spaces at step 1; later the old right factors."""
-
-    def start(target, path, layout, leaf, right):
-        if isinstance(right, optax.MaskedNode):
-            return right
-        goal = target(in_compute_dtype(leaf))
-        return Start(path, layout, goal, right.astype(goal.dtype))
-
-    starts = [
-        leaves.map(lambda *leaf, target=target: start(target, *leaf), state.right)
-        for state, target in moments
-    ]
-    flat, structure = jax.tree.flatten(starts, is_leaf=lambda node: isinstance(node, Start))
-    if not flat:
-        return [state.right for state, _ in moments]
-    rights = jax.lax.cond(
-        count == 0, lambda: gradient_rights(flat), lambda: [each.right for each in flat]
-    )
-    return structure.unflatten(rights)

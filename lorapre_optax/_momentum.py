@@ -31,8 +31,8 @@ from lorapre_optax._moment import (
     in_compute_dtype,
     init,
     next_count,
-    open_histories,
     residual_weight,
+    step_leaves,
 )
 from lorapre_optax._rank import RankLike
 
@@ -117,15 +117,17 @@ def low_rank_ema(
         def step(path, own, leaf, history):
             goal = map_target(in_compute_dtype(leaf))
             b, rate, kappa = in_dtype(goal.dtype, *numbers)
-            m = b * history.past(goal) + (1 - b) * goal  # (4)
             newton = history.step(goal, rate)  # (5), (6)
             if history.factored and kappa is not None:
-                m = m + residual_weight(kappa, b, t, goal.dtype) * history.outside(goal, newton)
+                weight = residual_weight(kappa, b, t, goal.dtype)
+                m = history.remembered(goal, newton, b, weight) + (1 - b + weight) * goal
+            else:
+                m = b * history.past(goal) + (1 - b) * goal  # (4)
             m_hat = m / bias_weight(b, t, m.dtype) if debias else m  # (11)
             return m_hat, history.keep(newton, m)
 
-        (histories,) = open_histories(leaves, options, (state, map_target))
-        moments, state = collect(leaves, t, leaves.map(step, histories), state)
+        stepped = step_leaves(leaves, options, step, (state, map_target))
+        moments, state = collect(leaves, t, stepped, state)
         return as_updates(leaves, moments), state
 
     return optax.GradientTransformationExtraArgs(init(options, layout), update_fn)
@@ -213,15 +215,16 @@ def step_trace(
     def step(path, own, leaf, history):
         g = in_compute_dtype(leaf)
         mu, rate, kappa = in_dtype(g.dtype, *numbers)
-        m = mu * history.past(g) + g
-        newton = history.step(g / (1 - mu), rate)
+        newton = history.step(g, rate, 1 / (1 - mu))
         if history.factored and kappa is not None:
-            outside = history.outside(g / (1 - mu), newton)
-            m = m + residual_weight(kappa, mu, t, g.dtype) * outside
+            weight = residual_weight(kappa, mu, t, g.dtype)
+            m = history.remembered(g, newton, mu, weight) + (1 + weight / (1 - mu)) * g
+        else:
+            m = mu * history.past(g) + g
         return g + mu * m if nesterov else m, history.keep(newton, m)
 
-    (histories,) = open_histories(
-        leaves, options, (state, lambda g: g / (1 - in_dtype(g.dtype, mu)[0]))
+    stepped = step_leaves(
+        leaves, options, step, (state, lambda g: g / (1 - in_dtype(g.dtype, mu)[0]))
     )
-    moments, state = collect(leaves, t, leaves.map(step, histories), state)
+    moments, state = collect(leaves, t, stepped, state)
     return moments, state

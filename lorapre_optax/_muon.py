@@ -26,6 +26,7 @@ from lorapre_optax._factors import DampingKind
 from lorapre_optax._moment import InitialSubspace, LowRankState, MomentOptions, as_updates, init
 from lorapre_optax._momentum import step_trace
 from lorapre_optax._newton_schulz import orthogonalize
+from lorapre_optax._products import Narrow, float_dtype, narrow_operands
 from lorapre_optax._rank import RankLike
 from lorapre_optax._recommended import RECOMMENDED
 from lorapre_optax._routing import Others, route_matrices
@@ -48,6 +49,8 @@ def scale_by_lorapre_muon(
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
     whole_matrices: bool = False,
+    product_dtype: Any = None,
+    ns_dtype: Any = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon's direction from a low-rank accumulator: Algorithm 2, from the previous factors.
@@ -78,6 +81,9 @@ def scale_by_lorapre_muon(
       whole_matrices: on a mesh, stack equal matrices, spread the stack over the devices and iterate on whole
         matrices there, instead of on sharded ones: two exchanges of each shard in place of several
         a step. A mesh axis that divides no stack is gathered, which repeats work on its devices.
+      product_dtype: see `scale_by_lorapre_adam`; static.
+      ns_dtype: dtype that Newton-Schulz runs in. None: bfloat16 for bfloat16 gradients on accelerators, as
+        in `optax.contrib.muon`, else float32; ``"float32"`` everywhere float32; static.
       layout: see `layout_optax.ParamLayout`; None infers it. Leaves that are not ours pass through.
 
     Returns:
@@ -100,8 +106,15 @@ def scale_by_lorapre_muon(
     check_number("gamma", gamma, 0, 1)
     check_number("residual", residual, 0, 1)
     check_rate("scale", scale)
+    float_dtype("ns_dtype", ns_dtype)
     options = MomentOptions(
-        rank, damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback
+        rank,
+        damping,
+        damping_kind,
+        initial_subspace,
+        factor_dtype,
+        full_rank_fallback,
+        product_dtype,
     )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -114,17 +127,15 @@ def scale_by_lorapre_muon(
         )
         steps, offset = _whole(at(ns_steps, before)), at(eps, before)
         if whole_matrices:
-            orthogonal = _distributed(leaves, moments, steps, offset)
+            orthogonal = _distributed(leaves, moments, steps, offset, ns_dtype)
         else:
-            orthogonal = leaves.map(
-                lambda path, own, leaf, m: (
-                    m
-                    if own.role == "vector" or not leaf.size
-                    else orthogonalize(m, own, steps, offset)
-                ),
-                moments,
-                other="leaf",
-            )
+
+            def direct(path, own, leaf, m):
+                if own.role == "vector" or not leaf.size:
+                    return m
+                return orthogonalize(m, own, steps, offset, _narrow(ns_dtype, leaf))
+
+            orthogonal = leaves.map(direct, moments, other="leaf")
 
         def resize(path, own, leaf, direction):
             if own.role == "vector":
@@ -143,7 +154,13 @@ def _whole(steps: Any) -> Any:
     return steps if isinstance(steps, int) else jnp.rint(jnp.asarray(steps)).astype(jnp.int32)
 
 
-def _distributed(leaves: LayoutLeaves, moments: PyTree, steps: Any, eps: Any) -> PyTree:
+def _narrow(ns_dtype: Any, leaf: Any) -> Narrow | None:
+    return narrow_operands("ns_dtype", ns_dtype, leaf.dtype)
+
+
+def _distributed(
+    leaves: LayoutLeaves, moments: PyTree, steps: Any, eps: Any, ns_dtype: Any
+) -> PyTree:
     """The moments with every matrix orthogonalised, equal matrices in one stack over the devices."""
     values = leaves.align(moments)
     matrices = {
@@ -152,7 +169,11 @@ def _distributed(leaves: LayoutLeaves, moments: PyTree, steps: Any, eps: Any) ->
         if own is not None and own.role != "vector" and leaves.leaves[i].size
     }
     found = distributed_orthogonalize(
-        [values[i] for i in matrices], list(matrices.values()), steps, eps
+        [values[i] for i in matrices],
+        list(matrices.values()),
+        steps,
+        eps,
+        [_narrow(ns_dtype, leaves.leaves[i]) for i in matrices],
     )
     for i, direction in zip(matrices, found, strict=True):
         values[i] = direction
@@ -188,6 +209,8 @@ def lorapre_muon(
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
     whole_matrices: bool = False,
+    product_dtype: Any = None,
+    ns_dtype: Any = None,
     adam_b1: Number = 0.9,
     adam_b2: Number = 0.999,
     table_rank: RankLike = None,
@@ -218,6 +241,8 @@ def lorapre_muon(
       factor_dtype: see `low_rank_ema`.
       full_rank_fallback: see `low_rank_ema`.
       whole_matrices: see `scale_by_lorapre_muon`.
+      product_dtype: see `scale_by_lorapre_adam`; static.
+      ns_dtype: see `scale_by_lorapre_muon`; static.
       adam_b1: b1 of AdamW on the rest.
       adam_b2: b2 of AdamW on the rest.
       table_rank: if given, embedding and head get LoRA-Pre Adam at this rank with the options of
@@ -256,6 +281,8 @@ def lorapre_muon(
         factor_dtype=factor_dtype,
         full_rank_fallback=full_rank_fallback,
         whole_matrices=whole_matrices,
+        product_dtype=product_dtype,
+        ns_dtype=ns_dtype,
         layout=layout,
     )
     check_adam(adam_b1, adam_b2, eps, prefix="adam_")
@@ -267,6 +294,7 @@ def lorapre_muon(
             adam_b2,
             eps,
             factor_dtype=factor_dtype,
+            product_dtype=product_dtype,
             layout=layout,
             **RECOMMENDED,
         )

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from layout_optax.axes import sharding_without, subscripts
 from layout_optax.layout import ParamLayout
+from lorapre_optax._products import Narrow
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """K. Jordan's coefficients (https://kellerjordan.github.io/posts/muon/), tuned for slope at zero."""
@@ -24,6 +25,7 @@ def orthogonalize(
     layout: ParamLayout,
     steps: jax.Array | int = 5,
     eps: jax.Array | float = 1e-8,
+    narrow: Narrow | None = None,
 ) -> jax.Array:
     """About the nearest matrix with orthonormal rows or columns, per batch index.
 
@@ -36,6 +38,11 @@ def orthogonalize(
       layout: its layout with non-negative axes.
       steps: number of iterations; may be traced.
       eps: added to the norm, in units of the largest entry, so that tiny inputs are not shrunk.
+      narrow: the dtype that the iteration runs in, where that is not x's; products then still sum in
+        float32. The norm is taken in x's.
+
+    Returns:
+      Shape and dtype of x.
 
     Example:
       >>> x = jnp.array([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
@@ -70,4 +77,10 @@ def orthogonalize(
     largest = jnp.max(jnp.abs(x), axis=core, keepdims=True)
     x = x / jnp.where(largest > 0, largest, 1)
     x = x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=core, keepdims=True)) + jnp.asarray(eps, x.dtype))
-    return jax.lax.fori_loop(0, steps, iterate, x)
+    run = lambda x: jax.lax.fori_loop(0, steps, iterate, x)  # noqa: E731
+    if narrow is None:
+        return run(x)
+    rounded = lambda x: run(x.astype(narrow.dtype)).astype(x.dtype)  # noqa: E731
+    if narrow.everywhere:
+        return rounded(x)
+    return jax.lax.platform_dependent(x, cpu=run, default=rounded)

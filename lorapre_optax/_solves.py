@@ -8,15 +8,24 @@ one batched Cholesky call, in groups under a byte limit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from layout_optax.layout import PyTree
 from lorapre_optax._factors import DampingKind
+from lorapre_optax._products import exact_product
 
-GROUP_BYTES = 128 * 2**20
-"""The most bytes of Gram matrices that one batched call takes (a single leaf is never split)."""
+Triangles: TypeAlias = Callable[[jax.Array], jax.Array]
+"""Inverts lower triangular (n, r, r) matrices."""
+
+LEAST = 32
+"""Rows of a triangle that accelerators invert by a solve; larger ones are put together by products."""
+
+GROUP_BYTES = 32 * 2**20
+"""The most bytes of Gram matrices that are solved at once (a single leaf is never split): 128 of rank 256,
+about as many as a GPU has multiprocessors."""
 
 
 def damped_inverses(
@@ -37,19 +46,21 @@ def damped_inverses(
       A tree like ``grams``.
     """
 
-    def invert(stack: jax.Array) -> jax.Array:
-        inverse_root = _invert_lower(_cholesky(stack, damping, kind))
-        return jnp.einsum("nji,njk->nik", inverse_root, inverse_root, precision="highest")
+    def invert(stack: jax.Array, invert_lower: Triangles) -> jax.Array:
+        inverse_root = invert_lower(_cholesky(stack, damping, kind))
+        return exact_product("nji,njk->nik", inverse_root, inverse_root)
 
     return _in_groups(invert, grams)
 
 
 def damped_inverse_roots(grams: PyTree, damping: float) -> PyTree:
     """L^-1 of the damped Cholesky factors L L^T, which make rows with these Gram matrices orthonormal."""
-    return _in_groups(lambda stack: _invert_lower(_cholesky(stack, damping, "relative")), grams)
+    return _in_groups(
+        lambda stack, invert_lower: invert_lower(_cholesky(stack, damping, "relative")), grams
+    )
 
 
-def _in_groups(solve: Callable[[jax.Array], jax.Array], tree: PyTree) -> PyTree:
+def _in_groups(solve: Callable[[jax.Array, Triangles], jax.Array], tree: PyTree) -> PyTree:
     """Applies a function of (n, r, r) arrays to a tree of arrays (..., r, r), one call a group."""
     matrices, structure = jax.tree.flatten(tree)
     results: list[jax.Array | None] = [None] * len(matrices)
@@ -59,7 +70,9 @@ def _in_groups(solve: Callable[[jax.Array], jax.Array], tree: PyTree) -> PyTree:
         # XLA:CPU spreads a batched LAPACK call over its threads and waits for them; two such calls at
         # once can wait for ever on few cores. One matrix at a time needs no other thread.
         solved = jax.lax.platform_dependent(
-            stack, cpu=lambda x: jax.lax.map(lambda each: solve(each[None])[0], x), default=solve
+            stack,
+            cpu=lambda x: jax.lax.map(lambda each: solve(each[None], _solve_identity)[0], x),
+            default=lambda x: solve(x, _invert_by_halves),
         )
         start = 0
         for i, stack in zip(group, stacks, strict=True):
@@ -95,7 +108,47 @@ def _cholesky(grams: jax.Array, damping: jax.Array | float, kind: DampingKind) -
     return jax.lax.linalg.cholesky(damped, symmetrize_input=False)
 
 
-def _invert_lower(lower: jax.Array) -> jax.Array:
-    """Inverses of lower triangular (n, r, r) matrices."""
+def _solve_identity(lower: jax.Array) -> jax.Array:
+    """Inverses of lower triangular (n, r, r) matrices, by one solve."""
     identity = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
     return jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+
+
+def _invert_by_halves(lower: jax.Array) -> jax.Array:
+    """The same, by solves of `LEAST` rows on the diagonal and batched products.
+
+    [[A, 0], [B, C]] has the inverse [[A^-1, 0], [-C^-1 B A^-1, C^-1]]. A solve goes through its rows one
+    by one, whatever an accelerator could do at once; products of all the blocks of one size do not.
+    """
+    n, rank, _ = lower.shape
+    if rank <= LEAST:
+        return _solve_identity(lower)
+    size = LEAST
+    while size < rank:
+        size *= 2
+    padded = jnp.pad(lower, ((0, 0), (0, size - rank), (0, size - rank)))
+    padded += jnp.diag((jnp.arange(size) >= rank).astype(lower.dtype))
+
+    def blocks(width: int, below: bool) -> jax.Array:
+        """Blocks of some width on the diagonal, or those below every other one of them."""
+        step = 2 * width if below else width
+        first = width if below else 0
+        return jnp.stack(
+            [
+                jax.lax.slice(padded, (0, k + first, k), (n, k + first + width, k + width))
+                for k in range(0, size, step)
+            ],
+            axis=1,
+        )
+
+    inverses = _solve_identity(blocks(LEAST, False).reshape(-1, LEAST, LEAST))
+    inverses = inverses.reshape(n, -1, LEAST, LEAST)
+    width = LEAST
+    while width < size:
+        a, c = inverses[:, 0::2], inverses[:, 1::2]
+        product = lambda x, y: jnp.einsum("nkij,nkjl->nkil", x, y, precision="highest")  # noqa: E731
+        corner = -product(product(c, blocks(width, True)), a)
+        upper = jnp.concatenate([a, jnp.zeros_like(a)], axis=-1)
+        inverses = jnp.concatenate([upper, jnp.concatenate([corner, c], axis=-1)], axis=-2)
+        width *= 2
+    return inverses[:, 0, :rank, :rank]

@@ -7,7 +7,7 @@ power iteration, https://arxiv.org/abs/0909.4061).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from lorapre_optax._factors import (
     normal_factor,
     rank_whole,
 )
+from lorapre_optax._products import exact_product
 from lorapre_optax._solves import damped_inverse_roots
 
 _DAMPING = 1e-4
@@ -30,42 +31,58 @@ _SEED = 7
 
 
 class Start(NamedTuple):
-    """A moment at its first step: whose it is, its target and the right factor from ``init``."""
+    """A moment at its first step: whose it is, what it follows and the right factor from ``init``."""
 
     path: str
     layout: ParamLayout
-    target: jax.Array
+    leaf: jax.Array
+    target: Callable[[jax.Array], jax.Array]
     right: jax.Array
 
 
-def gradient_rights(starts: Sequence[Start]) -> list[jax.Array]:
-    """Right factors whose rows span the leading row space of each target.
+def gradient_right(start: Start) -> jax.Array:
+    """A right factor whose rows span the leading row space of the target.
 
     Random combinations of the target's rows, made orthonormal by the Cholesky factor of their Gram matrix;
     one power iteration; orthonormal again. A target that is zero or not finite keeps the right factor
-    it had, per batch index.
+    it had, per batch index. The combinations are divided by the target's largest entry: the target itself,
+    which is large, stays as it is.
 
     Args:
-      starts: any number of moments; their paths seed the combinations.
+      start: a moment; its path seeds the combinations.
 
     Returns:
-      One array for each moment, shaped like its right factor, of the target's dtype.
+      An array like ``start.right``.
     """
-    targets = [normalised(each.target, each.layout) for each in starts]
-    rows = []
-    for each, target in zip(starts, targets, strict=True):
-        rank = each.right.shape[-2]
-        noise = normal_factor(each.path, target, each.layout, rank, "left", _SEED)
-        own = explicit_sharding(target)
-        noise = placed(noise, factor_sharding(own, target.ndim, each.layout.column_axes))
-        rows.append(rows_from(target, noise.astype(target.dtype), each.layout))
-    rows = _orthonormal(rows, starts)
-    rows = [
-        rows_from(target, columns_from(target, row, each.layout), each.layout)
-        for target, row, each in zip(targets, rows, starts, strict=True)
-    ]
-    rows = _orthonormal(rows, starts)
-    return [_or_old(row, each) for row, each in zip(rows, starts, strict=True)]
+    layout, right = start.layout, start.right
+    target = start.target(start.leaf.astype(right.dtype))
+    names = einsum_axes(layout, target.ndim)
+    core = layout.row_axes + layout.column_axes
+    largest = jnp.max(jnp.abs(target), axis=core, keepdims=True)
+    unit = jnp.where(largest > 0, largest, 1)
+
+    def rows(left: jax.Array) -> jax.Array:
+        """B^T G over the largest entry."""
+        scale = jnp.squeeze(unit, core)
+        return rows_from(target, left / broadcast(scale, names.left, names.batch), layout)
+
+    noise = normal_factor(start.path, target, layout, right.shape[-2], "left", _SEED)
+    own = explicit_sharding(target)
+    noise = placed(noise, factor_sharding(own, target.ndim, layout.column_axes))
+    found = _orthonormal(rows(noise.astype(target.dtype)), start, target)
+    found = _orthonormal(rows(_columns(target, found, unit, layout)), start, target)
+    return _or_old(found, start, target.ndim)
+
+
+def _columns(
+    target: jax.Array, right: jax.Array, unit: jax.Array, layout: ParamLayout
+) -> jax.Array:
+    """G A^T over the largest entry of G."""
+    names = einsum_axes(layout, target.ndim)
+    scale = broadcast(
+        jnp.squeeze(unit, layout.row_axes + layout.column_axes), names.right, names.batch
+    )
+    return columns_from(target, right / scale, layout)
 
 
 def normalised(target: jax.Array, layout: ParamLayout) -> jax.Array:
@@ -90,26 +107,17 @@ def columns_from(target: jax.Array, right: jax.Array, layout: ParamLayout) -> ja
     return rank_whole(jnp.einsum(equation, target, right, out_sharding=sharding))
 
 
-def _orthonormal(rows: Sequence[jax.Array], starts: Sequence[Start]) -> list[jax.Array]:
-    """The same spans with orthonormal rows, up to the damping."""
-    names = [einsum_axes(each.layout, each.target.ndim) for each in starts]
-    grams = [gram(row, n.right, n) for row, n in zip(rows, names, strict=True)]
-    roots = damped_inverse_roots(grams, _DAMPING)
-    return [
-        jnp.einsum(
-            f"{n.batch}zZ,{n.right.replace('z', 'Z')}->{n.right}",
-            root,
-            row,
-            precision="highest",
-            out_sharding=sharding_without(row, ()),
-        )
-        for root, row, each, n in zip(roots, rows, starts, names, strict=True)
-    ]
+def _orthonormal(rows: jax.Array, start: Start, target: jax.Array) -> jax.Array:
+    """The same span with orthonormal rows, up to the damping."""
+    names = einsum_axes(start.layout, target.ndim)
+    root = damped_inverse_roots(gram(rows, names.right, names), _DAMPING)
+    equation = f"{names.batch}zZ,{names.right.replace('z', 'Z')}->{names.right}"
+    return exact_product(equation, root, rows, sharding_without(rows, ()))
 
 
-def _or_old(rows: jax.Array, start: Start) -> jax.Array:
+def _or_old(rows: jax.Array, start: Start, ndim: int) -> jax.Array:
     """The new rows where they are finite and not all zero, else the old right factor."""
-    names = einsum_axes(start.layout, start.target.ndim)
+    names = einsum_axes(start.layout, ndim)
     axes = tuple(axis for axis, letter in enumerate(names.right) if letter not in names.batch)
     size = jnp.sum(jnp.abs(rows), axis=axes)
     usable = broadcast(jnp.isfinite(size) & (size > 0), names.right, names.batch)

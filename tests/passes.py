@@ -10,8 +10,9 @@ other rules, so its programs cannot be counted instead.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +35,8 @@ class Value:
         written: Whether it is in memory.
         level: How many kernels come before it, one after the other.
         invariant: Whether it is the same in every round of the loop around it.
+        key: Equal for values that are computed in the same way from the same arrays: XLA makes them once.
+        narrow: The array that this one holds in a wider dtype.
     """
 
     sources: frozenset[int] = frozenset()
@@ -41,6 +44,8 @@ class Value:
     written: bool = True
     level: int = 0
     invariant: bool = False
+    key: Hashable = None
+    narrow: Value | None = None
 
 
 class Model:
@@ -52,6 +57,8 @@ class Model:
         self.sizes: list[int] = []
         self.times = 1
         self.beside: set[tuple[frozenset[int], int, int]] = set()
+        self.stored: dict[Hashable, Value] = {}
+        self.keys = itertools.count()
 
     def count(self, function: Callable[..., Any], *args: Any) -> list[Move]:
         """The moves of a function of arrays or shapes."""
@@ -65,7 +72,9 @@ class Model:
         known: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
         for variable in jaxpr.constvars:
             known[variable] = self.array(variable.aval)
-        read = lambda atom: Value(invariant=True) if isinstance(atom, Literal) else known[atom]  # noqa: E731
+        read = lambda atom: (  # noqa: E731
+            Value(invariant=True, key=str(atom)) if isinstance(atom, Literal) else known[atom]
+        )
         for eqn in jaxpr.eqns:
             values = self.equation(eqn, [read(atom) for atom in eqn.invars])
             known.update(zip(eqn.outvars, values, strict=True))
@@ -80,18 +89,22 @@ class Model:
         """A new array in memory."""
         size = self.size(aval)
         if not size:
-            return Value(level=level)
+            return Value(level=level, key=next(self.keys))
         self.sizes.append(size)
-        return Value(frozenset([len(self.sizes) - 1]), size, True, level)
+        return Value(frozenset([len(self.sizes) - 1]), size, True, level, key=next(self.keys))
 
     def materialise(self, value: Value, name: str) -> Value:
         """The array in memory, which is written first where it is not there."""
         if value.written:
             return value
-        self.move(name, value.sources, (value.bytes,))
-        self.sizes.append(value.bytes)
-        fresh = frozenset([len(self.sizes) - 1])
-        return dataclasses.replace(value, sources=fresh, written=True, level=value.level + 1)
+        if (self.times, value.key) not in self.stored:
+            self.move(name, value.sources, (value.bytes,))
+            self.sizes.append(value.bytes)
+            fresh = frozenset([len(self.sizes) - 1])
+            self.stored[self.times, value.key] = dataclasses.replace(
+                value, sources=fresh, written=True, level=value.level + 1, key=next(self.keys)
+            )
+        return self.stored[self.times, value.key]
 
     def move(
         self, name: str, sources: frozenset[int], writes: tuple[int, ...], product: bool = False
@@ -147,11 +160,18 @@ class Model:
         """A value that is not written, but for one that a loop can work out in front of it."""
         size = self.size(aval)
         invariant = all(value.invariant for value in inputs)
+        key = (str(eqn.primitive), str(eqn.params), tuple(value.key for value in inputs))
         if not size:
-            return Value(level=level, invariant=invariant)
+            return Value(level=level, invariant=invariant, key=next(self.keys))
+        if eqn.primitive.name == "convert_element_type":
+            (whole,) = inputs
+            if whole.narrow is not None and whole.narrow.bytes == size:
+                return whole.narrow
+            if whole.written and size > whole.bytes and not whole.invariant:
+                return Value(sources, size, False, level, invariant, key, whole)
         if eqn.primitive.name in RENAMINGS and sources:
             return next(dataclasses.replace(v, level=level) for v in inputs if v.sources)
-        value = Value(sources, size, False, level, invariant)
+        value = Value(sources, size, False, level, invariant, key)
         if not (invariant and sources):
             return value
         times, self.times = self.times, 1
@@ -166,10 +186,13 @@ class Model:
             named = [names is None or self.platform in names for names in platforms]
             return self.run(branches[named.index(True)].jaxpr, inputs)
         start, kept = len(self.moves), []
+        stored, beside = self.stored, self.beside
         for branch in branches:
+            self.stored, self.beside = dict(stored), set(beside)
             outputs = [self.materialise(v, "branch") for v in self.run(branch.jaxpr, inputs)]
             kept.append((self.moves[start:], outputs))
             del self.moves[start:]
+        self.stored, self.beside = stored, beside
         found, outputs = min(kept, key=lambda each: moved_bytes(each[0]))
         self.moves += found
         return outputs
