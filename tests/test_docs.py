@@ -10,8 +10,8 @@ import importlib
 import json
 import pathlib
 import re
-import subprocess
 import statistics
+import subprocess
 
 import jax.numpy as jnp
 import pytest

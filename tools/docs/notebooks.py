@@ -2,8 +2,8 @@
 
 A hook of mkdocs. What a notebook gave is kept under build/notebooks, by a hash of the notebook and of
 the code it runs on, so that `make docs-serve` does not execute it at every change. A cell that raises fails
-the build. With DOCS_FAST set (`make docs ARGS=--fast`) nothing is executed: a notebook is shown with what was kept of
-it, or without outputs.
+the build. With DOCS_FAST set (`make docs ARGS=--fast`) nothing is executed: a notebook is shown with what was
+kept of it, or without outputs.
 """
 
 import hashlib

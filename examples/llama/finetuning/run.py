@@ -31,6 +31,7 @@ from examples.llama.optimizers.registry import OPTIMIZERS, optimizer_entry
 from examples.llama.reporting.files import CONFIG, jsonable, read_json, write_json
 from examples.llama.reporting.folders import check_output
 from examples.llama.reporting.summary import RunSummary
+from examples.llama.reporting.wandb_run import WandbMode
 from examples.llama.training.config import CheckpointConfig, TrainConfig, resolve
 from examples.llama.training.run import Run
 
@@ -131,6 +132,8 @@ class FinetuneConfig(CheckpointConfig, ClusterConfig):
     """Steps between statistics of updates, damper and factors (not of adapters), 0 for none."""
     tensorboard: bool = True
     """Write TensorBoard files too."""
+    wandb: WandbMode | None = None
+    """Log to Weights & Biases too: sent as it comes, or kept in `out` (offline)."""
     out: Path = Path("runs/finetune")
     """Folder for config.json, tokenizer.json, metrics.jsonl, summary.json and checkpoints."""
     overwrite: bool = False
@@ -305,7 +308,7 @@ def trainer_config(config: FinetuneConfig, steps: int) -> TrainConfig:
         *("weight_decay", "clip_norm", "warmup_fraction", "final_rate_fraction"),
         *("batch_size", "seq_len", "accumulate", "compute_dtype", "remat", "loss_chunk", "seed"),
         *("mesh", "mesh_mode", "mesh_strict", "eval_every", "eval_batches", "log_every"),
-        *("statistics_every", "tensorboard", "out", "overwrite"),
+        *("statistics_every", "tensorboard", "wandb", "out", "overwrite"),
         *CheckpointConfig.__dataclass_fields__,
     )
     return TrainConfig(

@@ -40,6 +40,7 @@ from examples.llama.reporting.folders import check_output
 from examples.llama.reporting.metrics import MetricsWriter
 from examples.llama.reporting.progress import make_progress
 from examples.llama.reporting.summary import RunSummary, summary_table
+from examples.llama.reporting.wandb_run import check_wandb
 from examples.llama.training.checkpoints import (
     Checkpoints,
     SaveError,
@@ -167,6 +168,7 @@ class Run:
     ):
         self.config = config
         self.settings = settings = resolve(config, model)
+        check_wandb(config.wandb)
         check_output(config.out, "run", self.inputs())
         if is_main():
             recover(config.out)
@@ -261,6 +263,7 @@ class Run:
                     config.out,
                     tensorboard=config.tensorboard,
                     active=main,
+                    wandb=config.wandb,
                     keep_until=None if restored is None else restored[1]["step"],
                 )
             )
