@@ -29,6 +29,7 @@ from examples.llama.optimizers.options import OptionSet
 from examples.llama.optimizers.registry import OPTIMIZERS, optimizer_entry
 from examples.llama.reporting.files import jsonable
 from examples.llama.reporting.summary import RunSummary
+from examples.llama.reporting.wandb_run import WandbMode, check_wandb
 from examples.llama.training.config import CheckpointConfig, TrainConfig, check_not_empty, resolve
 from examples.llama.training.notes import rank_notes
 from examples.llama.training.program import Program
@@ -132,6 +133,8 @@ class FinetuneConfig(CheckpointConfig, ClusterConfig):
     """Steps between statistics of updates, damper and factors (not of adapters), 0 for none."""
     tensorboard: bool = True
     """Write TensorBoard files too."""
+    wandb: WandbMode | None = None
+    """Log to Weights & Biases too: sent as it comes, or kept in `out` (offline)."""
     out: Path = Path("runs/finetune")
     """Folder for config.json, tokenizer.json, metrics.jsonl, summary.json and checkpoints."""
     overwrite: bool = False
@@ -166,6 +169,7 @@ def prepare_finetuning(
         FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` is set.
     """
     check(config)
+    check_wandb(config.wandb)
     claim_folder(
         config.out,
         {"--model": config.model, "--data": config.data},
@@ -296,7 +300,7 @@ def trainer_config(config: FinetuneConfig, steps: int) -> TrainConfig:
         *("weight_decay", "clip_norm", "warmup_fraction", "final_rate_fraction"),
         *("batch_size", "seq_len", "accumulate", "compute_dtype", "remat", "loss_chunk", "seed"),
         *("mesh", "mesh_mode", "mesh_strict", "eval_every", "eval_batches", "log_every"),
-        *("statistics_every", "tensorboard", "out", "overwrite"),
+        *("statistics_every", "tensorboard", "wandb", "out", "overwrite"),
         *CheckpointConfig.__dataclass_fields__,
     )
     return TrainConfig(

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from examples.llama.reporting.files import METRICS, jsonable, write_text
+from examples.llama.reporting.wandb_run import WandbMode, WandbRun
 
 
 class MetricsWriter:
-    """Writes the numbers of a run as JSON lines and, if asked, for TensorBoard.
+    """Writes the numbers of a run as JSON lines and, if asked, for TensorBoard and Weights & Biases.
 
     Every line is flushed when it is written, so that a crash loses nothing. The lines of an earlier run
     in the folder are kept beside the new ones under the suffix `.old`; its event files are removed,
@@ -24,6 +25,7 @@ class MetricsWriter:
         folder: The run's folder; made if it is missing.
         tensorboard: Write event files into `folder/tensorboard` too.
         active: Write at all; of several processes one does.
+        wandb: Write to Weights & Biases too, sending the numbers or only keeping them.
         keep_until: Step up to which the lines of the folder are kept and gone on from; None: of none.
 
     >>> import tempfile
@@ -40,10 +42,12 @@ class MetricsWriter:
         *,
         tensorboard: bool = True,
         active: bool = True,
+        wandb: WandbMode | None = None,
         keep_until: int | None = None,
     ):
         self._file: TextIO | None = None
         self._events = None
+        self._wandb: WandbRun | None = None
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,6 +67,8 @@ class MetricsWriter:
                 self._events = SummaryWriter(str(events))
             else:
                 self._events = SummaryWriter(str(events), purge_step=keep_until + 1)
+        if wandb is not None:
+            self._wandb = WandbRun(folder, wandb, resumed=keep_until is not None)
 
     def write(self, kind: str, step: int, numbers: Mapping[str, float]) -> None:
         """Writes one line: what kind of numbers, after which step, and the numbers by name."""
@@ -76,6 +82,8 @@ class MetricsWriter:
                 if math.isfinite(value):  # tensorboardX warns of every other, at length
                     self._events.add_scalar(f"{kind}/{name}", value, step)
             self._events.flush()
+        if self._wandb is not None:
+            self._wandb.write(kind, step, numbers)
 
     def sync(self) -> None:
         """Waits until the lines so far are on disk: a checkpoint must not outlive them."""
@@ -88,6 +96,8 @@ class MetricsWriter:
             self._file.close()
         if self._events is not None:
             self._events.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -30,6 +30,7 @@ from examples.llama.optimizers.options import (
 )
 from examples.llama.optimizers.rates import default_rank, parse_rates, tuned_rate
 from examples.llama.optimizers.registry import OPTIMIZERS, optimizer_entry
+from examples.llama.reporting.wandb_run import WandbMode
 from examples.llama.training.migrations import parse_migrations
 from examples.llama.training.protocols import PROTOCOLS, default_protocol
 from examples.llama.training.settings import Settings, check_settings
@@ -209,6 +210,8 @@ class TrainConfig(JobConfig, CheckpointConfig, ClusterConfig):
     0 for none."""
     tensorboard: bool = True
     """Write TensorBoard files too."""
+    wandb: WandbMode | None = None
+    """Log to Weights & Biases too: sent as it comes, or kept in `out` (offline)."""
 
 
 def resolve(config: TrainConfig, model: LlamaConfig | None = None) -> Settings:

@@ -36,6 +36,7 @@ from examples.llama.reporting.files import (
 from examples.llama.reporting.metrics import MetricsWriter
 from examples.llama.reporting.progress import make_progress
 from examples.llama.reporting.summary import RunSummary, summary_table
+from examples.llama.reporting.wandb_run import check_wandb
 from examples.llama.training.checkpoints import SaveError, checkpoint_steps
 from examples.llama.training.config import TrainConfig, data_config, resolve
 from examples.llama.training.migrations import parse_migrations
@@ -91,6 +92,7 @@ def prepare_run(
         FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` is set.
     """
     settings = resolve(config, model)
+    check_wandb(config.wandb)
     claim_folder(
         config.out, {"--data": config.data}, overwrite=config.overwrite, resume=config.resume
     )
@@ -284,6 +286,7 @@ class Run:
                     config.out,
                     tensorboard=config.tensorboard,
                     active=main,
+                    wandb=config.wandb,
                     keep_until=None if restored is None else restored[1]["step"],
                 )
             )
