@@ -73,8 +73,8 @@ def trace_run(
         if number % every == 0 or number == settings.steps:
             moved = {name: values[-1] for name, values in sums.items() if name.endswith("/moved")}
             means = {name: float(np.mean(values)) for name, values in sums.items()}
-            point = {"tokens": number * settings.tokens_per_step, **means, **moved}
-            found.append({name: float(f"{value:.5g}") for name, value in point.items()})
+            rounded = {n: float(f"{value:.5g}") for n, value in {**means, **moved}.items()}
+            found.append({"tokens": number * settings.tokens_per_step, **rounded})
             sums.clear()
             if left() <= 0:
                 raise OutOfTimeError

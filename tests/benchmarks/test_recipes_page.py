@@ -1,0 +1,65 @@
+"""The figures of the page on recipes are those of the stored cells, and the page of cells is up to date."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+
+from benchmarks.tokens.page import page, summarize
+
+RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results"
+
+
+def content():
+    return json.loads((RESULTS / "recipes.json").read_text())
+
+
+def test_every_row_is_the_best_of_its_search():
+    rows = {row["variant"]: row for row in summarize(content()["cells"])}
+    text = (RESULTS / "recipes.md").read_text()
+    found = re.findall(
+        r"^\| [^|]+ \(`([^`]+)`\) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\d) \| ([\d.]+) % \|$",
+        text,
+        re.MULTILINE,
+    )
+    assert len(found) >= 10
+    assert {name for name, *_ in found} == set(rows)
+    for name, loss, rate, table_rate, seeds, share in found:
+        best = rows[name]["best"]
+        assert loss == f"{rows[name]['loss']:.3f}", name
+        assert (float(rate), float(table_rate)) == (best["learning_rate"], best["table_rate"]), name
+        assert int(seeds) == rows[name]["seeds"], name
+        assert share == f"{100 * best['state_ratio']:.1f}", name
+
+
+def test_the_sizes_that_the_page_names_are_those_of_the_cells():
+    text = (RESULTS / "recipes.md").read_text()
+    for cell in content()["cells"]:
+        assert f"{cell['parameters']:,} parameters" in text
+        assert f"{cell['tokens']:,} tokens" in text or cell["heldout_loss"] is None
+        assert cell["tokens_sha256"][:12] in text
+
+
+def test_the_page_of_cells_is_written_from_them():
+    assert (RESULTS / "recipes_cells.md").read_text().rstrip() == page(content()).rstrip()
+
+
+def test_the_rates_of_the_tuning_page_are_the_best_of_their_searches():
+    rows = {row["variant"]: row["best"] for row in summarize(content()["cells"])}
+    text = (RESULTS.parent / "tuning.md").read_text()
+    beside = text.partition("grids of factor two ([recipes]")[2].partition("So SAGE beside")[0]
+    found = re.findall(r"^\| ([^|]+) \| (tables|matrices) \| ([\d.]+) \|$", beside, re.MULTILINE)
+    variants = {
+        ("SAGE", "tables"): "sage+muon",
+        ("AdamW", "tables"): "adamw+muon",
+        ("factored RMS", "tables"): "factored+muon",
+        ("AdamW", "matrices"): "adamw+adamw",
+        ("SinkGD", "matrices"): "adamw+sinkgd",
+        ("Muon", "matrices"): "adamw+muon",
+        ("orthogonalised gradient", "matrices"): "adamw+orthogonal",
+    }
+    assert len(found) == len(variants)
+    for rule, side, rate in found:
+        best = rows[variants[rule.partition(",")[0], side]]
+        assert float(rate) == best["table_rate" if side == "tables" else "learning_rate"], rule
