@@ -147,6 +147,7 @@ def _missed_tables(
         and layout is not None
         and layout.role == "matrix"
         and len(shape) == 2
+        and re.search(r"[^\d/]", path)  # bare arrays in lists are toys
         and not _IN_STACK.search(path)
     ]
     tables = {

@@ -68,7 +68,7 @@ def infer_leaves(params: PyTree, rules: Sequence[Rule] = ()) -> list[Inferred | 
     present = [(keys, tuple(np.shape(leaf))) for keys, leaf in flat if not is_empty(leaf)]
     paths = [path_string(keys) for keys, _ in present]
     whole = not any(isinstance(leaf, optax.MaskedNode) for _, leaf in flat)
-    if rules and present and whole:
+    if rules and whole and any(paths):  # a bare array has no name to match
         check_rules(tuple(rules), tuple(paths))
     try:
         inferred = [infer_leaf(keys, shape, rules) for keys, shape in present]

@@ -110,8 +110,9 @@ def test_a_message_is_said_once_and_the_category_can_be_silenced():
         {"embed": shape(V, D), "layers_0": {"up": {"kernel": shape(D, V)}}},
         {"embed": shape(V, D), "up": {"kernel": shape(D, 40)}},
         {"norm": shape(D), "bias": shape(D)},
+        [shape(D, 40), shape(40, D)],
     ],
-    ids=["fine-tuned matrices", "one matrix", "a layer as wide as the vocabulary", "usual", "none"],
+    ids=["fine-tuned", "one matrix", "a layer as wide as the vocabulary", "usual", "none", "bare"],
 )
 def test_usual_trees_are_silent(params):
     assert messages(params) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
 
 import pytest
@@ -185,3 +186,29 @@ def test_hugging_face_equals_its_linear_modules(model):
         else:  # a linear module, or a router as one
             assert leaf.numbers in (None, ((1,), (0,))), path
             assert (layout.role, layout.row_axes, layout.column_axes) == ("matrix", (0,), (1,))
+
+
+def _row(name):
+    """A model's row of the table in docs/frameworks.md."""
+    cells = []
+    for kind in ("scanned", "not scanned"):
+        leaves = MAXTEXT.get(f"{name}, {kind}")
+        if leaves is None:
+            cells += ["-", "-"]
+            continue
+        differ = [
+            leaf.numbers is not None
+            and (layout.role, layout.column_axes, layout.row_axes) != ("matrix", *leaf.numbers)
+            for _, leaf, layout in found(leaves)
+        ]
+        cells += [str(len(leaves)), str(sum(differ))]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def test_the_page_counts_these_leaves():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "frameworks.md").read_text()
+    for name in dict.fromkeys(key.split(",")[0] for key in MAXTEXT):
+        assert _row(name) in page, _row(name)
+    for framework in ("tunix", "haliax", "easydel", "hugging_face"):
+        models = trees.models(framework)
+        assert f"{len(models)} models, {sum(map(len, models.values()))} leaves" in page, framework
