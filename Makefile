@@ -127,8 +127,8 @@ $(DOCS_READY): $(READY)
 		--constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
-docs: $(DOCS_READY) ## Build the documentation strictly, notebooks and link check included, into build/site
-	@$(MKDOCS) build --strict
+docs: $(DOCS_READY) ## Build the documentation strictly, notebooks and link check included, into build/site (ARGS=--fast: no notebooks)
+	@$(if $(filter --fast,$(ARGS)),DOCS_FAST=1) $(MKDOCS) build --strict
 	@$(BIN)/python tools/docs/check_site.py build/site
 
 docs-serve: $(DOCS_READY) ## Show the documentation at http://127.0.0.1:8000, and again after every change

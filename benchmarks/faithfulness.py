@@ -25,8 +25,12 @@ import optax
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from benchmarks.common import circumstances, describe_circumstances, table, write_results
+from examples.llama.comparing.palette import BLUE, GREEN, PINK, RED, SKY
+from examples.llama.comparing.plots import WIDTH
 from examples.llama.data.batches import train_iterator
 from examples.llama.data.dataset import Dataset, prepare_data
 from examples.llama.model.config import LlamaConfig
@@ -232,47 +236,63 @@ def weight_share(outside: np.ndarray | float, fresh: float = 1 - B1) -> np.ndarr
 def plot(results: Mapping[str, Any], folder: pathlib.Path) -> None:
     """Draws faithfulness.png (cosines and ratios) and faithfulness_weights.png (weights outside)."""
     steps, ranks = results["steps"], list(results["ranks"])
-    colours = dict(
-        zip(ranks, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"), strict=False)
-    )
-    figure, axes = plt.subplots(3, 2, figsize=(11, 9.5), layout="constrained", sharex=True)
+    colours = dict(zip(ranks, (BLUE, RED, GREEN, PINK, SKY), strict=False))
+    figure, axes = plt.subplots(3, 2, figsize=(WIDTH, 10.4), layout="constrained", sharex=True)
     for line, (name, title) in zip(axes, MOMENTS.items(), strict=True):
         for panel, what in zip(line, ("cosine", "ratio"), strict=True):
             for rank in ranks:
                 low, middle, high = np.array(results["ranks"][rank][f"{name}/stored/{what}"]).T
                 panel.fill_between(steps, low, high, color=colours[rank], alpha=0.15, linewidth=0)
-                panel.plot(steps, middle, color=colours[rank], label=f"r = {rank}, stored")
+                panel.plot(steps, middle, color=colours[rank])
                 applied = np.array(results["ranks"][rank][f"{name}/applied/{what}"])[:, 1]
-                panel.plot(steps, applied, color=colours[rank], linestyle=":", label="applied")
-            panel.set_title(f"{title}: {'cosine' if what == 'cosine' else 'norm'} to exact")
+                panel.plot(steps, applied, color=colours[rank], linestyle=":")
+            panel.set_title(title, fontsize=10)
+            panel.set_ylabel(
+                "cosine to the exact" if what == "cosine" else "norm, of the exact one's"
+            )
             panel.axhline(1, color="0.6", linewidth=0.8)
             panel.grid(alpha=0.3)
             panel.set_ylim(0, 1.05 if what == "cosine" else 1.6)
-    axes[0, 0].legend(ncols=len(ranks), fontsize=8, loc="lower right")
+    handles = [Line2D([], [], color=colours[rank], label=f"rank {rank}") for rank in ranks]
+    handles += [
+        Line2D([], [], color="0.3", label="factors as stored, median of matrices"),
+        Line2D([], [], color="0.3", linestyle=":", label="as applied, median"),
+        Patch(color="0.3", alpha=0.2, label="stored: first to last tenth of matrices"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
     for panel in axes[-1]:
-        panel.set_xlabel("step")
+        panel.set_xlabel("training step")
     figure.suptitle(
-        f"Low-rank beside exact momentum, AdamW run of the demo model ({results['matrices']} matrices: "
-        "median, band from the first to the last tenth)",
+        f"Low-rank beside exact momentum, {results['matrices']} matrices of an AdamW run of the demo model",
         fontsize=11,
     )
-    figure.savefig(folder / "faithfulness.png", dpi=130)
+    figure.savefig(folder / "faithfulness.png", dpi=150)
     plt.close(figure)
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharex=True)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(WIDTH, 4.6), layout="constrained", sharex=True
+    )
     for rank in ranks:
         low, middle, high = np.array(results["ranks"][rank]["outside"]).T
         left.fill_between(steps, low, high, color=colours[rank], alpha=0.15, linewidth=0)
-        left.plot(steps, middle, color=colours[rank], label=f"r = {rank}")
-        right.plot(steps, weight_share(middle), color=colours[rank], label=f"r = {rank}, paper")
-        right.plot(steps, middle, color=colours[rank], linestyle="--", label="residual 0.9")
-    left.set_title("Gradient energy outside the tracked subspace")
-    right.set_title("Share of the total weight that it receives")
+        left.plot(steps, middle, color=colours[rank])
+        right.plot(steps, weight_share(middle), color=colours[rank])
+        right.plot(steps, middle, color=colours[rank], linestyle="--")
+    left.set_title("Gradient outside the tracked subspace", fontsize=10)
+    left.set_ylabel("share of the gradient's energy")
+    right.set_title("What it weighs in the momentum", fontsize=10)
+    right.set_ylabel("share of the total weight")
     for panel in (left, right):
-        panel.set(xlabel="step", ylim=(0, 1.02))
+        panel.set(xlabel="training step", ylim=(0, 1.02))
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8, ncols=3, loc="upper right")
-    figure.savefig(folder / "faithfulness_weights.png", dpi=130)
+    handles = [Line2D([], [], color=colours[rank], label=f"rank {rank}") for rank in ranks]
+    handles += [
+        Line2D([], [], color="0.3", label="median; right: the paper's rule"),
+        Line2D([], [], color="0.3", linestyle="--", label="right: residual 0.9"),
+        Patch(color="0.3", alpha=0.2, label="first to last tenth of matrices"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
+    figure.savefig(folder / "faithfulness_weights.png", dpi=150)
     plt.close(figure)
 
 

@@ -18,6 +18,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from layout_optax.layout import ParamLayout
 
+LARGE_STATISTIC = 2**16
+"""Elements from which on a statistic is sharded along mesh axes that its own axes do not have."""
+
 
 def compute_dtype(dtype: Any) -> jnp.dtype:
     """The dtype statistics are computed in: float32, or the given dtype where that is wider.
@@ -155,6 +158,55 @@ def sharding_without(x: Any, axes: Sequence[int]) -> NamedSharding | None:
     return None if sharding is None else project(sharding, len(x.shape), axes)
 
 
+def statistic_sharding(
+    own: NamedSharding | None, shape: Sequence[int], removed: Sequence[int]
+) -> NamedSharding | None:
+    """The sharding of a statistic that lacks some axes of its parameter.
+
+    Its axes keep the mesh axes that they have in the parameter. From `LARGE_STATISTIC` elements on its longest
+    axis takes those of the removed axes too, as many as divide it: below, a copy on every device costs less
+    than moving it.
+
+    Args:
+      own: the parameter's sharding; None gives None.
+      shape: the parameter's.
+      removed: axes that the statistic lacks.
+
+    Example:
+      >>> mesh = jax.sharding.AbstractMesh((8,), ("fsdp",))
+      >>> own = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+      >>> [statistic_sharding(own, (size, 4096), (1,)).spec for size in (4096, 128256)]
+      [P(None,), P('fsdp',)]
+    """
+    if own is None:
+        return None
+    kept, sizes = project(own, len(shape), removed), shape_without(shape, removed)
+    entries = spec_entries(own, len(shape))
+    free = [name for axis in sorted(removed) for name in mesh_axes(entries[axis])]
+    if not free or math.prod(sizes) < LARGE_STATISTIC:
+        return kept
+    spec, longest = list(kept.spec), max(range(len(sizes)), key=lambda axis: sizes[axis])
+    has = mesh_axes(spec[longest])
+    pieces = sizes[longest] // math.prod(own.mesh.shape[name] for name in has)
+    names = (*has, *mesh_axes(dividing_axes(pieces, free, own.mesh)))
+    spec[longest] = names if len(names) > 1 else names[0] if names else None
+    return NamedSharding(own.mesh, PartitionSpec(*spec))
+
+
+def open_statistic(x: jax.Array, like: jax.Array, removed: Sequence[int]) -> jax.Array:
+    """A statistic as a step reads it: along its parameter's axes, with the mesh axes that they have there."""
+    if x.size < LARGE_STATISTIC:
+        return x
+    return placed(x, sharding_without(like, removed))
+
+
+def close_statistic(x: jax.Array, like: jax.Array, removed: Sequence[int]) -> jax.Array:
+    """A statistic as the state keeps it, see `statistic_sharding`."""
+    if x.size < LARGE_STATISTIC:
+        return x
+    return placed(x, statistic_sharding(explicit_sharding(like), like.shape, removed))
+
+
 def zeros_without(param: Any, axes: Sequence[int], dtype: Any) -> jax.Array:
     """Zeros of a parameter's shape without ``axes``, created with the projected sharding.
 
@@ -166,12 +218,21 @@ def zeros_without(param: Any, axes: Sequence[int], dtype: Any) -> jax.Array:
       axes: non-negative axes to leave out; ``()`` for the parameter's own shape.
       dtype: the dtype of the zeros.
     """
-    shape = shape_without(param.shape, axes)
-    if isinstance(param, Tracer):
-        return jnp.zeros(shape, dtype, out_sharding=sharding_without(param, axes))
-    sharding = named_sharding(param)
+    sharding = known_sharding(param)
     projected = None if sharding is None else project(sharding, len(param.shape), axes)
-    return jnp.zeros(shape, dtype, device=projected)
+    return _zeros(param, shape_without(param.shape, axes), dtype, projected)
+
+
+def zero_statistic(param: Any, axes: Sequence[int], dtype: Any) -> jax.Array:
+    """`zeros_without` with the sharding of `statistic_sharding`, for a state to keep."""
+    sharding = statistic_sharding(known_sharding(param), param.shape, axes)
+    return _zeros(param, shape_without(param.shape, axes), dtype, sharding)
+
+
+def _zeros(param: Any, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
+    if isinstance(param, Tracer):
+        return jnp.zeros(shape, dtype, out_sharding=sharding)
+    return jnp.zeros(shape, dtype, device=sharding)
 
 
 def contract(

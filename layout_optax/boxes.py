@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from layout_optax.fit import check_transformation
 from layout_optax.layout import PyTree, path_string
+from layout_optax.metadata import Owner, has_partition_names, partition_names, with_metadata
 
 
 def unboxed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -20,10 +22,12 @@ def unboxed(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     that are not there: `optax.adafactor` fails on such parameters, a thin factor would be sharded along
     the wrong axis. NNX moreover shows an optimizer variables at init and arrays at update.
 
-    With ``unboxed`` outermost the inner transformation sees one and the same tree of arrays, always. Its state
-    holds no boxes: it is the state that the unboxed parameters would have, so that checkpoints of
-    both are alike. Since the state carries no metadata, ``nn.get_partition_spec`` finds none in it and says
-    "replicated"; take the state's shardings from `state_shardings`. Trees without boxes pass through.
+    With ``unboxed`` outermost the inner transformation sees one and the same tree of arrays, always. Of Linen's
+    parameters its state holds no boxes: it is the state that the unboxed parameters would have, and
+    ``nn.get_partition_spec`` finds nothing in it; take its shardings from `state_shardings`. Of NNX variables
+    with names on their axes (``out_sharding``) every array of the state is a variable too, whose names are
+    those of its parameter that apply: ``nnx.get_partition_spec`` and ``nnx.get_named_sharding`` of an
+    ``nnx.Optimizer`` say where it belongs, as `state_shardings` does. Trees without boxes pass through.
 
     Masks, labels and layouts that are given to ``tx`` as trees are matched with the parameters without boxes.
 
@@ -31,7 +35,7 @@ def unboxed(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
       tx: any optax transformation; `optax.chain` and every other wrapper go inside.
 
     Returns:
-      A transformation with the same state. Updates have the structure of the gradients, each in a
+      A transformation with the same state, up to boxes. Updates have the structure of the gradients, each in a
       copy of its gradient's box. Extra arguments reach ``tx`` without boxes too; a function among them is
       called with what ``tx`` sees, arrays.
 
@@ -51,11 +55,15 @@ def unboxed(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params: PyTree) -> PyTree:
-        return tx.init(_unbox(params))
+        plain, owners = _unbox(params), _owners(params)
+        state = tx.init(plain)
+        return with_metadata(tx, plain, owners, state) if any(owners) else state
 
     def update_fn(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any):
-        new, state = tx.update(_unbox(updates), state, _unbox(params), **_unbox(extra_args))
-        return _rebox(updates, new), state
+        new, following = tx.update(
+            _unbox(updates), _unbox(state), _unbox(params), **_unbox(extra_args)
+        )
+        return _rebox(updates, new), _rebox(state, following)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -66,6 +74,26 @@ def is_box(node: Any) -> bool:
     kind = type(node)
     linen = hasattr(kind, "unbox") and hasattr(kind, "replace_boxed")
     return linen or (hasattr(kind, "get_raw_value") and hasattr(kind, "get_metadata"))
+
+
+def refuse_boxes(params: PyTree) -> None:
+    """Refuses boxes with names for axes: a state of other shapes would inherit them, and fail far from here.
+
+    Raises:
+      TypeError: naming the path and `unboxed`.
+    """
+    for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box):
+        if is_box(node) and _has_names(node):
+            raise TypeError(
+                f"'{path_string(path)}' is a {type(node).__name__} with names for its axes, which state of "
+                "other shapes would inherit. Wrap the whole optimizer: layout_optax.unboxed(tx)."
+            )
+
+
+def _has_names(box: Any) -> bool:
+    if hasattr(type(box), "get_metadata"):
+        return has_partition_names(box)
+    return any(getattr(box, "names", None) or ())
 
 
 def _unbox(tree: PyTree) -> PyTree:
@@ -90,6 +118,18 @@ def _rebox(boxed: PyTree, values: PyTree) -> PyTree:
         return box.unflatten([_rebox(inner, value)])
 
     return jax.tree_util.tree_map_with_path(enclose, boxed, values, is_leaf=is_box)
+
+
+def _owners(params: PyTree) -> list[Owner | None]:
+    """For each leaf of the parameters without boxes the box with names for its axes, or None."""
+    owners: list[Owner | None] = []
+    for node in jax.tree.leaves(params, is_leaf=is_box):
+        values = jax.tree.leaves(_unbox(node))
+        names = None
+        if is_box(node) and len(values) == 1:
+            names = partition_names(node, jnp.ndim(values[0]))
+        owners += [None] * len(values) if names is None else [Owner(node, values[0], names)]
+    return owners
 
 
 def _open(path: tuple[Any, ...], box: Any) -> tuple[Any, Any]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import optax
+from jax.extend.core import Literal
 
+from layout_optax.inference import inference_rules
 from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty, path_string
 from layout_optax.leaves import flatten_with_layout
 from layout_optax.memory import StateLeaf, leaf_bytes, state_leaves
-from layout_optax.rules import infer_layout, infer_leaf
+from layout_optax.notes import Note, collect
+from layout_optax.rules import infer_leaf
 
 
 def describe(
@@ -30,8 +33,10 @@ def describe(
       layout: as every transformation takes it; None infers.
 
     Returns:
-      A text table: path, shape, role, row, column and batch axes, what was assumed; with ``tx`` also the
-      transformation that keeps state for the parameter, its rank where it is low-rank, and bytes.
+      A text table: path, shape, role, row, column and batch axes, what was assumed (marked where it is a
+      guess); with ``tx`` also the transformation that trains the parameter, its rank where it is low-rank,
+      and bytes. ``(stateless)``: trained without state by a transformation that does not say its name,
+      ``(frozen)``: not trained.
 
     Raises:
       ValueError: for a leaf that no rule explains.
@@ -58,11 +63,19 @@ def describe(
     if tx is None:
         total = [["total", f"{count:,}", *[""] * 5]]
         return _table(header, rows + total)
-    state = state_leaves(jax.eval_shape(tx.init, params), params)
-    factored = {leaf.place for leaf in state if leaf.field == "left"}
+    with collect() as notes:
+        shapes = jax.eval_shape(tx.init, params)
+    state = state_leaves(shapes, params)
+    said: dict[str, list[Note]] = {}
+    for note in notes:
+        said.setdefault(note.path, []).append(note)
+    silent = {row[0] for row in rows} - set(said) - {leaf.owner for leaf in state}
+    frozen = _frozen(tx, params, shapes) if silent else set()
     for row in rows:
         own = [leaf for leaf in state if leaf.owner == row[0]]
-        row += [_transformations(own), _rank(own, row[2], factored), _bytes(own)]
+        trains = _transformations(own, said.get(row[0], []))
+        row.append(trains or ("(frozen)" if row[0] in frozen else "(stateless)"))
+        row += [_rank(said.get(row[0], []), row[2]), _bytes(own)]
     header += ["transformation", "rank", "state bytes"]
     shared = sum(leaf_bytes(leaf.value) for leaf in state if leaf.owner is None)
     total_bytes = sum(leaf_bytes(leaf.value) for leaf in state)
@@ -73,14 +86,12 @@ def describe(
 
 def _reasons(params: PyTree, layout: LayoutLike) -> dict[str, str]:
     """Why each leaf has its layout, by path."""
-    rules = ()
-    inferred = layout is None
-    if isinstance(layout, functools.partial) and layout.func is infer_layout and not layout.args:
-        inferred, rules = True, layout.keywords.get("rules", ())
+    rules = inference_rules(layout)
     reasons = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_empty)[0]:
         if not is_empty(leaf):
-            reason = infer_leaf(keys, np.shape(leaf), rules).assumed if inferred else "given"
+            shape = np.shape(leaf)
+            reason = "given" if rules is None else infer_leaf(keys, shape, rules).note
             reasons[path_string(keys)] = reason
     return reasons
 
@@ -92,25 +103,43 @@ def _axes(layout: ParamLayout | None, ndim: int) -> list[str]:
     return [layout.role, *(",".join(map(str, axes)) or "-" for axes in groups)]
 
 
-def _transformations(state: Sequence[StateLeaf]) -> str:
-    return "+".join(dict.fromkeys(leaf.transformation for leaf in state)) or "(stateless)"
+def _transformations(state: Sequence[StateLeaf], notes: Sequence[Note]) -> str:
+    """What trains a parameter: as noted, and the states that no note speaks for."""
+    spoken = {note.state for note in notes}
+    names = [leaf.transformation for leaf in state if leaf.transformation not in spoken]
+    return "+".join(dict.fromkeys([*names, *(note.transformation for note in notes)]))
 
 
-def _rank(state: Sequence[StateLeaf], role: str, factored: Container[str]) -> str:
-    """The rank of a parameter's thin factors, or why a low-rank transformation has none for it.
+def _rank(notes: Sequence[Note], role: str) -> str:
+    """The ranks of a parameter's factors, or why a low-rank transformation has none for it."""
+    ranks = dict.fromkeys(note.rank for note in notes if note.rank)
+    numbers = [rank for rank in ranks if rank.isdigit()]
+    whole = [] if role == "vector" else list(ranks)
+    return ",".join(sorted(numbers, key=int) or whole) or "-"
 
-    Low-rank states keep their factors in fields named left and right, the rank axis second to last, and
-    moments without factors in a field named full. ``factored`` are the places of states with factors.
-    """
-    ranks = {str(leaf.value.shape[-2]) for leaf in state if leaf.field == "left"}
-    if ranks:
-        return ",".join(sorted(ranks))
-    full = [leaf for leaf in state if leaf.field == "full"]
-    if not full or role == "vector":
-        return "-"
-    # Tables that another rule of the same family was meant for are no fallback.
-    fallback = role == "matrix" or any(leaf.place in factored for leaf in full)
-    return "full-rank fallback" if fallback else "full"
+
+def _frozen(tx: optax.GradientTransformation, params: PyTree, state: PyTree) -> set[str]:
+    """Paths of the parameters whose update depends neither on their gradient nor on themselves."""
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    try:
+        jaxpr = jax.make_jaxpr(lambda g, s, p: tx.update(g, s, p)[0])(params, state, params).jaxpr
+    except Exception:  # an update that wants more than gradients and parameters: nothing is known
+        return set()
+    count = len(flat)
+    depends: dict[Any, set[int]] = {}  # on which parameters, by variable
+    for position, variable in enumerate(jaxpr.invars):
+        behind = len(jaxpr.invars) - position
+        own = {position} if position < count else {count - behind} if behind <= count else set()
+        depends[variable] = own
+    for equation in jaxpr.eqns:
+        inputs = [v for v in equation.invars if not isinstance(v, Literal)]
+        union = set().union(*(depends.get(v, set()) for v in inputs))
+        depends.update(dict.fromkeys(equation.outvars, union))
+    frozen = set()
+    for index, ((keys, _), out) in enumerate(zip(flat, jaxpr.outvars, strict=True)):
+        if isinstance(out, Literal) or index not in depends.get(out, set()):
+            frozen.add(path_string(keys))
+    return frozen
 
 
 def _bytes(state: Sequence[StateLeaf]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from layout_optax.fit import check_trainable, misfit
+from layout_optax.inference import infer_leaves
 from layout_optax.layout import (
     LayoutLike,
     ParamLayout,
@@ -102,6 +103,10 @@ def flatten_with_layout(layout: LayoutLike, tree: PyTree) -> LayoutLeaves:
         return LayoutLeaves(treedef, paths, [None] * len(leaves), leaves)
     if callable(layout) and not isinstance(layout, ParamLayout) and not is_layout_leaf(layout):
         layout = layout(tree)
+    if layout is None:
+        inferred = infer_leaves(tree)
+        layouts = [None if found is None else found.layout for found in inferred]
+        return LayoutLeaves(treedef, paths, layouts, leaves)
     find = _finder(layout, with_paths, paths)
     layouts = []
     for (_, leaf), path in zip(with_paths, paths, strict=True):
@@ -118,8 +123,6 @@ def _finder(layout: Any, with_paths: Any, paths: list[str]) -> Callable[[str], P
         keys, leaf = by_path[path]
         return infer_leaf(keys, np.shape(leaf)).layout
 
-    if layout is None:
-        return infer
     if is_layout_leaf(layout):
         one = as_layout(layout)
         return lambda path: one

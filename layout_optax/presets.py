@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from layout_optax.layout import ParamLayout
 
@@ -26,6 +26,7 @@ _HEADS_IN = ParamLayout("matrix", (-1,), (-3, -2))  # (heads, head_dim, features
 _HEADS_FIRST = ParamLayout("matrix", (-3, -1), (-2,))  # (heads, features, head_dim)
 _VECTORS = {0: SCALAR, 1: VECTOR, 2: VECTOR}
 
+Grade: TypeAlias = Literal["name", "general", "shape"]
 ByShape: TypeAlias = Callable[[tuple[int, ...]], ParamLayout]
 
 
@@ -39,7 +40,8 @@ class Preset:
       layouts: by number of axes a layout, or a function from the leaf's shape to one.
       unless: paths that match it are left to later presets.
       keyless: for arrays in a node without names of its own, as Haliax wraps them.
-      guess: what is not certain, for `describe` and a warning; empty where the names leave no doubt.
+      guess: what is not certain, for a warning; empty where the names leave no doubt.
+      grade: what decides: ``"name"``, the general name of a matrix (``"general"``), or ``"shape"`` alone.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Preset:
     unless: re.Pattern[str] | None = None
     keyless: bool = False
     guess: str = ""
+    grade: Grade = "name"
 
     def find(self, path: str, shape: tuple[int, ...], keyless: bool) -> ParamLayout | None:
         """The layout for this path and the shape of one layer, or None."""
@@ -69,9 +72,10 @@ def _preset(
     *,
     keyless: bool = False,
     guess: str = "",
+    grade: Grade = "name",
 ) -> Preset:
     other = None if unless is None else re.compile(unless)
-    return Preset(name, re.compile(pattern), layouts, other, keyless, guess)
+    return Preset(name, re.compile(pattern), layouts, other, keyless, guess, grade)
 
 
 def _longer_axis_out(shape: tuple[int, ...]) -> ParamLayout:
@@ -84,6 +88,8 @@ _EXPERTS = r"(?i)(^|/)(\w*experts?\w*|\w*moe\w*)/"
 _MLP_OR_EXPERTS = (  # not the layers that are named for their experts: moe_layers/self_attention
     r"(?i)(^|/)(mlp|ffn|feed_forward|\w*mlp|\w*moe\w*|experts?)(_\d+)?(/(?!(.*/)?\w*att\w*/)|$)"
 )
+EXPERTS = re.compile(_MLP_OR_EXPERTS)
+"""Paths of multilayer perceptrons and experts, where a third axis counts experts."""
 _HEAD = r"(?i)((^|/)(lm_head|logits_dense|unembed\w*|output_head|head)|^(params/|model/)*output)"
 
 HALIAX = (
@@ -214,6 +220,21 @@ MAXTEXT = (
 )
 """MaxText's own names, scanned or not; the others are Flax's."""
 
+HUGGING_FACE = (
+    _preset(
+        "Llama 4's experts (experts, in, out)",
+        r"(^|/)feed_forward/experts/(gate_up|down)_proj$",
+        {3: KERNEL},
+    ),
+    _preset(
+        "experts (experts, out, in)",
+        r"(^|/)experts/(gate_up|down)_proj$",
+        {3: WEIGHT},
+        guess="GPT-OSS has its experts as (experts, in, out), under the same names",
+    ),
+)
+"""Hugging Face's experts in one parameter."""
+
 NAMES = (
     _preset(
         "attention bias (heads, head_dim)",
@@ -257,22 +278,22 @@ FLAX = (
         {3: _HEADS_IN},
         unless=_MLP_OR_EXPERTS,
     ),
-    _preset("kernel (in, out)", r"(^|/)(kernel|w)$", {2: KERNEL}),
+    _preset("kernel (in, out)", r"(^|/)(kernel|w)$", {2: KERNEL}, grade="general"),
 )
 """Flax NNX and Linen, EasyDeL, MaxText: a kernel is (in, out), attention is DenseGeneral."""
 
 WEIGHTS = (
     _preset("experts (..., out, in)", _EXPERTS + r"(.*/)?weight$", {2: WEIGHT, 3: WEIGHT}),
-    _preset("weight (out, in)", r"(^|/)weight$", {2: WEIGHT}),
+    _preset("weight (out, in)", r"(^|/)weight$", {2: WEIGHT}, grade="general"),
     _preset("vector", r"(^|/)weight$", {0: SCALAR, 1: VECTOR}),
 )
 """Hugging Face, Equinox and Haliax: a weight is (out, in)."""
 
 GENERAL = (
     _preset("vector", r"(?<!kernel)(?<!weight)$", {0: SCALAR, 1: VECTOR}),
-    _preset("matrix (in, out)", r"(?<!kernel)(?<!weight)$", {2: KERNEL}),
+    _preset("matrix (in, out)", r"(?<!kernel)(?<!weight)$", {2: KERNEL}, grade="shape"),
 )
 """What no name tells."""
 
-DEFAULT = (*HALIAX, *QWIX, *TUNIX, *MAXTEXT, *NAMES, *FLAX, *WEIGHTS, *GENERAL)
+DEFAULT = (*HALIAX, *QWIX, *TUNIX, *MAXTEXT, *HUGGING_FACE, *NAMES, *FLAX, *WEIGHTS, *GENERAL)
 """All of them; the first match wins."""

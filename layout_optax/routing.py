@@ -24,6 +24,7 @@ from layout_optax.hyperparameters import (
     check_number,
     check_rate,
 )
+from layout_optax.inference import warn_of_missed_tables
 from layout_optax.layout import ROLES, LayoutLike
 from layout_optax.leaves import flatten_with_layout
 from layout_optax.promotion import in_gradient_dtype, with_standard_promotion
@@ -184,6 +185,7 @@ def labels_by_role(layout: LayoutLike = None) -> Callable[[Any], Any]:
     def labels(tree: Any) -> Any:
         check_layout(layout, tree)
         leaves = flatten_with_layout(layout, tree)
+        warn_of_missed_tables(layout, tree)
         return leaves.map(lambda _, found, leaf: found.role, other=lambda: OTHER)
 
     return labels

@@ -10,24 +10,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
-
-import jax
-import numpy as np
-import optax
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 from layout_optax.layout import (
     LayoutLike,
     ParamLayout,
-    PyTree,
     Role,
     as_layout,
-    is_empty,
     is_keyless,
     path_string,
 )
-from layout_optax.presets import DEFAULT, EMBEDDING, HEAD_KERNEL, KERNEL, SCALAR, VECTOR
+from layout_optax.presets import (
+    DEFAULT,
+    EMBEDDING,
+    EXPERTS,
+    HEAD_KERNEL,
+    KERNEL,
+    SCALAR,
+    VECTOR,
+    Preset,
+)
 from layout_optax.stacks import Stack, find_stack
 
 Rule: TypeAlias = tuple[str, "ParamLayout | Role | None"]
@@ -43,10 +46,27 @@ _BY_ROLE: Mapping[str, ParamLayout] = {
 
 @dataclasses.dataclass(frozen=True)
 class Inferred:
-    """A leaf's layout (None: not ours) and, for `describe`, why it was chosen."""
+    """A leaf's layout and why it was chosen.
+
+    Attributes:
+      layout: with non-negative axes; None: not ours.
+      assumed: the rule or preset that decided, for `describe`.
+      grade: what decided: the user's ``"rule"``, or see `Preset.grade`.
+      guess: what is not certain, or empty.
+      other: the layout if the guess is wrong, where there is one.
+    """
 
     layout: ParamLayout | None
     assumed: str
+    grade: Literal["rule", "name", "general", "shape"] = "name"
+    guess: str = ""
+    other: ParamLayout | None = None
+
+    @property
+    def note(self) -> str:
+        """``assumed``, marked where it is a guess."""
+        by_shape = self.grade == "shape" and self.layout is not None and self.layout.row_axes
+        return f"guess: {self.assumed}" if self.guess or by_shape else self.assumed
 
 
 def infer_leaf(keys: Sequence[Any], shape: tuple[int, ...], rules: Sequence[Rule] = ()) -> Inferred:
@@ -74,62 +94,42 @@ def _infer(
     ndim = len(shape)
     for pattern, value in rules:
         if re.search(pattern, path):
-            return Inferred(_read_rule(pattern, value, path, ndim), f"rule {pattern!r}")
+            layout = _read_rule(pattern, value, path, ndim)
+            return Inferred(layout, f"rule {pattern!r}", "rule")
     if not named:
         layouts = {0: SCALAR, 1: VECTOR}
         reason = "unnamed: last two axes (in, out)" if ndim > 1 else "unnamed"
-        return Inferred(layouts.get(ndim, KERNEL).resolve(ndim), reason)
+        return Inferred(layouts.get(ndim, KERNEL).resolve(ndim), reason, "shape")
     name = path.replace(".", "/")  # the flat names of a state dictionary
     stack = find_stack(name, ndim)
-    kept = [axis for axis in range(ndim) if axis not in stack.axes]
+    found = _look_up(name, keyless, shape, stack)
+    if found is None:
+        raise UnexplainedLeafError(path, shape, stack)
+    preset, layout = found
+    guess, other = preset.guess, None
+    if stack.guess:
+        guess = stack.guess
+        again = _look_up(name, keyless, shape, Stack((1,))) if ndim > 1 else None
+        other = None if again is None else again[1]
+    elif guess:
+        other = ParamLayout(layout.role, layout.column_axes, layout.row_axes)
+    return Inferred(layout, preset.name + stack.note, preset.grade, guess, other)
+
+
+def _look_up(
+    name: str, keyless: bool, shape: tuple[int, ...], stack: Stack
+) -> tuple[Preset, ParamLayout] | None:
+    """The first preset for one layer of a leaf, and the layout of the whole leaf."""
+    kept = [axis for axis in range(len(shape)) if axis not in stack.axes]
     layer = tuple(shape[axis] for axis in kept)
     for preset in DEFAULT:
         if (layout := preset.find(name, layer, keyless)) is not None:
-            layout = layout.resolve(len(layer), path)
+            layout = layout.resolve(len(layer), name)
             rows, columns = (
                 [kept[axis] for axis in axes] for axes in (layout.row_axes, layout.column_axes)
             )
-            return Inferred(ParamLayout(layout.role, rows, columns), preset.name + stack.note)
-    raise ValueError(_unexplained(path, shape, stack))
-
-
-def infer_layout(params: PyTree, rules: Sequence[Rule] = ()) -> PyTree:
-    """Infers the `ParamLayout` of every parameter from its path and shape.
-
-    To give a transformation rules of your own, pass
-    ``layout=functools.partial(infer_layout, rules=[...])``.
-
-    Two readings are assumptions that `describe` prints: a leaf under a ``layers`` or ``blocks`` component
-    that carries no index is a stack with one more leading axis, and MaxText's ``decoder/layers`` keeps
-    that axis second. A gate and an up projection fused in one axis cannot be expressed: they are one
-    matrix here.
-
-    Args:
-      params: a pytree of arrays or `jax.ShapeDtypeStruct`.
-      rules: ``(pattern, layout)`` pairs, tried before the presets, first match wins. The pattern is a
-        regular expression searched in the path (``layers/0/mlp/up/kernel``); the layout is a
-        `ParamLayout` (negative axes leave leading axes to the batch), a role, or None: not ours,
-        which the hybrids give to AdamW.
-
-    Returns:
-      A tree like ``params`` with a `ParamLayout` at each leaf, ``optax.MaskedNode()`` where not ours.
-
-    Raises:
-      ValueError: for a named leaf that no rule explains, with its path and the rule to add.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> tree = infer_layout({"lm_head": {"kernel": jnp.ones((8, 100))}})
-      >>> tree["lm_head"]["kernel"]
-      ParamLayout(role='head', row_axes=(1,), column_axes=(0,))
-    """
-
-    def infer(keys, leaf):
-        if is_empty(leaf):
-            return leaf
-        return infer_leaf(keys, np.shape(leaf), rules).layout or optax.MaskedNode()
-
-    return jax.tree_util.tree_map_with_path(infer, params, is_leaf=is_empty)
+            return preset, ParamLayout(layout.role, rows, columns)
+    return None
 
 
 def _is_name(key: Any) -> bool:
@@ -150,15 +150,46 @@ def _read_rule(pattern: str, value: Any, path: str, ndim: int) -> ParamLayout | 
     return None if layout is None else layout.resolve(ndim, path)
 
 
-def _unexplained(path: str, shape: tuple[int, ...], stack: Stack) -> str:
-    assumed = f" (read as a stack{stack.note}: its 'layers' or 'blocks' has no index)"
-    return (
-        f"layout: no rule explains '{path}' of shape {shape}{assumed if stack.axes else ''}. Say which "
-        "axes are its rows (outputs) and columns (inputs); the others are batch axes: "
-        f"layout=functools.partial(infer_layout, rules=[(r'{re.escape(path)}$', "
-        "ParamLayout('matrix', row_axes=(-1,), column_axes=(-2,)))]), or None instead of the layout to "
-        "leave it to AdamW."
-    )
+class UnexplainedLeafError(ValueError):
+    """A named leaf that no rule explains; the message gives its path and the rule to add."""
+
+    def __init__(
+        self, path: str, shape: tuple[int, ...], stack: Stack, features: Collection[int] = ()
+    ):
+        """Takes the sizes of the model's features, if they are known, to say which axes are which."""
+        self.path, self.shape, self.stack = path, shape, stack
+        assumed = f" (read as a stack{stack.note}: its 'layers' or 'blocks' has no index)"
+        rows, columns = _suggested_axes(path, shape, stack, features)
+        super().__init__(
+            f"layout: no rule explains '{path}' of shape {shape}{assumed if stack.axes else ''}. Say which "
+            "axes are its rows (outputs) and columns (inputs); the others are batch axes: "
+            f"layout=functools.partial(infer_layout, rules=[(r'{anchored(path)}', "
+            f"ParamLayout('matrix', row_axes={rows}, column_axes={columns}))]), or None instead of the "
+            "layout to leave it to AdamW."
+        )
 
 
-__all__ = ["Inferred", "LayoutLike", "Rule", "infer_layout", "infer_leaf"]
+def _suggested_axes(
+    path: str, shape: tuple[int, ...], stack: Stack, features: Collection[int]
+) -> tuple[str, str]:
+    """Rows and columns to suggest; ``OUTPUTS`` and ``INPUTS`` where nothing tells them."""
+    axes = [axis for axis in range(len(shape)) if axis not in stack.axes]
+    inner = [axis for axis in axes if shape[axis] in features]
+    if re.search(r"(?i)conv", path) and len(axes) > 2:
+        rows, columns = axes[-1:], axes[:-1]
+    elif len(axes) < 2 or len(inner) != 1:
+        return "OUTPUTS", "INPUTS"
+    else:
+        if EXPERTS.search(path) and len(axes) == 3 and inner[0] != axes[0]:
+            axes = axes[1:]  # one matrix an expert
+        others = [axis for axis in axes if axis != inner[0]]
+        rows, columns = (inner, others) if inner[0] == axes[-1] else (others, inner)
+    return str(tuple(rows)), str(tuple(columns))
+
+
+def anchored(path: str) -> str:
+    """A pattern that finds this path alone."""
+    return f"^{re.escape(path)}$"
+
+
+__all__ = ["Inferred", "LayoutLike", "Rule", "UnexplainedLeafError", "anchored", "infer_leaf"]

@@ -78,7 +78,11 @@ def state_shardings(
         for shape in shapes
     )
     try:
-        with jax.sharding.use_abstract_mesh(twin):
+        # JAX changes the size of the mesh in context by way of an empty one only.
+        with (
+            jax.sharding.use_abstract_mesh(AbstractMesh((), ())),
+            jax.sharding.use_abstract_mesh(twin),
+        ):
             state = jax.eval_shape(tx.init, abstract)
     except Exception as error:
         if "shard" in str(error).lower():

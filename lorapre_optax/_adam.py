@@ -276,6 +276,7 @@ def lorapre_adamw(
         others=others,
         learning_rate=learning_rate,
         layout=layout,
+        rank=rank,
         **whole_model,
     )
 

@@ -15,7 +15,7 @@ from lorapre_optax._adam import (
 )
 from lorapre_optax._factors import DampingKind
 from lorapre_optax._moment import InitialSubspace
-from lorapre_optax._rank import RankLike
+from lorapre_optax._rank import RankLike, checking_keys
 from sage_optax import scale_by_sage, scale_by_sinkhorn
 
 
@@ -140,4 +140,6 @@ def lorapre_sinkgd(
         "matrix": matrix,
         OTHER: adam,
     }
-    return by_role(directions, learning_rate, layout=layout, **whole_model)
+    tx = by_role(directions, learning_rate, layout=layout, **whole_model)
+    roles = ("embedding", "head") if head_rule == "table" else ("embedding",)
+    return checking_keys(tx, rank, layout, roles)

@@ -211,6 +211,7 @@ def lorapre_lion(
         others=others,
         learning_rate=learning_rate,
         layout=layout,
+        rank=rank,
         family="lion",
         sage=scale_by_sage(b1, b2, layout=layout),
         **whole_model,

@@ -20,13 +20,15 @@ import jax.numpy as jnp
 import optax
 
 from layout_optax.axes import compute_dtype, shape_without, zeros_without
+from layout_optax.boxes import refuse_boxes
 from layout_optax.fit import check_shapes
 from layout_optax.hyperparameters import Number, at, check_float_dtype, check_number, check_one_of
 from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty
 from layout_optax.leaves import LayoutLeaves, flatten_with_layout
+from layout_optax.notes import note
 from lorapre_optax import _factors
 from lorapre_optax._factors import DampingKind
-from lorapre_optax._rank import RankLike, check_rule, leaf_rank, warn_of_full_ranks
+from lorapre_optax._rank import RankLike, check_rule, leaf_rank, look_up, warn_of_full_ranks
 from lorapre_optax._solves import damped_inverses
 from lorapre_optax._subspace import Start, gradient_rights
 
@@ -164,6 +166,7 @@ def init(options: MomentOptions, layout: LayoutLike, seed: int = 0) -> Callable[
     """
 
     def init_fn(params: PyTree) -> LowRankState:
+        refuse_boxes(params)
         leaves = flatten_with_layout(layout, params)
         leaves.check_trainable()
         check_rule(options.rank, leaves)
@@ -294,8 +297,12 @@ def _start(path: str, layout: ParamLayout, leaf: Any, options: MomentOptions, se
     fallback = options.full_rank_fallback
     rank = leaf_rank(options.rank, path, layout, leaf.shape, fallback=fallback)
     if rank is None:
+        asked = look_up(options.rank, path, layout, tuple(leaf.shape)) is not None
+        why = "full-rank fallback" if asked else "full"
+        note(path, "full_moment", why, "low_rank")
         full = zeros_without(leaf, (), dtype)
         return Kept(optax.MaskedNode(), optax.MaskedNode(), full)
+    note(path, "low_rank", str(rank), "low_rank")
     factors = _factors.init_factors(path, leaf, layout, rank, dtype, seed)
     return Kept(*factors, optax.MaskedNode())
 

@@ -277,5 +277,6 @@ def lorapre_muon(
         table=table,
         learning_rate=learning_rate,
         layout=layout,
+        rank=rank,
         **whole_model,
     )

@@ -7,13 +7,15 @@ import math
 import numbers
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import optax
 
-from layout_optax.layout import ROLES, ParamLayout
-from layout_optax.leaves import LayoutLeaves
+from layout_optax.doubts import matches, nearest, warn_once
+from layout_optax.layout import ROLES, LayoutLike, ParamLayout, PyTree
+from layout_optax.leaves import LayoutLeaves, flatten_with_layout
 
 RankLike: TypeAlias = (
     int
@@ -56,7 +58,7 @@ def leaf_rank(
     rows, columns = (
         math.prod(shape[axis] for axis in axes) for axes in (layout.row_axes, layout.column_axes)
     )
-    value = _look_up(rank, path, layout, tuple(shape))
+    value = look_up(rank, path, layout, tuple(shape))
     if value is not None:
         value = _as_int(value, path, min(rows, columns))
     if value is None or layout.role == "vector" or rows * columns == 0:
@@ -66,7 +68,11 @@ def leaf_rank(
     return min(value, rows, columns)
 
 
-def check_rule(rank: RankLike, leaves: LayoutLeaves) -> None:
+def check_rule(
+    rank: RankLike,
+    leaves: LayoutLeaves,
+    roles: Collection[str] = ("embedding", "head", "matrix"),
+) -> None:
     """Refuses a mapping with a key that matches nothing, or none that matches a leaf with rows and columns.
 
     A key may be the path of a leaf that another optimizer has (so that the result of `suggest_ranks` can be
@@ -78,23 +84,24 @@ def check_rule(rank: RankLike, leaves: LayoutLeaves) -> None:
     tables = [
         (path, layout)
         for path, layout in zip(leaves.paths, leaves.layouts, strict=True)
-        if layout is not None and layout.role != "vector"
+        if layout is not None and layout.role in roles
     ]
     if not isinstance(rank, Mapping) or not tables:
         return
     for key in rank:
         if key in ROLES or key in leaves.paths:
             continue
-        try:
-            found = any(re.search(key, path) for path in leaves.paths)
-        except (re.error, TypeError) as error:
+        if not isinstance(key, str):
             raise ValueError(
-                f"rank: the key {key!r} is neither a role, a path nor a regular expression ({error})."
-            ) from None
-        if not found:
-            near = difflib.get_close_matches(key, [*ROLES, *leaves.paths], 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"rank: the key {key!r} matches no parameter.{hint}")
+                f"rank: key {key!r} is neither a role, a path nor a regular expression."
+            )
+        if not matches(key, tuple(leaves.paths), "rank: key"):
+            near = difflib.get_close_matches(key, ROLES, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"{nearest(key, tuple(leaves.paths))}."
+            raise ValueError(
+                f"rank: key {key!r} is no role ({', '.join(ROLES)}) and matches no parameter; {hint} "
+                "Correct the key or remove it."
+            )
     if rank and all(_key(rank, path, layout) is None for path, layout in tables):
         path, layout = tables[0]
         raise ValueError(
@@ -113,7 +120,7 @@ def warn_of_full_ranks(options_rank: RankLike, leaves: LayoutLeaves) -> None:
             continue
         asked += 1
         if leaf_rank(options_rank, path, layout, leaf.shape) is None:
-            value = _look_up(options_rank, path, layout, tuple(leaf.shape))
+            value = look_up(options_rank, path, layout, tuple(leaf.shape))
             useless.append((path, tuple(leaf.shape), value, layout))
     if not useless:
         return
@@ -140,7 +147,52 @@ def _key(rank: Mapping[str, Any], path: str, layout: ParamLayout) -> str | None:
     return None
 
 
-def _look_up(rank: Any, path: str, layout: ParamLayout, shape: tuple[int, ...]) -> Any:
+def warn_of_other_roles(rank: RankLike, leaves: LayoutLeaves, roles: Collection[str]) -> None:
+    """Warns of keys of a mapping that only match parameters whose moments are no factors.
+
+    Args:
+      rank: see `RankLike`.
+      leaves: of all parameters.
+      roles: those whose moments can be factors.
+    """
+    if not isinstance(rank, Mapping):
+        return
+    found = {
+        path: layout.role
+        for path, layout in zip(leaves.paths, leaves.layouts, strict=True)
+        if layout is not None
+    }
+    for key, value in rank.items():
+        if key in ROLES or key in found or value is None:
+            continue
+        hit = {path: role for path, role in found.items() if re.search(key, path)}
+        if hit and not any(role in roles for role in hit.values()):
+            path, role = next(iter(hit.items()))
+            warn_once(
+                f"rank: {key!r} matches parameters that get no factors here, '{path}' for one, whose "
+                f"role is {role!r}. Factors are for: {', '.join(sorted(roles))}."
+            )
+
+
+def checking_keys(
+    tx: optax.GradientTransformationExtraArgs,
+    rank: RankLike,
+    layout: LayoutLike,
+    roles: Collection[str],
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation, whose init checks the keys of ``rank`` on all parameters."""
+
+    def init_fn(params: PyTree) -> PyTree:
+        if isinstance(rank, Mapping):
+            leaves = flatten_with_layout(layout, params)
+            check_rule(rank, leaves, roles)
+            warn_of_other_roles(rank, leaves, roles)
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init_fn, tx.update)
+
+
+def look_up(rank: Any, path: str, layout: ParamLayout, shape: tuple[int, ...]) -> Any:
     """The rule's answer for one leaf: a number or None."""
     if isinstance(rank, Mapping):
         key = _key(rank, path, layout)

@@ -7,6 +7,7 @@ import optax
 from layout_optax.hyperparameters import choose
 from layout_optax.layout import LayoutLike
 from layout_optax.routing import OTHER, WholeModel, by_role
+from lorapre_optax._rank import RankLike, checking_keys
 from sage_optax import scale_by_sage
 
 Others: TypeAlias = Literal["adamw", "sage"]
@@ -22,6 +23,7 @@ def route_matrices(
     family: str = "adamw",
     sage: optax.GradientTransformation | None = None,
     table: optax.GradientTransformation | None = None,
+    rank: RankLike = None,
     **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
     """One optimizer for a model: `layout_optax.by_role` with low-rank momentum on the matrices.
@@ -36,6 +38,7 @@ def route_matrices(
       family: the name that ``others`` has for ``full``.
       sage: SAGE's direction; None for its defaults.
       table: direction of embedding and head; None for that of ``others``.
+      rank: of the matrices, whose keys are checked against all parameters at init.
       **whole_model: see `layout_optax.by_role`.
     """
     sage = scale_by_sage(layout=layout) if sage is None else sage
@@ -46,4 +49,5 @@ def route_matrices(
         "matrix": matrix,
         OTHER: full,
     }
-    return by_role(directions, learning_rate, layout=layout, **whole_model)
+    tx = by_role(directions, learning_rate, layout=layout, **whole_model)
+    return checking_keys(tx, rank, layout, ("matrix",))

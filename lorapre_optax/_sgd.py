@@ -97,6 +97,7 @@ def lorapre_sgd(
         others=others,
         learning_rate=learning_rate,
         layout=layout,
+        rank=rank,
         family="sgd",
         **whole_model,
     )

@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from layout_optax.axes import compute_dtype, shape_without, zeros_without
+from layout_optax.axes import (
+    close_statistic,
+    compute_dtype,
+    open_statistic,
+    shape_without,
+    zero_statistic,
+    zeros_without,
+)
+from layout_optax.boxes import refuse_boxes
 from layout_optax.fit import check_shapes, check_state_type
 from layout_optax.hyperparameters import (
     at,
@@ -136,19 +144,20 @@ def scale_by_sage(
     int8 = dtype == jnp.int8
 
     def init_fn(params: optax.Params) -> SageState:
+        refuse_boxes(params)
         check_layout(layout, params)
         ours = flatten_with_layout(layout, params)
         ours.check_trainable()
 
         def zero_magnitude(path, layout, param):
-            return zeros_without(param, layout.row_axes, compute_dtype(param.dtype))
+            return zero_statistic(param, layout.row_axes, compute_dtype(param.dtype))
 
         return SageState(
             count=jnp.zeros([], jnp.int32),
             mu=ours.map(lambda _, layout, p: zeros_without(p, (), dtype or p.dtype)),
             magnitude=None if damper is None else ours.map(zero_magnitude),
             mu_row_max=(
-                ours.map(lambda _, layout, p: zeros_without(p, layout.column_axes, jnp.float32))
+                ours.map(lambda _, layout, p: zero_statistic(p, layout.column_axes, jnp.float32))
                 if int8
                 else None
             ),
@@ -172,6 +181,7 @@ def scale_by_sage(
             rate1, rate2, offset = numbers
             if damper is not None or int8:  # otherwise optax.lion's own arithmetic
                 if int8:
+                    row_max = open_statistic(row_max, g, layout.column_axes)
                     mu = decode(mu, row_max, layout)
                 wide = max(
                     compute_dtype(narrow), compute_dtype(mu.dtype), key=lambda each: each.itemsize
@@ -180,12 +190,15 @@ def scale_by_sage(
                 rate1, rate2, offset = in_dtype(wide, *numbers)
             direction, mu = lion_step(g, mu, rate1, rate2)
             if damper is not None:
+                magnitude = open_statistic(magnitude, g, layout.row_axes)
                 damping, magnitude = sage_damping(
                     g, magnitude, layout, count, rate2, offset, damper, eps_mode
                 )
+                magnitude = close_statistic(magnitude, g, layout.row_axes)
                 direction = direction * damping
             if int8:
                 mu, row_max = encode(mu, path, layout, count)
+                row_max = close_statistic(row_max, g, layout.column_axes)
             return _Leaf(direction.astype(narrow), mu, magnitude, row_max)
 
         steps = ours.map(step, *(_or_nones(ours, tree) for tree in state[1:]))
@@ -314,6 +327,7 @@ def sage_damper(
             return jnp.zeros_like(magnitude)
         check_shapes(path, g.shape, magnitude, shape_without(g.shape, layout.row_axes))
         g = g.astype(compute_dtype(g.dtype))
+        magnitude = open_statistic(magnitude, g, layout.row_axes)
         found, _ = sage_damping(g, magnitude, layout, count, decay, offset, damper, eps_mode)
         return jnp.squeeze(found, layout.row_axes)
 

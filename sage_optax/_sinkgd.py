@@ -14,6 +14,7 @@ from jax.core import Tracer
 from layout_optax.hyperparameters import check_layout, check_mask, check_number, check_rate
 from layout_optax.layout import LayoutLike
 from layout_optax.leaves import flatten_with_layout
+from layout_optax.notes import note
 from layout_optax.promotion import in_gradient_dtype, with_standard_promotion
 from layout_optax.routing import decayed_weights, scale_by_rate
 from sage_optax._sinkhorn import Variant, sinkhorn
@@ -90,8 +91,10 @@ def scale_by_sinkhorn(
 
     def init_fn(params: Any) -> optax.EmptyState:
         check_layout(layout, params)
+        leaves = flatten_with_layout(layout, params)
         # What no rule explains, or nothing can train, is an error now and not in a step.
-        flatten_with_layout(layout, params).check_trainable()
+        leaves.check_trainable()
+        leaves.map(lambda path, *_: note(path, "sinkgd"))
         return optax.EmptyState()
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):

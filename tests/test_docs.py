@@ -10,6 +10,7 @@ import importlib
 import json
 import pathlib
 import re
+import subprocess
 import statistics
 
 import jax.numpy as jnp
@@ -229,3 +230,23 @@ def test_times_of_the_choosing_page_are_those_that_were_measured():
         assert update == f"{updates[label]:.2f}", label
     (noise,) = re.findall(r"against itself comes to ([\d.]+);", page)
     assert noise == f"{updates['AdamW']:.2f}"
+
+
+def test_the_site_brings_what_its_search_needs_without_a_server():
+    text = (ROOT / "mkdocs.yml").read_text()
+    assert "\n  - offline" in text
+    # The offline plugin takes this name for its own shim, which it would load from another host.
+    assert "polyfills: [javascripts/iframe-worker.js]" in text
+    script = (DOCS / "javascripts" / "iframe-worker.js").read_text()
+    assert 'location.protocol === "file:"' in script
+    assert "window.IFrameWorker = window.Worker" in script
+
+
+def test_fast_documentation_runs_no_notebook():
+    def dry_run(*arguments):
+        command = ["make", "-n", "-C", str(ROOT), "docs", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert "DOCS_FAST=1" in dry_run("ARGS=--fast")
+    assert "DOCS_FAST" not in dry_run()
+    assert 'os.environ.get("DOCS_FAST")' in (ROOT / "tools/docs/notebooks.py").read_text()

@@ -37,8 +37,8 @@ MAY_IMPORT = {
 
 
 PUBLIC = {
-    "layout_optax": """ANY_LEAF MemoryReport ParamLayout WholeModel adam_direction by_role describe infer_layout
-        memory_report resolve_layout state_bytes state_shardings unboxed""",
+    "layout_optax": """ANY_LEAF LayoutWarning MemoryReport ParamLayout WholeModel adam_direction by_role
+        describe infer_layout memory_report resolve_layout state_bytes state_shardings unboxed""",
     "sage_optax": """STATIC_ARGS ParamLayout SageState describe lion_hybrid sage sage_damper sage_hybrid
         scale_by_sage scale_by_sinkhorn sinkgd sinkgd_hybrid state_shardings unboxed""",
     "lorapre_optax": """RECOMMENDED STATIC_ARGS LorapreAdamState LowRankState ParamLayout describe lorapre_adamw

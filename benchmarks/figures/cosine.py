@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.faithfulness import MOMENTS
-from benchmarks.figures.style import BLUE, GREEN, RED, finish, panels, save
+from benchmarks.figures.style import finish, panels, save
+from examples.llama.comparing.palette import BLUE, GREEN, RED
 
 
 def middles(results: Mapping[str, Any], ranks: Sequence[int], moment: str, what: str) -> np.ndarray:

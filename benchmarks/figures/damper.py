@@ -10,9 +10,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
+from matplotlib.ticker import FuncFormatter
 
 from benchmarks.figures.observe import Seen
-from benchmarks.figures.style import BLUE, ORANGE, RED, finish, panels, save
+from benchmarks.figures.style import finish, panels, save
+from examples.llama.comparing.palette import BLUE, ORANGE, RED
 from examples.llama.training.step_statistics import sage_states
 from layout_optax import ParamLayout, infer_layout
 from sage_optax import SageState, sage_damper
@@ -97,26 +99,40 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
     figure, axes = panels(3)
     for panel, (role, title) in zip(axes, ROLES.items(), strict=False):
         least, low, middle, high = np.array(results["roles"][role]["quantiles"]).T
-        panel.fill_between(results["steps"], low, high, color=BLUE, alpha=0.2, linewidth=0)
+        band = "first to last tenth of columns"
+        panel.fill_between(
+            results["steps"], low, high, color=BLUE, alpha=0.2, linewidth=0, label=band
+        )
         panel.plot(results["steps"], middle, color=BLUE, label="median of columns")
-        panel.plot(results["steps"], least, color=RED, linewidth=1, label="smallest")
-        finish(panel, f"Damper H: {title}", "step", "H", ylim=(0, 1.05))
-        panel.legend(fontsize=9, loc="lower right" if least[-1] > 0.3 else "center right")
+        panel.plot(results["steps"], least, color=RED, linewidth=1, label="smallest column")
+        finish(
+            panel, title.capitalize(), "training step", "damper H (1: no damping)", ylim=(0, 1.05)
+        )
+        panel.legend(
+            fontsize=9, loc="lower right", bbox_to_anchor=(1, 0 if least[-1] > 0.3 else 0.25)
+        )
     panel = axes[2]
     for role, colour in (("vector", ORANGE), ("embedding", BLUE)):
         columns = results["columns"][role]
         panel.scatter(columns["s"], columns["h"], s=9, color=colour, alpha=0.5, label=ROLES[role])
     s = np.geomspace(0.01, 20, 200)
-    panel.plot(s, np.minimum(1, 1 / s), color="0.2", linewidth=1, label="rms / s, at most 1")
+    panel.plot(
+        s,
+        np.minimum(1, 1 / s),
+        color="0.2",
+        linewidth=1,
+        label="rms / s, at most 1: what the latest gradient allows",
+    )
     finish(
         panel,
         f"Every column at step {results['chosen']}",
-        "s / rms(s), this step's column",
-        "H",
+        "s, the mean size of a column's gradient, as a multiple of its rms over the columns (log scale)",
+        "damper H (1: no damping)",
         xscale="log",
         ylim=(0, 1.05),
         xlim=(0.01, 20),
     )
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.legend(fontsize=9, loc="lower left")
     save(figure, path)
 

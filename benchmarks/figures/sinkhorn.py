@@ -13,7 +13,8 @@ import optax
 
 from benchmarks.faithfulness import matrices_of
 from benchmarks.figures.observe import Seen
-from benchmarks.figures.style import BLUE, GREEN, ORANGE, RED, finish, panels, save
+from benchmarks.figures.style import finish, panels, save
+from examples.llama.comparing.palette import BLUE, GREEN, ORANGE, RED
 from layout_optax import ParamLayout, infer_layout
 from sage_optax import scale_by_sinkhorn
 

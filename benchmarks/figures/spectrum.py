@@ -13,7 +13,8 @@ import numpy as np
 
 from benchmarks.faithfulness import matrices_of
 from benchmarks.figures.observe import Seen
-from benchmarks.figures.style import BLUE, GREEN, ORANGE, PINK, RED, SKY, finish, panels, save
+from benchmarks.figures.style import finish, panels, save, whole_numbers
+from examples.llama.comparing.palette import BLUE, GREEN, ORANGE, PINK, RED, SKY
 
 B1, B2 = 0.9, 0.95
 SHARES = (0.5, 0.9, 0.99)
@@ -104,15 +105,26 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
     ):
         left.plot(np.arange(1, len(held) + 1), held, color=colour, label=f"step {step}")
     left.legend(fontsize=9, loc="lower right")
-    title = "First moment: energy held by rank r"
-    finish(left, title, "rank r", "share of energy, median", xscale="log", ylim=(0, 1.02))
-    for panel, (name, words) in zip(right, TRACKED.items(), strict=True):
+    title = "First moment: what its first r directions hold"
+    finish(
+        left,
+        title,
+        "rank r (log scale)",
+        "share of energy, median of matrices",
+        xscale="log",
+        ylim=(0, 1.02),
+    )
+    whole_numbers(left.xaxis)
+    shown = {**TRACKED, "size": "average of the gradient's magnitudes |G|"}
+    for panel, (name, words) in zip(right, shown.items(), strict=True):
         for share, colour in zip(SHARES, (GREEN, BLUE, RED), strict=True):
             low, middle, high = np.array(results["ranks"][name][str(share)]).T
             panel.fill_between(results["steps"], low, high, color=colour, alpha=0.15, linewidth=0)
             panel.plot(results["steps"], middle, color=colour, label=f"{share:.0%} of the energy")
-        panel.legend(fontsize=9, loc="upper right")
-        finish(panel, f"Rank that holds it: {words}", "step", "rank", yscale="log", ylim=(0.9, 200))
+        panel.legend(fontsize=9, loc="upper right", title="bands: first to last tenth of matrices")
+        title = f"Smallest rank that holds a share of the energy: {words}"
+        finish(panel, title, "training step", "rank (log scale)", yscale="log", ylim=(0.9, 200))
+        whole_numbers(panel.yaxis)
     save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""What the pictures share: colours that everyone can tell apart, grids, and where they are written."""
+"""What the pictures share: sizes, grids, and where they are written."""
 
 from __future__ import annotations
 
@@ -11,29 +11,37 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-BLUE, RED, GREEN, PINK, SKY, ORANGE = (
-    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"),
-)
-"""Of Okabe and Ito's palette."""
+from examples.llama.comparing.plots import WIDTH
 
 
-def panels(columns: int, height: float = 4.0, **options: Any) -> tuple[Figure, Any]:
-    """A row of panels, wide enough that its letters can be read at the width of a page."""
-    return plt.subplots(
-        1, columns, figsize=(4.6 * columns, height), layout="constrained", **options
-    )
+def panels(columns: int, height: float = 4.2, **options: Any) -> tuple[Figure, Any]:
+    """Two panels in a row or three in a column: letters can be read where the picture is 700 pixels wide."""
+    if columns > 2:
+        size = (WIDTH, 3.4 * columns)
+        return plt.subplots(columns, 1, figsize=size, layout="constrained", **options)
+    return plt.subplots(1, columns, figsize=(WIDTH, height), layout="constrained", **options)
 
 
 def finish(axes: Axes, title: str, across: str, up: str, **options: Any) -> None:
     """Titles, grid and whatever `Axes.set` takes."""
-    axes.set(title=title, xlabel=across, ylabel=up, **options)
+    axes.set(xlabel=across, ylabel=up, **options)
+    axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
+
+
+def whole_numbers(axis: Axis) -> None:
+    """Ranks as whole numbers on a logarithmic axis."""
+    axis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 50, 100, 200]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def save(figure: Figure, path: pathlib.Path) -> None:
     """Writes the picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
+    figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,17 +10,21 @@ from typing import Any
 import jax
 
 from benchmarks.common import circumstances, describe_circumstances
+from benchmarks.quality.pareto import Point, plot_pareto
 from benchmarks.quality.rows import ROWS, SEEDS, QualityRow
 from benchmarks.tokens.file import Tokens, load_tokens, tokens_sha256
-from benchmarks.tokens.page import sections
+from benchmarks.tokens.page import GROUP, sections, summarize
 from benchmarks.tokens.searches import Search
 from benchmarks.tokens.shapes import shape
 from benchmarks.tokens.sharing import plain_command
 from benchmarks.tokens.store import SharedStore
 from benchmarks.tokens.worker import Protocol, Worker
 from examples.llama.data.dataset import DataConfig, prepare_data
+from examples.llama.optimizers.variants import parse_variant
 
 NAME = "quality_long"
+OURS = ("sage", "sinkgd", "lion_hybrid", "lorapre")
+"""How the names of this repository's optimizers begin."""
 BATCH, LENGTH = 16, 128
 """Sequences of a step on a CPU, and their predicted tokens."""
 DEVICE_BATCH, DEVICE_LENGTH = 32, 512
@@ -82,12 +87,42 @@ def long_content(folder: pathlib.Path) -> Mapping[str, Any]:
     return SharedStore(folder / f"{NAME}.json").content
 
 
+def long_points(content: Mapping[str, Any]) -> list[Point]:
+    """The rows of the newest group of cells as points of the Pareto plot."""
+    if not content["cells"]:
+        return []
+    last = content["cells"][-1]
+    own = [cell for cell in content["cells"] if all(cell[n] == last[n] for n in GROUP)]
+    return [
+        Point(
+            row["label"],
+            100 * row["best"]["state_ratio"],
+            math.exp(row["loss"]),
+            math.exp(row["spread"][0]),
+            math.exp(row["spread"][1]),
+            parse_variant(row["variant"]).optimizer.startswith(OURS),
+        )
+        for row in summarize(own)
+        if math.isfinite(row["loss"])
+    ]
+
+
+def plot_long(folder: pathlib.Path) -> None:
+    """Draws perplexity against state, once there are rows."""
+    content = long_content(folder)
+    points = long_points(content)
+    if points:
+        title = f"Perplexity against state after {content['cells'][-1]['budget'] / 1e6:.4g} million tokens"
+        command = content["circumstances"]["command"]
+        plot_pareto(points, folder / f"{NAME}_pareto.png", title, command)
+
+
 def long_section(content: Mapping[str, Any]) -> str:
     """The part of the page about the long table."""
     begin = """## Long
 
 Each row at a budget of tokens, at its own rate and its own ratio of the rate of embedding and head to it (1,
-0.3, 0.1, as long as a smaller one helps), searched at full length."""
+0.3, 0.1 or 3, 10, as long as one helps), searched at full length."""
     if not content["cells"]:
         return f"""{begin} No row has been run yet. This runs them on two CPU cores (128 wide, 4 layers):
 
@@ -96,5 +131,7 @@ Each row at a budget of tokens, at its own rate and its own ratio of the rate of
 and this on an accelerator (256 wide, 6 layers):
 
     python -m benchmarks.quality --tokens 16.384e6 --file tokens.npz --workers 3"""
-    found = [begin, describe_circumstances(content["circumstances"]), *sections(content, "###")]
+    picture = f"![perplexity against optimizer state]({NAME}_pareto.png)"
+    facts = describe_circumstances(content["circumstances"])
+    found = [begin, facts, *sections(content, "###"), picture]
     return "\n\n".join(part.strip() for part in found)

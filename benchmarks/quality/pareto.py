@@ -14,12 +14,13 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from examples.llama.comparing.plots import perplexity_axis, save, write_footer
+from examples.llama.comparing.labels import FONT, label_points
+from examples.llama.comparing.palette import GREY
+from examples.llama.comparing.plots import WIDTH, perplexity_axis, save, write_footer
 
 LEFT_EDGE = 0.1
 """Per cent of AdamW's state at the left edge; what has less stands on it."""
 _CROWDED_FROM = 12.0  # per cent; names of the points from here on stand beside the plot
-_OURS, _PEERS = "#0072B2", "#7F7F7F"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Point:
         low: Lowest perplexity of a seed.
         high: Highest.
         ours: Whether it is one of this repository's.
+        colour: That of its optimizer.
     """
 
     label: str
@@ -41,6 +43,7 @@ class Point:
     low: float
     high: float
     ours: bool
+    colour: str = GREY
 
 
 def front(points: Sequence[Point]) -> list[Point]:
@@ -77,8 +80,8 @@ def spread_out(places: Sequence[float], distance: float, top: float) -> list[flo
 
 def plot_pareto(points: Sequence[Point], path: pathlib.Path, title: str, footer: str) -> None:
     """Draws the points with the range of their seeds, and the front as a stair."""
-    figure, axes = plt.subplots(figsize=(11.4, 6.4))
-    figure.subplots_adjust(left=0.08, right=0.66, top=0.93, bottom=0.12)
+    figure, axes = plt.subplots(figsize=(WIDTH, 7.6))
+    figure.subplots_adjust(left=0.08, right=0.6, top=0.94, bottom=0.11)
     axes.set_xscale("log")
     axes.set_xlim(LEFT_EDGE, 150)
     best = front(points)
@@ -96,7 +99,7 @@ def plot_pareto(points: Sequence[Point], path: pathlib.Path, title: str, footer:
             point.perplexity,
             yerr=[[point.perplexity - point.low], [point.high - point.perplexity]],
             fmt="o" if point.ours else "s",
-            color=_OURS if point.ours else _PEERS,
+            color=point.colour,
             markeredgecolor="black" if point in best else "none",
             markersize=7,
             linewidth=1,
@@ -107,17 +110,17 @@ def plot_pareto(points: Sequence[Point], path: pathlib.Path, title: str, footer:
     perplexity_axis(axes)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     axes.set_xlabel(
-        "optimizer state, of AdamW's (log scale; what has less stands on the left edge)"
+        "optimizer state, per cent of AdamW's (log scale; less stands on the left edge)"
     )
-    axes.set_title(title)
+    axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
+    for label, marker in (("this repository", "o"), ("others", "s")):
+        axes.plot([], [], linestyle="none", label=label, marker=marker, color=GREY)
+    axes.errorbar([], [], yerr=[], label="lowest to highest of three seeds", color=GREY, capsize=2)
+    axes.plot([], [], color="0.6", label="not beaten in both (black rim, bold)")
+    axes.legend(loc="lower left", fontsize=FONT)
     figure.canvas.draw()
     _name(axes, points, best)
-    for label, ours in (("this repository", True), ("others", False)):
-        marker, colour = ("o", _OURS) if ours else ("s", _PEERS)
-        axes.plot([], [], linestyle="none", label=label, marker=marker, color=colour)
-    axes.plot([], [], color="0.6", label="not beaten in both (black rim)")
-    axes.legend(loc="lower left", fontsize=8)
     write_footer(figure, footer)
     save(figure, path)
 
@@ -133,14 +136,15 @@ def _name(axes: Axes, points: Sequence[Point], best: Sequence[Point]) -> None:
         (point for point in points if point.share >= _CROWDED_FROM), key=lambda p: p.perplexity
     )
     heights = [to_axes.transform((_place(point), point.perplexity))[1] for point in crowded]
-    for point, height in zip(crowded, spread_out(heights, 0.042, 1.0), strict=True):
+    for point, height in zip(crowded, spread_out(heights, 0.029, 1.0), strict=True):
         axes.annotate(
             f"{point.label}  {point.perplexity:.1f}",
             (_place(point), point.perplexity),
             xytext=(1.03, height),
             textcoords="axes fraction",
-            fontsize=8,
+            fontsize=FONT,
             va="center",
+            color=point.colour,
             weight="bold" if point in best else "normal",
             arrowprops={
                 "arrowstyle": "-",
@@ -150,23 +154,15 @@ def _name(axes: Axes, points: Sequence[Point], best: Sequence[Point]) -> None:
                 "relpos": (0, 0.5),
             },
         )
-    ends: list[
-        tuple[float, float]
-    ] = []  # right end and height of the names above their points so far
-    for point in sorted(points, key=lambda p: p.share):
-        if point.share >= _CROWDED_FROM:
-            continue
-        x, y = to_axes.transform((_place(point), point.perplexity))
-        text = f"{point.label}  {point.perplexity:.1f}"
-        above = all(x > end or abs(y - height) > 0.05 for end, height in ends)
-        if above:
-            ends.append((x + 0.011 * len(text), y))
-        axes.annotate(
-            text,
-            (_place(point), point.perplexity),
-            xytext=(7, 4) if above else (-5, -12),
-            textcoords="offset points",
-            ha="left" if above else "right",
-            fontsize=8,
-            weight="bold" if point in best else "normal",
-        )
+    label_points(
+        axes,
+        [
+            (
+                _place(point),
+                point.perplexity,
+                f"{point.label}  {point.perplexity:.1f}" if point not in crowded else "",
+                point.colour,
+            )
+            for point in points
+        ],
+    )

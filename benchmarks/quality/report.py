@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from benchmarks.common import describe_circumstances, table
 from benchmarks.quality.cells import Cells, as_row, perplexity_text
-from benchmarks.quality.long import long_content, long_section
+from benchmarks.quality.long import OURS, long_content, long_section, plot_long
 from benchmarks.quality.pareto import Point, plot_pareto
 from benchmarks.quality.rows import (
     DAMPER_RATES,
@@ -27,10 +27,14 @@ from benchmarks.quality.rows import (
     QualityRow,
     damper_key,
 )
+from examples.llama.comparing import palette
+from examples.llama.comparing.labels import name_at_the_right
+from examples.llama.comparing.palette import row_styles
 from examples.llama.comparing.plots import (
+    WIDTH,
+    keep_room,
     perplexity_axis,
     plot_comparison,
-    row_styles,
     save,
     write_footer,
 )
@@ -38,8 +42,6 @@ from examples.llama.comparing.rows import Row
 from examples.llama.optimizers.variants import Variant, parse_variant
 from examples.llama.reporting.files import write_json
 
-OURS = ("sage", "sinkgd", "lion_hybrid", "lorapre")
-"""How the names of this repository's optimizers begin."""
 TITLE = f"Demo Llama: {FULL} steps of 2048 tokens"
 
 
@@ -49,6 +51,7 @@ def write_report(cells: Cells, folder: pathlib.Path, facts: Mapping[str, Any]) -
     write_json(cells.path, cells.stored)
     text = page(cells, facts, long_section(long_content(folder)))
     (folder / "quality.md").write_text(text.rstrip() + "\n")
+    plot_long(folder)
     rows = finished_rows(cells)
     if rows:
         plot_comparison(rows, folder / "quality.png", TITLE, facts["command"])
@@ -102,6 +105,7 @@ def points(cells: Cells) -> list[Point]:
                     min(perplexities),
                     max(perplexities),
                     parse_variant(row.key).optimizer.startswith(OURS),
+                    palette.colour(parse_variant(row.key).optimizer),
                 )
             )
     return found
@@ -134,20 +138,24 @@ def plot_robustness(
     curves: Mapping[str, Sequence[tuple[float, float]]], path: pathlib.Path, footer: str
 ) -> None:
     """Draws perplexity against the rate as a multiple of the best one; a diverged run ends its line."""
-    figure, axes = plt.subplots(figsize=(9.5, 5.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(WIDTH, 6.0), layout="constrained")
+    keep_room(figure, write_footer(figure, footer))
     rows = [_bare_row(key) for key in curves]
+    ends = []
     for (key, points), style in zip(curves.items(), row_styles(rows), strict=True):
         best = min(points, key=lambda point: point[1])[0]
         finite = [(rate / best, loss) for rate, loss in points if math.isfinite(loss)]
-        axes.plot(*zip(*finite, strict=True), label=shown(key).label, **{**style, "linestyle": "-"})
+        axes.plot(*zip(*finite, strict=True), **style)
+        ends.append((shown(key).label, *finite[-1], style))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel("peak learning rate as a multiple of the best one")
-    axes.set_title(f"Held-out perplexity after {TRIAL} steps against the rate")
+    axes.set_xlabel("peak learning rate, as a multiple of the best one (log scale)")
+    axes.set_title(
+        f"Held-out perplexity after {TRIAL} steps against the rate, one seed", fontsize=11
+    )
     perplexity_axis(axes)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8)
-    write_footer(figure, footer)
+    name_at_the_right(axes, ends)
     save(figure, path)
 
 

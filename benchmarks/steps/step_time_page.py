@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +12,13 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.common import describe_circumstances, table
 from benchmarks.steps.updates import VARIANTS
+from examples.llama.comparing import palette
+from examples.llama.comparing.labels import FONT
+from examples.llama.comparing.plots import WIDTH
 
 TARGETS = {
     "sage_hybrid": 1.0,
@@ -21,8 +26,6 @@ TARGETS = {
 }
 """Largest ratio of the update to AdamW's that is aimed at on a CPU."""
 COMPILE_TARGET = 1.5
-OURS, PEERS = "#0072B2", "#999999"
-_PEER_NAMES = ("adamw", "lion", "adafactor", "muon", "galore")
 
 
 def page(content: dict[str, Any]) -> str:
@@ -109,41 +112,60 @@ What is above its aim, and why:
 
 
 def plot(content: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws every ratio as a bar with the quartiles of its pairs, a panel a table."""
+    """Draws every ratio as a bar with the quartiles of its pairs: whole steps, then updates by size."""
     groups = [group for group in _groups(content) if group[0][-1] == "keep"]
-    columns = min(3, len(groups))
-    lines = -(-len(groups) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 4.6 * lines), squeeze=False)
-    for axis in axes.flat[len(groups) :]:
-        axis.set_visible(False)
-    for axis, ((kind, preset, dtype, device, _), cells) in zip(axes.flat, groups, strict=False):
-        ratios = [cell["time"]["ratio"] for cell in cells]
-        spread = [
-            [
-                max(0.0, cell["time"]["ratio"] - cell["time"]["ratio_quartiles"][0])
-                for cell in cells
-            ],
-            [
-                max(0.0, cell["time"]["ratio_quartiles"][1] - cell["time"]["ratio"])
-                for cell in cells
-            ],
-        ]
-        names = [cell["variant"].partition(":")[0] for cell in cells]
-        colours = [PEERS if name in _PEER_NAMES else OURS for name in names]
-        axis.barh(range(len(cells)), ratios, xerr=spread, color=colours, ecolor="#333333")
+    groups.sort(key=lambda group: (group[0][0] == "update", _adamw_seconds(group[1])))
+    lines = [len(cells) for _, cells in groups]
+    figure, axes = plt.subplots(
+        len(groups),
+        1,
+        figsize=(WIDTH, 0.235 * sum(lines) + 0.6 * len(groups) + 0.9),
+        height_ratios=lines,
+        layout="constrained",
+        sharex=True,
+        squeeze=False,
+    )
+    figure.suptitle(
+        "Time of a step or update as a multiple of AdamW's (thin lines: quartiles of pairs)\n"
+        "products alone: the matrix products that LoRA-Pre Adam cannot do without",
+        fontsize=11,
+    )
+    for axis, ((kind, preset, dtype, device, _), cells) in zip(axes.flat, groups, strict=True):
+        for place, cell in enumerate(cells):
+            timed, name = cell["time"], cell["variant"].partition(":")[0]
+            low, high = timed["ratio_quartiles"]
+            ratio = timed["ratio"]
+            spread = [[max(0.0, ratio - low)], [max(0.0, high - ratio)]]
+            axis.barh(place, ratio - 1, left=1, color=palette.colour(name), height=0.7)
+            axis.errorbar(ratio, place, xerr=spread, color="0.2", linewidth=1, fmt="none")
+            end = max(1.0, ratio + spread[1][0])
+            axis.text(1.06 * end, place, f"{ratio:.2f}", fontsize=FONT, va="center")
         axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.set_yticks(range(len(cells)), [cell["label"] for cell in cells])
+        labels = [cell["label"].replace("LoRA-Pre Adam's products", "products") for cell in cells]
+        axis.set_yticks(range(len(cells)), labels, fontsize=FONT)
         axis.invert_yaxis()
-        what = "update" if kind == "update" else "whole step"
-        axis.set_title(f"{preset}, {dtype}\n{what}, {device}", fontsize=9)
-        axis.set_xlabel("time / AdamW's (quartiles of pairs)")
-        for place, (ratio, above) in enumerate(zip(ratios, spread[1], strict=True)):
-            text = f" {ratio:.2f}"
-            axis.text(max(1.0, ratio + above), place, text, fontsize=8, verticalalignment="center")
-        axis.set_xlim(0, 1.15 * max(1.0, *(r + a for r, a in zip(ratios, spread[1], strict=True))))
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+        what = "update and apply" if kind == "update" else "the trainer's whole step"
+        axis.set_title(f"{preset}, {dtype}: {what}, {device}", fontsize=10)
+        axis.set_xscale("log")
+        axis.grid(axis="x", alpha=0.3)
+        axis.tick_params(labelbottom=True)
+    longest = max(cell["time"]["ratio_quartiles"][1] for _, cells in groups for cell in cells)
+    last = axes.flat[-1]
+    last.set_xlim(0.5, 1.5 * max(longest, 2.0))
+    last.xaxis.set_major_locator(FixedLocator([t for t in _TICKS if t <= longest or t <= 2]))
+    last.xaxis.set_minor_locator(NullLocator())
+    last.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    last.set_xlabel("time, multiple of AdamW's on the same tree (log scale)")
+    figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+_TICKS = (0.5, 0.7, 1, 2, 3, 5, 10, 20, 30, 50, 100)
+
+
+def _adamw_seconds(cells: Sequence[dict[str, Any]]) -> float:
+    """AdamW's median time beside these cells, by which sizes of models are put in order."""
+    return statistics.median(cell["time"]["baseline_median_seconds"] for cell in cells)
 
 
 def _groups(content: dict[str, Any]) -> list[tuple[tuple[str, ...], list[dict[str, Any]]]]:

@@ -5,8 +5,9 @@
 
 The first command needs the trainer's packages and makes the file; the second needs the file alone, and fits
 an accelerator by default: 256 wide, 6 layers, tied table of 8192, 16.4 million tokens a run. `--list` names
-what is searched (`benchmarks.tokens.searches`), `--optimizers` other variants with the rate where each search
-begins:
+what is searched (`benchmarks.tokens.searches`); `issue` is all of it, with the best crossings, the hypotheses
+and a trace of SAGE-Hybrid (`benchmarks.tokens.issue`). `--optimizers` names other variants, each with the rate
+where its search begins:
 
     python -m benchmarks.tokens tokens.npz --optimizers adamw=3e-3,sage+muon=6e-3
 
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 
 from benchmarks.common import circumstances
 from benchmarks.tokens.file import load_tokens
+from benchmarks.tokens.issue import everything
 from benchmarks.tokens.page import page
 from benchmarks.tokens.rules import register_crossing
 from benchmarks.tokens.searches import LISTS, RATIOS, Search
@@ -177,8 +179,12 @@ def _work(
     given: Sequence[str],
 ) -> None:
     keep_freed_memory()
+    claims = options.out / f".{NAME}_claims"
     worker = _worker(options, store, given)
-    for line in worker.work(searches, options.out / f".{NAME}_claims"):
+    lines = worker.work(searches, claims)
+    if options.list == "issue" and not options.only:
+        lines = everything(worker.of, worker.protocol, claims)
+    for line in lines:
         print(line, flush=True)
 
 

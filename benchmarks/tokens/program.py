@@ -19,7 +19,6 @@ from examples.llama.model.loss import next_token_loss
 from examples.llama.training.program import Program
 from examples.llama.training.settings import Settings
 from examples.llama.training.step import (
-    Batch,
     StepRecord,
     TrainState,
     make_train_step,
@@ -171,7 +170,7 @@ class TokenProgram:
             "parameters": self.program.parameter_count(),
         }
 
-    def _heldout(self, tokens: Tokens) -> Sequence[Batch]:
+    def _heldout(self, tokens: Tokens) -> Sequence[dict[str, np.ndarray]]:
         settings = self.settings
         if tokens.largest >= settings.model.vocab_size:
             raise ValueError(
@@ -182,7 +181,8 @@ class TokenProgram:
         count = min(HELDOUT_BATCHES, len(found) // settings.batch_size)
         if count == 0:
             raise ValueError(f"{len(found)} held-out windows do not fill a batch")
-        return [{"tokens": rows} for rows in np.split(found[: count * settings.batch_size], count)]
+        parts = np.split(found[: count * settings.batch_size], count)
+        return [{"tokens": part} for part in parts]
 
     @cached_property
     def _loss_fn(self) -> Callable[..., tuple[jax.Array, jax.Array]]:

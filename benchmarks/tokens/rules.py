@@ -77,21 +77,21 @@ def _lorapre_adam(rank: int) -> Make:
 
 
 TABLES: Mapping[str, Rule] = {
-    "adamw": Rule("AdamW", _adam, 3e-3),
-    "sage": Rule("SAGE", sage_optax.scale_by_sage, 1e-3),
-    "sage_int8": Rule("SAGE int8", lambda: sage_optax.scale_by_sage(mu_dtype=jnp.int8), 1e-3),
+    "adamw": Rule("AdamW", _adam, 1.2e-2),
+    "sage": Rule("SAGE", sage_optax.scale_by_sage, 4e-3),
+    "sage_int8": Rule("SAGE int8", lambda: sage_optax.scale_by_sage(mu_dtype=jnp.int8), 4e-3),
     **{
         f"sage_rows_{power:g}": Rule(
             f"SAGE, row damper {power:g}",
             lambda power=power: sage_optax.scale_by_sage(row_damper=power),
-            1e-3,
+            8e-3,
         )
         for power in ROW_POWERS
     },
-    "lion": Rule("Lion", optax.scale_by_lion, 1e-3),
-    "factored": Rule("factored RMS", _factored, 3e-3),
+    "lion": Rule("Lion", optax.scale_by_lion, 2e-3),
+    "factored": Rule("factored RMS", _factored, 1.2e-2),
     **{
-        f"lorapre_adam_r{rank}": Rule(f"LoRA-Pre Adam r={rank}", _lorapre_adam(rank), 3e-3)
+        f"lorapre_adam_r{rank}": Rule(f"LoRA-Pre Adam r={rank}", _lorapre_adam(rank), 1.2e-2)
         for rank in RANKS
     },
 }
@@ -99,29 +99,29 @@ TABLES: Mapping[str, Rule] = {
 MATRICES: Mapping[str, Rule] = {
     "adamw": Rule("AdamW", _adam, 2e-3),
     "muon": Rule("Muon", _muon(rank=None, nesterov=True), 6e-3),
-    "orthogonal": Rule("orthogonalised gradient", _muon(rank=1, mu=0.0), 6e-3),
+    "orthogonal": Rule("orthogonalised gradient", _muon(rank=1, mu=0.0), 2.4e-2),
     "sinkgd": Rule("SinkGD", _sinkgd("unit", 5), 1e-3),
     "sinkgd_1": Rule("SinkGD, 1 iteration", _sinkgd("unit", 1), 1e-3),
     "sinkgd_sqrt": Rule("SinkGD sqrt", _sinkgd("sqrt", 5), 2e-3),
     "sinkgd_sqrt_1": Rule("SinkGD sqrt, 1 iteration", _sinkgd("sqrt", 1), 2e-3),
     "sinkgd_ema": Rule(
-        "SinkGD sqrt on the EMA", _sinkgd("sqrt", 5, lambda: optax.ema(0.95, debias=False)), 2e-3
+        "SinkGD sqrt on the EMA", _sinkgd("sqrt", 5, lambda: optax.ema(0.95, debias=False)), 1e-3
     ),
     **{
         f"sinkgd_ema_r{rank}": Rule(
             f"SinkGD sqrt on the low-rank EMA r={rank}",
             _sinkgd("sqrt", 5, _low_rank_ema(rank)),
-            2e-3,
+            1e-3,
         )
         for rank in RANKS
     },
     **{
-        f"lorapre_muon_r{rank}": Rule(f"LoRA-Pre Muon r={rank}", _muon(rank=rank), 6e-3)
+        f"lorapre_muon_r{rank}": Rule(f"LoRA-Pre Muon r={rank}", _muon(rank=rank), 1.2e-2)
         for rank in RANKS
     },
     **{
         f"lorapre_muon_r{rank}_residual": Rule(
-            f"LoRA-Pre Muon r={rank} residual", _muon(rank=rank, residual=0.9), 6e-3
+            f"LoRA-Pre Muon r={rank} residual", _muon(rank=rank, residual=0.9), 1.2e-2
         )
         for rank in RANKS
     },

@@ -11,6 +11,8 @@ from examples.llama.comparing.tuning import search_rate
 
 RATIOS = (1.0, 0.3, 0.1)
 """The tables' rate over the matrices', in the order in which they are tried."""
+HIGHER_RATIOS = (3.0, 10.0)
+"""Tried where the first of `RATIOS` is better than the second."""
 BASE = "adamw+muon"
 """The pair beside which single rules are replaced."""
 MOST_TRIALS = 7
@@ -48,8 +50,8 @@ def search(
 ) -> tuple[float, float]:
     """Searches; returns the best rates of matrices and tables.
 
-    With both rates, smaller ratios are tried as long as the last one was better; each begins at the best
-    rate of the one before.
+    With both rates, smaller ratios are tried as long as the last one was better, and larger ones where the
+    second was no better than the first; each begins at the best rate of the one before.
 
     Args:
         run: See `Run`.
@@ -79,19 +81,25 @@ def search(
             return found.best.rate, tables
         found = search_rate(lambda rate: run(matrices, rate), wanted.start, max_trials=MOST_TRIALS)
         return matrices, found.best.rate
-    best, start = None, wanted.start
-    for ratio in ratios:
-        found = search_rate(
-            lambda rate, ratio=ratio: run(rate, rounded(rate * ratio)),
-            start,
-            max_trials=MOST_TRIALS,
-        )
-        if best is not None and found.best.loss >= best[0]:
+    loss, best = _at(run, ratios[0], wanted.start)
+    for direction in (ratios[1:], HIGHER_RATIOS if len(ratios) > 1 else ()):
+        before = best
+        for ratio in direction:
+            found, rates = _at(run, ratio, best[0])
+            if found >= loss:
+                break
+            loss, best = found, rates
+        if best != before:
             break
-        start = found.best.rate
-        best = found.best.loss, (start, rounded(start * ratio))
-    assert best is not None
-    return best[1]
+    return best
+
+
+def _at(run: Run, ratio: float, start: float) -> tuple[float, tuple[float, float]]:
+    """The lowest loss at a ratio, and its rates."""
+    found = search_rate(
+        lambda rate: run(rate, rounded(rate * ratio)), start, max_trials=MOST_TRIALS
+    ).best
+    return found.loss, (found.rate, rounded(found.rate * ratio))
 
 
 def rounded(rate: float) -> float:
@@ -146,10 +154,10 @@ def composites() -> list[Search]:
 
 
 LISTS: dict[str, Callable[[], list[Search]]] = {
-    "base": lambda: [Search(BASE, 6e-3, seeds=3)],
+    "base": lambda: [Search(BASE, 1.2e-2, seeds=3)],
     "matrices": matrix_rules,
     "tables": table_rules,
     "methods": methods,
     "composites": composites,
 }
-"""The lists by name; `issue` in the command line is all of them in this order."""
+"""The lists by name."""

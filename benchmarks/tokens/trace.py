@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.tokens.file import Tokens, batches, windows
-from benchmarks.tokens.program import TokenProgram
+from benchmarks.tokens.program import OutOfTimeError, TokenProgram
 from examples.llama.optimizers.sage import damper_arguments
 from examples.llama.training.step import StepRecord
 from examples.llama.training.step_statistics import damper_statistics, update_statistics
@@ -40,7 +40,7 @@ def trace_run(
         ratio: The tables' rate over it.
         seed: Of parameters and order.
         points: Stretches of the run.
-        left: Seconds that are left; the run ends early without them.
+        left: Seconds that are left.
 
     Returns:
         `points`: for each stretch `tokens` at its end, the mean training `loss`, and the means of
@@ -48,6 +48,9 @@ def trace_run(
         `rows/GROUP/update` and `rows/GROUP/moved` (rms of a row group's update, and of its distance from
         the start at the end of the stretch), groups from the rarest, 0, to the most frequent;
         `group_share`: the share of the training tokens that each group is.
+
+    Raises:
+        OutOfTimeError: No seconds are left.
     """
     settings = program.settings
     groups, share = row_groups(tokens.train, settings.model.vocab_size)
@@ -74,7 +77,7 @@ def trace_run(
             found.append({name: float(f"{value:.5g}") for name, value in point.items()})
             sums.clear()
             if left() <= 0:
-                break
+                raise OutOfTimeError
     return {"points": found, "group_share": [round(float(part), 5) for part in share]}
 
 

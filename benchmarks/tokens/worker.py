@@ -87,6 +87,19 @@ class Worker:
         self._program: tuple[str, TokenProgram] | None = None
         self._pace = 0.0
 
+    def of(self, protocol: Protocol) -> Worker:
+        """A worker of another table, with the time that is left."""
+        return Worker(
+            protocol,
+            self.tokens,
+            self.store,
+            self.facts,
+            seconds=self.left(),
+            ratios=self.ratios,
+            base=self._given_base,
+            force_claims=self.force_claims,
+        )
+
     def left(self) -> float:
         """Seconds that are left."""
         return self._end - time.monotonic()
@@ -96,7 +109,7 @@ class Worker:
 
         A search that fails (memory, an operation that the device lacks) is left out with its reason.
         """
-        missing = list(searches)
+        missing, claims = list(searches), self.claims(claims)
         while missing and self.left() > 0:
             busy = True
             for wanted in list(missing):
@@ -134,15 +147,27 @@ class Worker:
         found = self.best(BASE)
         return None if found is None else (found["learning_rate"], found["table_rate"])
 
+    def cells(self) -> list[dict[str, Any]]:
+        """The cells of the table that there are."""
+        self.store.refresh()
+        shared = self.shared()
+        return [
+            cell
+            for cell in self.store.cells
+            if all(cell[name] == value for name, value in shared.items())
+        ]
+
+    def claims(self, folder: pathlib.Path) -> pathlib.Path:
+        """Where claims on this table's searches are."""
+        parts = [str(value) for value in vars(self.protocol).values()]
+        return folder / "-".join([*parts, self.tokens.sha256[:12]])
+
     def best(self, variant: str) -> dict[str, Any] | None:
         """The cell of a variant with the lowest loss, of the first seed."""
         found = [
             cell
-            for cell in self.store.cells
-            if cell["variant"] == variant
-            and cell["heldout_loss"] is not None
-            and cell["seed"] == 0
-            and all(cell[name] == value for name, value in self.shared().items())
+            for cell in self.cells()
+            if cell["variant"] == variant and cell["heldout_loss"] is not None and cell["seed"] == 0
         ]
         return min(found, key=lambda cell: cell["heldout_loss"], default=None)
 

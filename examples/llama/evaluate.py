@@ -25,15 +25,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate(config: EvaluateConfig) -> int:
     quiet_orbax()
-    summary = run(config)
+    console = Console()
+    summary = run(config, console)
     low, high = summary["interval_95"]
-    Console().print(
+    for line in (
         f"{summary['correct']} of {summary['problems']} right: {100 * summary['accuracy']:.2f} % "
-        f"(95 % interval {100 * low:.2f} to {100 * high:.2f}); written to {config.out}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+        f"(95 % interval {100 * low:.2f} to {100 * high:.2f})",
+        f"{summary['without_answer']} responses without an answer, {summary['not_stopped']} ended by "
+        "the limit (--new-tokens)",
+        f"Written to {config.out}",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -3,23 +3,28 @@
     python -m examples.llama.export --model runs/metamath --out exported --dtype bfloat16
 
 MODEL is the folder of a run of `train` or `finetune`, whose newest whole checkpoint is taken (adapters are
-merged into the matrices), or a Hugging Face folder to write in another dtype. The tokenizer goes along.
+merged into the matrices), or a Hugging Face folder to write in another dtype. The tokenizer goes along,
+with the files in which `transformers` looks for special tokens. Who may read them is for your umask to say.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from examples.llama.data.tokenizer import BOS, EOS
 from examples.llama.finetuning.loading import Model, load_model
 from examples.llama.model.hf_write import TOKENIZER_FILES, Dtype, save_folder
 from examples.llama.reporting.command import command
+from examples.llama.reporting.files import write_json, write_text
 from examples.llama.reporting.folders import check_output
+from examples.llama.reporting.progress import waiting
 from examples.llama.training.orbax_noise import quiet_orbax
 
 
@@ -60,8 +65,8 @@ def export(config: ExportConfig) -> list[Path]:
         tokenizer=_tokenizer_folder(model),
         overwrite=config.overwrite,
     )
-    _name_stop_tokens(config.out / "config.json", model)
-    return written
+    _name_special_tokens(config.out / "config.json", model)
+    return [*written, *_generation_files(config.out, model, {path.name for path in written})]
 
 
 def _tokenizer_folder(model: Model) -> Path:
@@ -73,13 +78,42 @@ def _tokenizer_folder(model: Model) -> Path:
     return hub if same else model.folder
 
 
-def _name_stop_tokens(path: Path, model: Model) -> None:
-    """Says in config.json which tokens end a text, where a base has not said it."""
+def _name_special_tokens(path: Path, model: Model) -> None:
+    """Says in config.json which tokens begin and end a text, where a base has not said it."""
     fields = json.loads(path.read_text(encoding="utf-8"))
-    if fields.get("eos_token_id") is None and model.stop_ids:
-        stop = list(model.stop_ids)
-        fields["eos_token_id"] = stop[0] if len(stop) == 1 else stop
-        path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    before = dict(fields)
+    for name, ids in (("eos_token_id", model.stop_ids), ("bos_token_id", _begin(model))):
+        if fields.get(name) is None and ids:
+            fields[name] = ids[0] if len(ids) == 1 else list(ids)
+    if fields != before:
+        write_text(path, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def _begin(model: Model) -> tuple[int, ...]:
+    """The token that begins a text, if the tokenizer is one that is trained here."""
+    begin = model.tokenizer.token_to_id(BOS)
+    return () if begin is None else (begin,)
+
+
+def _generation_files(folder: Path, model: Model, there: Collection[str]) -> list[Path]:
+    """Writes what `transformers` reads beside the weights, where no base has brought it."""
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id") if name in fields}
+    wanted: dict[str, dict[str, Any]] = {"generation_config.json": ids}
+    if _begin(model) and model.tokenizer.token_to_id(EOS) is not None:
+        wanted["tokenizer_config.json"] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "model_max_length": model.config.max_seq_len,
+            "clean_up_tokenization_spaces": False,
+        }
+    written = []
+    for name, content in wanted.items():
+        if content and name not in there:
+            write_json(folder / name, content)
+            written.append(folder / name)
+    return written
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,8 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _export(config: ExportConfig) -> int:
     quiet_orbax()
-    for path in export(config):
-        Console().print(str(path), markup=False, highlight=False, soft_wrap=True)
+    console = Console()
+    with waiting(console, "reading and writing"):
+        written = export(config)
+    for path in written:
+        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

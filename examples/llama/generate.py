@@ -19,6 +19,7 @@ from rich.console import Console
 from examples.llama.finetuning.loading import load_model
 from examples.llama.model.generation import Generator, Sampling
 from examples.llama.reporting.command import command
+from examples.llama.reporting.progress import waiting
 from examples.llama.training.orbax_noise import quiet_orbax
 
 
@@ -63,7 +64,8 @@ def _generate(config: GenerateConfig) -> int:
         new_tokens=config.new_tokens,
         stop_ids=stop_ids,
     )
-    completions = generator(prompts, sampling)
+    with waiting(console, "compiling and completing"):
+        completions = generator(prompts, sampling)
     for text, completion in zip(config.prompt, completions, strict=True):
         console.print(text, style="bold", end="", markup=False, soft_wrap=True, highlight=False)
         answer = model.decode(completion.tokens)

@@ -1,12 +1,12 @@
-"""Which optimizer fits: parameters, gradients and optimizer state of a Llama on each device, in seconds.
+"""Which optimizer fits: what a step holds on each device, in seconds, and the command that trains it.
 
     python -m examples.llama.plan --preset sage_1.3b --optimizers adamw,lion,sinkgd_hybrid,sage_hybrid
-    python -m examples.llama.plan --hf-config config.json --mesh fsdp=8 --dtype bfloat16
-    python -m examples.llama.plan --preset llama3.1_8b --finetune --rank 8 --dtype bfloat16 --device-gb 80
+    python -m examples.llama.plan --hf-config config.json --mesh fsdp=8 --batch-size 64 --seq-len 4096 --remat
+    python -m examples.llama.plan --preset llama3.1_8b --finetune --rank 8 --device-gb 80 --remat
 
-Everything is found by abstract evaluation of the optimizers themselves: nothing is allocated, and the devices
-of the mesh need not exist. Activations, the temporaries of a step and what the runtime takes are NOT counted:
-give what is known as `--activation-gb`, and leave a margin for the rest.
+Parameters, gradients and state come from abstract evaluation of the optimizers themselves, activations from
+the trace of the model: nothing is allocated, and the devices of the mesh need not exist. The optimizer's
+temporaries and what the runtime takes are NOT counted: `--margin` is for them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from examples.llama.comparing.plan import PlanConfig, answer, make_plan, plan_table
+from examples.llama.comparing.plan import PlanConfig, make_plan
+from examples.llama.comparing.plan_text import answer, plan_tables, title
 from examples.llama.reporting.command import command
 from examples.llama.reporting.files import write_json
 
@@ -35,13 +36,22 @@ def _plan(config: PlanConfig) -> int:
         return 0
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width of its own
-        console = Console(width=160)
-    console.print(plan_table(plan))
-    for line in answer(plan):
+        console = Console(width=200)
+
+    def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    for line in title(plan):
+        say(line)
+    for table in plan_tables(plan, console.width):
+        say("")
+        console.print(table)
+    say("")
+    for line in answer(plan):
+        say(line)
     if config.json is not None:
         write_json(Path(config.json), plan.to_dict())
-        console.print(f"Written to {config.json}", markup=False, highlight=False, soft_wrap=True)
+        say(f"Written to {config.json}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,9 +17,10 @@ import pytest
 from benchmarks.peers import register_peers
 from benchmarks.steps.programs import trainer_settings
 from benchmarks.tokens import __main__ as command
+from benchmarks.tokens import issue, shapes
 from benchmarks.tokens import searches as lists
-from benchmarks.tokens import shapes
 from benchmarks.tokens.file import batches, load_tokens, save_tokens
+from benchmarks.tokens.issue import crossings
 from benchmarks.tokens.make import main as make
 from benchmarks.tokens.make import make_tokens
 from benchmarks.tokens.page import summarize
@@ -106,7 +108,7 @@ def test_one_compile_serves_all_rates_and_gives_the_trainers_numbers(tokens):
     found = lists_of_batches(tokens, settings)
     curve = []
     for batch in found:
-        state, metrics, _ = trainer.step(state, batch, 1e-2)
+        state, metrics, _ = trainer.step(state, {"tokens": batch}, 1e-2)
         curve.append(round(float(metrics.loss), 4))
     assert [loss for _, loss in losses[0]] == pytest.approx(curve, abs=2e-4)
 
@@ -178,7 +180,17 @@ def test_a_search_ends_with_the_best_inside_and_stops_at_a_ratio_that_does_not_h
 
     assert search(run, Search("adamw", 1e-3)) == (8e-3, 8e-3)
     assert max(rate for rate, _ in tried) == 1.6e-2
-    assert {round(table / rate, 2) for rate, table in tried} == {1.0, 0.3}
+    assert {round(table / rate, 2) for rate, table in tried} == {1.0, 0.3, 3.0}
+    tried.clear()
+    assert search(run, Search("adamw", 1e-3), ratios=(1.0,)) == (8e-3, 8e-3)
+    assert {table / rate for rate, table in tried} == {1.0}
+
+
+def test_a_ratio_above_one_is_found_where_tables_want_the_higher_rate():
+    def run(rate, table_rate):
+        return abs(np.log(rate / 8e-3)) + abs(np.log(table_rate / 3.2e-2))
+
+    assert search(run, Search("adamw", 8e-3)) == (8e-3, 2.4e-2)
 
 
 SLOW = """
@@ -210,10 +222,11 @@ def test_a_killed_workers_claim_is_taken_over_and_its_cells_are_kept(arguments, 
     first = start([*arguments, "--stop"])
     assert first.stdout is not None
     assert first.stdout.readline() == "RAN\n"
-    assert claim(tmp_path / ".recipes_claims", "adamw@both") is None  # it lives
+    (claims,) = (tmp_path / ".recipes_claims").iterdir()
+    assert claim(claims, "adamw@both") is None  # it lives
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    assert (tmp_path / ".recipes_claims" / "adamw@both" / "run.lock").exists()
+    assert (claims / "adamw@both" / "run.lock").exists()
     command.main(arguments)  # it had stored nothing: its run was not over
     cells = stored(tmp_path)["cells"]
     rates = [cell["learning_rate"] for cell in cells]
@@ -283,6 +296,85 @@ def test_a_trace_follows_updates_damper_and_rows(arguments, tmp_path):
     store = SharedStore(tmp_path / "recipes.json")
     store.trace({**found, "points": []}, {})
     assert [one["points"] for one in store.content["traces"]] == [[]]
+
+
+def cell(variant, loss, rate=1e-2, seed=0):
+    return {"variant": variant, "heldout_loss": loss, "learning_rate": rate, "seed": seed}
+
+
+def test_the_best_rules_are_crossed():
+    found = crossings(
+        [
+            cell("adamw+muon", 4.0),
+            cell("sage+muon", 3.9),
+            cell("lion+muon", 4.3),
+            cell("factored+muon", 4.1),
+            cell("sage+muon", None),
+            cell("adamw+sinkgd", 4.2, 2e-3),
+            cell("adamw+sinkgd", 4.5, 4e-3),
+            cell("adamw+orthogonal", 4.1, 3e-3),
+            cell("adamw+adamw", 4.15, seed=1),
+        ]
+    )
+    assert [(one.variant, one.start) for one in found] == [
+        ("sage+orthogonal", 3e-3),
+        ("sage+sinkgd", 2e-3),
+        ("factored+orthogonal", 3e-3),
+        ("factored+sinkgd", 2e-3),
+    ]
+
+
+@pytest.mark.extended
+def test_the_whole_list_goes_through_its_stages(arguments, tmp_path, monkeypatch, capsys):
+    """Every stage leaves its cells: single rules, crossings, composites, trace, hypotheses."""
+    few = {
+        "base": [Search("adamw+muon", 1e-2)],
+        "matrices": [Search("adamw+orthogonal", 1e-2, "matrices")],
+        "tables": [Search("lion+muon", 5e-3, "tables")],
+        "methods": [Search("sage_hybrid", 1e-2)],
+        "composites": [Search("factored+orthogonal", 1e-2)],
+    }
+    monkeypatch.setattr(issue, "LISTS", {name: lambda own=own: own for name, own in few.items()})
+    monkeypatch.setattr(issue, "HYPOTHESES", (Search("lion", 5e-3),))
+    monkeypatch.setattr(issue, "BIG_BATCH", 2)
+    monkeypatch.setattr("benchmarks.tokens.searches.MOST_TRIALS", 3)
+    monkeypatch.setitem(
+        shapes.SHAPES, "tiny_untied", dataclasses.replace(tiny.MODEL, tie_embeddings=False)
+    )
+    command.main([*arguments, "--list", "issue"])
+    content = stored(tmp_path)
+    asked = {one.variant for own in few.values() for one in own} | {"lion", "lion+orthogonal"}
+    assert {one["variant"] for one in content["cells"]} == asked
+    changed = {
+        (one["shape"], one["accumulate"], one["final_rate_fraction"])
+        for one in content["cells"]
+        if one["variant"] == "lion"
+    }
+    assert changed == {("tiny", 2, None), ("tiny_untied", 1, None), ("tiny", 1, 1.0)}
+    assert [one["variant"] for one in content["traces"]] == ["sage_hybrid"]
+    count = len(content["cells"])
+    capsys.readouterr()
+    command.main([*arguments, "--list", "issue"])
+    assert len(stored(tmp_path)["cells"]) == count
+    out = capsys.readouterr().out
+    assert out.count(" 0 runs") == out.count("runs in") == 9
+
+
+def test_the_whole_list_ends_with_its_time(arguments, tmp_path):
+    command.main([*arguments, "--list", "issue", "--minutes", "0"])
+    assert not (tmp_path / "recipes.json").exists()
+
+
+@pytest.mark.extended
+def test_one_command_starts_several_workers(tmp_path):
+    rng = np.random.default_rng(0)
+    save_tokens(tmp_path / "t.npz", rng.integers(0, 4096, 4000), rng.integers(0, 4096, 400), {})
+    given = ["--out", str(tmp_path), "--shape", "core", "--tokens", "256", "--batch-size", "2"]
+    given += ["--seq-len", "64", "--dtype", "float32", "--ratios", "1", "--workers", "2"]
+    command.main([str(tmp_path / "t.npz"), *given, "--optimizers", "adamw=1e-2,lion=1e-3"])
+    assert len(stored(tmp_path)["searches"]) == 2
+    with pytest.raises(SystemExit, match="workers ended with"):
+        command.main([str(tmp_path / "none.npz"), *given, "--optimizers", "adamw=1e-2"])
 
 
 def test_a_file_is_made_of_each_text_once_and_carries_its_hash(tmp_path, capsys):

@@ -218,20 +218,24 @@ def check_shardings(run, mesh, expected):
     assert {leaf.owner for leaf in found} <= set(given)
     assert len(found) >= 4
     for leaf in found:
-        spec = _state_spec(leaf.field, leaf.owner, given[leaf.owner])
+        spec = state_spec(leaf.field, leaf.owner, given[leaf.owner], mesh)
         where = NamedSharding(mesh, spec)
         assert leaf.value.sharding.is_equivalent_to(where, leaf.value.ndim), (
             f"{leaf.field} of {leaf.owner} is {leaf.value.sharding}, not {where}"
         )
 
 
-def _state_spec(field, owner, spec):
-    """Where a buffer of ours belongs, by hand: factors have a rank axis and then one of the matrix's axes."""
+def state_spec(field, owner, spec, mesh):
+    """Where a buffer of ours belongs, by hand: factors have a rank axis and then one of the matrix's axes.
+
+    The rank is 2: it takes the mesh axis of the other axis if that has two devices.
+    """
     rows, columns = (0, 1) if "embed" in owner or "weight" in owner else (1, 0)
+    ranked = lambda name: name if name and mesh.shape[name] == 2 else None  # noqa: E731
     if field == "left":
-        return P(None, spec[rows])
+        return P(ranked(spec[columns]), spec[rows])
     if field == "right":
-        return P(None, spec[columns])
+        return P(ranked(spec[rows]), spec[columns])
     if field == "magnitude" and len(spec) == 2:  # one number a column
         return P(spec[columns])
     assert field in ("mu", "nu", "full", "magnitude", "acc_grads", "z"), field

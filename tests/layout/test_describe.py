@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+import lorapre_optax
+import sage_optax
 from layout_optax import ParamLayout, describe, infer_layout, state_bytes
 from layout_optax.leaves import flatten_with_layout
 from tests.layout.llama_trees import STYLES, D, F, L, V
@@ -84,3 +86,41 @@ def test_a_bare_array_is_described():
     text = describe(jnp.ones((4, 6)), optax.adam(1e-3))
     assert "unnamed" in text
     assert text.splitlines()[-1].endswith(str(2 * 4 * 24 + 4))
+
+
+def _column(text, name):
+    lines = [[cell.strip() for cell in line.split(" | ")] for line in text.splitlines()]
+    column = lines[0].index(name)
+    return {line[0]: line[column] for line in lines[1:-2]}
+
+
+def test_what_trains_a_leaf_is_named_even_where_it_has_no_state():
+    params = STYLES["nnx_scanned"]()
+    found = _column(describe(params, sage_optax.sage_hybrid(1e-3)), "transformation")
+    assert found["embed_tokens/embedding"] == found["norm/scale"] == "sage"
+    assert found["layers/mlp/up_proj/kernel"] == "sinkgd"
+    found = _column(describe(params, lorapre_optax.lorapre_adamw(1e-3, 4)), "transformation")
+    assert found["embed_tokens/embedding"] == found["norm/scale"] == "full_moment"
+    assert found["layers/mlp/up_proj/kernel"] == "low_rank"
+    fallback = describe(params, lorapre_optax.lorapre_adamw(1e-3, 99))
+    assert _column(fallback, "transformation")["layers/mlp/up_proj/kernel"] == "full_moment"
+    assert _column(fallback, "rank")["layers/mlp/up_proj/kernel"] == "full-rank fallback"
+
+
+def test_frozen_leaves_are_told_from_those_trained_without_state():
+    params = STYLES["nnx_scanned"]()
+    labels = {"embed_tokens": "frozen", "layers": "sgd", "norm": "sgd", "lm_head": "sinkgd"}
+    rules = {"frozen": optax.set_to_zero(), "sgd": optax.sgd(1e-3), "sinkgd": sage_optax.sinkgd(1)}
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.partition(rules, labels))
+    found = _column(describe(params, tx), "transformation")
+    assert found["embed_tokens/embedding"] == "(frozen)"
+    assert found["norm/scale"] == found["layers/mlp/up_proj/kernel"] == "(stateless)"
+    assert found["lm_head/kernel"] == "sinkgd"
+
+
+def test_an_update_that_asks_for_more_than_gradients_leaves_open_what_is_frozen():
+    def update(updates, state, params=None, *, value, **extra_args):
+        return jax.tree.map(lambda u: u * value, updates), state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    assert "(stateless)" in describe({"up": {"kernel": jnp.ones((4, 6))}}, tx)

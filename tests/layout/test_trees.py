@@ -1,4 +1,4 @@
-"""Roles and axes of whole models, as Tunix, MaxText and Levanter name them, without a rule of the user's."""
+"""Roles and axes of whole models, as frameworks name them, without a rule of the user's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 from layout_optax.leaves import flatten_with_layout
 from tests.layout import trees
 
-MAXTEXT, TUNIX, HALIAX = (trees.models(name) for name in ("maxtext", "tunix", "haliax"))
+MAXTEXT, TUNIX, HALIAX, EASYDEL, HUGGING_FACE = (
+    trees.models(name) for name in ("maxtext", "tunix", "haliax", "easydel", "hugging_face")
+)
 
 EXPLAINED = {
     "heads in the output": r"self_attention_(local|global)/(query|key|value)/kernel$",
@@ -26,6 +28,7 @@ def found(leaves):
     """Path, leaf and layout of every leaf of a model."""
     flat = flatten_with_layout(None, trees.tree(leaves))
     by_path = {leaf.path.removesuffix("/0"): leaf for leaf in leaves}
+    assert len(by_path) == len(leaves)
     assert set(flat.paths) == set(by_path)
     for path, layout in zip(flat.paths, flat.layouts, strict=True):
         yield path, by_path[path], layout
@@ -36,7 +39,7 @@ def sizes(leaf, axes):
 
 
 def is_vector(path):
-    words = r"(norm|ln_\w+|scale(_\d+)?|bias|scalar|sinks|A_log|_beta|hc_base|conv1d|shared_expert_gate)"
+    words = r"(norm(_\d+)?|ln_\w+|scale(_\d+)?|bias|scalar|sinks|A_log|_beta|hc_base|conv1d|shared_expert_gate)"
     return re.search(rf"{words}(/(scale|kernel|weight|bias|w))?$", path) is not None
 
 
@@ -145,3 +148,40 @@ def test_qwix_factors_read_the_rank_as_their_inner_axis(model):
         axes = layout.row_axes if path.endswith("lora_a") else layout.column_axes
         assert sizes(leaf, axes) == (8,), path
         assert not layout.batch_axes(len(leaf.shape)), path
+
+
+@pytest.mark.parametrize("model", EASYDEL)
+def test_easydel_kernels_are_in_out_and_its_norms_are_vectors(model):
+    roles = []
+    for path, leaf, layout in found(EASYDEL[model]):
+        roles.append(layout.role)
+        if is_vector(path):
+            assert layout.role == "vector", path
+            continue
+        count = len(leaf.shape)
+        named = {"model/embed_tokens/embedding": "embedding", "lm_head/kernel": "head"}
+        assert layout.role == named.get(path, "matrix"), path
+        if layout.role != "embedding":
+            assert (layout.row_axes, layout.column_axes) == ((count - 1,), (count - 2,)), path
+            assert count == 2 + ("experts/" in path and "shared" not in path), path
+    assert roles.count("embedding") == 1
+    assert roles.count("head") == 1
+
+
+# The one tree whose names leave two readings; test_doubts.py has the warning.
+@pytest.mark.filterwarnings("ignore:.*GPT-OSS has its experts:layout_optax.LayoutWarning")
+@pytest.mark.parametrize("model", HUGGING_FACE)
+def test_hugging_face_equals_its_linear_modules(model):
+    for path, leaf, layout in found(HUGGING_FACE[model]):
+        if is_vector(path.replace(".", "/")):
+            assert layout.role == "vector", path
+        elif "embed_tokens" in path:
+            assert (layout.role, layout.row_axes, layout.column_axes) == ("embedding", (0,), (1,))
+        elif path == "lm_head.weight":
+            assert (layout.role, layout.row_axes, layout.column_axes) == ("head", (0,), (1,))
+        elif len(leaf.shape) == 3:  # experts in one parameter
+            in_first = model == "Llama4"
+            assert layout == type(layout)("matrix", *((2, 1) if in_first else (1, 2))), path
+        else:  # a linear module, or a router as one
+            assert leaf.numbers in (None, ((1,), (0,))), path
+            assert (layout.role, layout.row_axes, layout.column_axes) == ("matrix", (0,), (1,))

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import lorapre_optax
 import sage_optax
-from layout_optax import state_shardings
+from layout_optax import state_shardings, unboxed
 
 KINDS = {
     "explicit": (AxisType.Explicit, AxisType.Explicit),
@@ -149,20 +149,19 @@ def test_nnx_and_linen():
         kernel_init = nnx.with_partitioning(nnx.initializers.ones_init(), ("x", "y"))
         model = nnx.Linear(16, 32, kernel_init=kernel_init, rngs=nnx.Rngs(0))
         params = nnx.state(model, nnx.Param)
-        shardings = state_shardings(
-            lorapre_optax.low_rank_ema(0.9, 4), params, nnx.get_named_sharding(params, mesh)
-        )
+        tx = unboxed(lorapre_optax.low_rank_ema(0.9, 4))
+        shardings = state_shardings(tx, params, nnx.get_named_sharding(params, mesh))
     assert shardings.left["kernel"].get_value().spec == P("x", "y")
     assert shardings.right["kernel"].get_value().spec == P("y", "x")
-    assert shardings.full["bias"].get_value().spec == P(None)
+    assert shardings.full["bias"].spec == P(None)
 
     kernel_init = nn.with_partitioning(nn.initializers.ones_init(), ("x", "y"))
     boxed = jax.eval_shape(
         nn.Dense(32, kernel_init=kernel_init).init, jax.random.key(0), jnp.ones((2, 16))
     )
     given = nn.get_sharding(boxed, mesh)  # has no boxes
-    shardings = state_shardings(lorapre_optax.low_rank_ema(0.9, 4), boxed, given)
-    assert shardings.right["params"]["kernel"].value.spec == P("y", "x")
+    shardings = state_shardings(tx, boxed, given)
+    assert shardings.right["params"]["kernel"].spec == P("y", "x")
 
 
 def test_errors_name_the_path_and_the_fix():

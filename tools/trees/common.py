@@ -13,7 +13,7 @@ FOLDER = pathlib.Path(__file__).parents[2] / "tests" / "layout" / "trees"
 Row: TypeAlias = list[Any]
 """A leaf's path, its shape and, where the framework says them, its input and output axes."""
 
-_LAYER = re.compile(r"(^|/)((?:\w+_)?(?:layers?|blocks?|h)[_/])\d+")
+_LAYER = re.compile(r"(^|[/.])((?:\w+_)?(?:layers?|blocks?|h)[_/.])\d+")
 
 
 def representatives(rows: Iterable[Row]) -> list[Row]:

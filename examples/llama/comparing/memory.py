@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,28 +24,6 @@ from layout_optax import memory_report, resolve_layout
 from layout_optax.layout import ROLES, path_string
 from layout_optax.memory import leaf_bytes
 
-QUALITY: dict[str, float] = {
-    "muon": 28.5,
-    "lorapre_muon": 29.8,
-    "adafactor": 39.2,
-    "lorapre_adamw:options=recommended": 39.2,
-    "galore": 39.8,
-    "lorapre_muon:table_rank": 41.4,
-    "sage_hybrid": 47.3,
-    "sage_hybrid_int8": 47.8,
-    "lion_hybrid": 48.2,
-    "adamw": 56.2,
-    "lorapre_sinkgd": 62.9,
-    "sinkgd_hybrid": 67.2,
-    "lorapre_adamw": 92.3,
-    "sage": 94.1,
-    "lion": 106.8,
-    "sinkgd": 108.6,
-}
-"""Held-out perplexity of the demo, 3.3 million parameters after 400 steps of 2048 tokens, each at its own
-searched rate, ranks 16, the mean over the seeds that were run: docs/results/quality.md. `table_rank` stands
-for factors on the table too. A short run of a small model: it orders, it does not promise."""
-
 
 @dataclass(frozen=True)
 class PlanRow:
@@ -61,6 +39,8 @@ class PlanRow:
         state: Optimizer state by role; `shared` is what belongs to no parameter.
         all_devices_state: Optimizer state over all devices, copies counted once.
         matrix_elements: Numbers kept for the matrices over all devices.
+        activations: What a step holds at its peak beside these; with accumulation the sum of gradients too.
+        sequences: Sequences that a device computes at once, or None where activations are not counted.
     """
 
     key: str
@@ -72,6 +52,8 @@ class PlanRow:
     state: Mapping[str, int]
     all_devices_state: int
     matrix_elements: int
+    activations: int = 0
+    sequences: int | None = None
 
     @property
     def state_bytes(self) -> int:
@@ -80,8 +62,8 @@ class PlanRow:
 
     @property
     def bytes(self) -> int:
-        """Parameters, gradients and state on each device."""
-        return self.parameters + self.gradients + self.state_bytes
+        """Parameters, gradients, state and activations on each device."""
+        return self.parameters + self.gradients + self.state_bytes + self.activations
 
 
 class Planner:
@@ -199,6 +181,16 @@ class Planner:
             matrix_elements=2 * elements,
         )
 
+    def head_gradient(self) -> int:
+        """Bytes of the head's gradient on each device; 0 where the head is frozen."""
+        if self.finetune:
+            return 0
+        params = self._params()
+        head = {"embed_tokens": params["embed_tokens"]}
+        if not self.model.tie_embeddings:
+            head = {"lm_head": params["lm_head"]}
+        return self._device_bytes(head)
+
     def _params(self, *, scan_layers: bool = True) -> Any:
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype),
@@ -245,39 +237,6 @@ class Planner:
             for leaf, layout in zip(jax.tree.leaves(params), layouts, strict=True)
             if layout.role == "matrix"
         ]
-
-
-def recommend(
-    rows: Sequence[PlanRow], limit: float, preference: Sequence[str] | None = None
-) -> PlanRow | None:
-    """The row to take: of those that fit, the one whose optimizer comes first in an order.
-
-    Rows of formulas are never recommended, since nothing here implements them. A row's place is that of
-    its key without ranks (`table_rank` without its number), else that of its optimizer; among rows of one
-    place the one with the largest state wins. Optimizers that the order does not name come last.
-
-    Args:
-        rows: What was planned.
-        limit: Bytes that there are on a device.
-        preference: Keys or names of optimizers; by default those of `QUALITY` in order of perplexity.
-
-    Returns:
-        The row, or None if none fits.
-    """
-    order = list(preference) if preference is not None else sorted(QUALITY, key=QUALITY.__getitem__)
-    fitting = [row for row in rows if row.source == "abstract evaluation" and row.bytes <= limit]
-
-    def place(row: PlanRow) -> tuple[int, int]:
-        name, *options = row.key.split(":")
-        plain = [
-            "table_rank" if option.startswith("table_rank=") else option
-            for option in options
-            if not option.startswith("rank=")
-        ]
-        names = (":".join([name, *plain]), name)
-        return next((order.index(n) for n in names if n in order), len(order)), -row.state_bytes
-
-    return min(fitting, key=place, default=None)
 
 
 def _only_matrices(params: Any, layouts: Any) -> Any:

@@ -1,26 +1,32 @@
-"""A plan: what each optimizer needs on each device, and which one to take."""
+"""A plan: what each optimizer needs on each device, in how many parts a batch fits, and which row to take."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
-from rich import box
-from rich.table import Table
 
-from examples.llama.comparing.memory import Planner, PlanRow, recommend
-from examples.llama.devices.mesh import parse_mesh
+from examples.llama.comparing.activations import ComputeDtype, activations
+from examples.llama.comparing.memory import Planner, PlanRow
+from examples.llama.comparing.order import recommend
+from examples.llama.devices.mesh import RULES, parse_mesh
 from examples.llama.model.config import PRESETS, LlamaConfig, preset
-from examples.llama.model.hf_config import read_config
+from examples.llama.model.hf_config import read_shape
 from examples.llama.model.llama import parameter_count
 from examples.llama.optimizers.rates import default_rank
 from examples.llama.optimizers.variants import parse_variants
 from examples.llama.reporting.files import jsonable
 from examples.llama.reporting.folders import check_file
-from examples.llama.reporting.summary import size
+from examples.llama.training.protocols import PROTOCOLS, default_protocol
+
+Attention = Literal["scores", "flash"]
 
 GIB = 2**30
 
@@ -33,6 +39,9 @@ FINETUNE_OPTIMIZERS = (
     "lorapre_adamw:options=recommended,lorapre_muon,lorapre_lion"
 )
 
+FINETUNE_BATCH, FINETUNE_LENGTH = 128, 512
+"""Rows and tokens of a step of `finetune` where none are given."""
+
 
 @dataclass(frozen=True)
 class PlanConfig:
@@ -41,25 +50,39 @@ class PlanConfig:
     preset: Annotated[str | None, tyro.conf.arg(help=f"One of {', '.join(PRESETS)}.")] = None
     """Model shape."""
     hf_config: Path | None = None
-    """A Hugging Face config.json, or its folder, instead of a preset."""
-    optimizers: str | None = None
-    """Optimizers, with options if wanted: adamw,lorapre_adamw:rank=64. By default the main ones."""
-    rank: int | None = None
-    """Rank where an optimizer names none; by default the preset's published one, else hidden / 4."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of parameters and gradients. Momenta of optax and SAGE follow it, LoRA-Pre's state is float32."""
-    mesh: str | None = None
-    """Sizes of the mesh's axes, as in fsdp=8 or data=2,fsdp=4,tensor=2; no device need exist."""
+    """A Hugging Face config.json, or its folder, instead of a preset; of other models than Llama the sizes."""
     finetune: bool = False
     """Train attention and MLP matrices only; embedding, norms and head are frozen."""
     device_gb: float = 80.0
     """Memory of one device in GiB; a card sold with 80 GB has about that."""
-    activation_gb: float = 0.0
-    """GiB of a device that activations take, if known: they are not computed here."""
+    optimizers: str | None = None
+    """Optimizers, with options if wanted: adamw,lorapre_adamw:rank=64. By default the main ones."""
+    rank: int | None = None
+    """Rank where an optimizer names none; by default the preset's published one, else hidden / 4."""
+    batch_size: int | None = None
+    """Sequences of one step, over all devices; by default what the trainer takes."""
+    seq_len: int | None = None
+    """Predicted tokens of a sequence; by default what the trainer takes."""
+    accumulate: int | None = None
+    """Parts that a batch is computed in; by default the fewest that fit, row by row."""
+    remat: bool = False
+    """Recompute activations in the backward pass."""
+    compute_dtype: ComputeDtype = "float32"
+    """Dtype of matrix products and activations."""
+    attention: Attention | None = None
+    """Whether attention keeps its scores; by default not with --compute-dtype bfloat16, for which NVIDIA GPUs
+    have cuDNN's flash attention. A CPU, a TPU and float32 keep them."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of parameters and gradients, for a trainer of your own: this one keeps float32. Momenta of optax
+    and SAGE follow it, LoRA-Pre's state is float32."""
+    mesh: str | None = None
+    """Sizes of the mesh's axes, as in fsdp=8 or data=2,fsdp=4,tensor=2; no device need exist."""
+    activation_gb: float | None = None
+    """GiB that activations take on a device, instead of the estimate."""
     margin: float = 0.1
-    """Share of a device kept free for temporaries, fragmentation and the runtime."""
+    """Share of a device kept free for the optimizer's temporaries, fragmentation and the runtime."""
     prefer: str | None = None
-    """Optimizers in order of preference, instead of the demo's perplexities."""
+    """Optimizers in order of preference, instead of the order of docs/choosing.md."""
     json: str | None = None
     """File for the plan as JSON; - prints it instead of the table."""
 
@@ -71,31 +94,54 @@ class Plan:
     Attributes:
         config: What was asked.
         model: The shape.
+        model_type: `llama`, or what the file says it is.
         rank: Rank where an optimizer names none.
+        batch_size: Sequences of one step.
+        seq_len: Predicted tokens of a sequence.
+        devices: Parts of the mesh that a batch is split over.
         rows: One for each optimizer.
-        limit: Bytes of a device that parameters, gradients and state may take.
-        recommended: Key of the row to take, or None if none fits.
+        limit: Bytes of a device that all of it may take.
+        recommended: Key of the row to take, or None if none fits or nothing orders them.
     """
 
     config: PlanConfig
     model: LlamaConfig
+    model_type: str
     rank: int
+    batch_size: int
+    seq_len: int
+    devices: int
     rows: tuple[PlanRow, ...]
     limit: float
     recommended: str | None
 
     @property
+    def attention(self) -> Attention:
+        """Whether attention keeps its scores."""
+        return attention(self.config)
+
+    def fits(self, row: PlanRow) -> bool:
+        """Whether a row stays within the limit."""
+        return row.bytes <= self.limit
+
+    def accumulate(self, row: PlanRow) -> int:
+        """Parts that a row computes its batch in."""
+        return self.batch_size // (self.devices * (row.sequences or 1)) if row.sequences else 1
+
+    @property
     def rule(self) -> str:
         """How the recommended row is chosen."""
-        order = (
-            "the demo's held-out perplexity (3.3M parameters, 400 steps: docs/results/quality.md)"
-            if self.config.prefer is None
-            else f"your preference ({self.config.prefer})"
-        )
-        return (
-            f"of the rows within {self.limit / GIB:.1f} GiB, the first in order of {order}; "
-            "rows of formulas are left out"
-        )
+        config = self.config
+        if config.prefer is not None:
+            order = f"your preference ({config.prefer})"
+        elif config.finetune:
+            return "none: exact match of all methods overlaps in our experiment (docs/results/finetuning.md)"
+        else:
+            order = (
+                "docs/choosing.md: held-out perplexity of a model of 6.8M parameters after 16.4M tokens, one "
+                "seed, and for what was not run there of 3.3M parameters after 0.8M tokens"
+            )
+        return f"of the rows within {self.limit / GIB:.1f} GiB the first in the order of {order}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in bytes, fit for JSON."""
@@ -104,7 +150,8 @@ class Plan:
                 **dataclasses.asdict(row),
                 "state_bytes": row.state_bytes,
                 "bytes": row.bytes,
-                "fits": row.bytes <= self.limit,
+                "fits": self.fits(row),
+                "accumulate": self.accumulate(row),
             }
             for row in self.rows
         ]
@@ -112,10 +159,13 @@ class Plan:
             {
                 "config": self.config,
                 "model": self.model,
+                "model_type": self.model_type,
                 "parameter_count": parameter_count(self.model),
                 "rank": self.rank,
+                "batch_size": self.batch_size,
+                "seq_len": self.seq_len,
                 "unit": "bytes on each device",
-                "not_counted": "activations, temporaries of a step, the runtime",
+                "not_counted": "temporaries of the optimizer, the runtime",
                 "limit": self.limit,
                 "rows": rows,
                 "recommended": self.recommended,
@@ -131,142 +181,134 @@ def make_plan(config: PlanConfig) -> Plan:
         ValueError: A name, option, size or mesh cannot be used, or preset and file are both given.
         FileNotFoundError: There is no such config.json.
 
-    >>> plan = make_plan(PlanConfig(preset="sage_1.3b", optimizers="adamw,sage_hybrid", device_gb=16))
+    >>> plan = make_plan(PlanConfig(preset="sage_1.3b", optimizers="adamw,sage_hybrid", device_gb=24))
     >>> plan.recommended
     'sage_hybrid'
     """
-    if not (config.device_gb > 0 and config.activation_gb >= 0 and 0 <= config.margin < 1):
-        raise ValueError(
-            "plan: device_gb must be positive, activation_gb at least 0 and margin in [0, 1), got "
-            f"{config.device_gb}, {config.activation_gb} and {config.margin}"
-        )
-    if config.json not in (None, "-"):
-        keys = frozenset({"recommended", "rows"})
-        check_file(Path(str(config.json)), {"--hf-config": config.hf_config}, keys, flag="--json")
-    model = _model(config)
+    _check(config)
+    model, model_type = _model(config)
     rank = config.rank
     if rank is None:
         rank = default_rank(config.preset or "", model.hidden_size)
     mesh = None if config.mesh is None else parse_mesh(config.mesh)
     planner = Planner(model, rank=rank, dtype=config.dtype, mesh=mesh, finetune=config.finetune)
+    sizes = {} if mesh is None else mesh
+    devices = math.prod(sizes.get(axis, 1) for axis in RULES["batch"])
+    protocol = PROTOCOLS[default_protocol(config.preset or "")]
+    batch, length = protocol.batch_size, protocol.seq_len
+    if config.finetune:
+        batch, length = FINETUNE_BATCH, FINETUNE_LENGTH
+    batch = batch if config.batch_size is None else config.batch_size
+    length = length if config.seq_len is None else config.seq_len
+    if batch % devices:
+        raise ValueError(
+            f"batch_size must be a multiple of the {devices} devices that share it, got {batch}"
+        )
+    if config.accumulate is not None and batch // devices % config.accumulate:
+        raise ValueError(
+            f"accumulate must divide the {batch // devices} sequences of a device, got {config.accumulate}"
+        )
+    limit = GIB * config.device_gb * (1 - config.margin)
+    rows = [
+        _with_activations(row, config, planner, sizes, batch // devices, length, limit)
+        for row in _rows(config, planner)
+    ]
+    found = None
+    if config.prefer is not None:
+        found = recommend(rows, limit, [one.key for one in parse_variants(config.prefer)])
+    elif not config.finetune:
+        found = recommend(rows, limit)
+    key = None if found is None else found.key
+    return Plan(config, model, model_type, rank, batch, length, devices, tuple(rows), limit, key)
+
+
+def attention(config: PlanConfig) -> Attention:
+    """Whether attention keeps its scores, as asked for or as the trainer does on a GPU."""
+    if config.attention is not None:
+        return config.attention
+    return "flash" if config.compute_dtype == "bfloat16" else "scores"
+
+
+def _check(config: PlanConfig) -> None:
+    given = config.activation_gb
+    if not (config.device_gb > 0 and 0 <= config.margin < 1 and (given is None or given >= 0)):
+        raise ValueError(
+            "plan: device_gb must be positive, activation_gb at least 0 and margin in [0, 1), got "
+            f"{config.device_gb}, {given} and {config.margin}"
+        )
+    for name in ("batch_size", "seq_len", "accumulate"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if config.json not in (None, "-"):
+        keys = frozenset({"recommended", "rows"})
+        check_file(Path(str(config.json)), {"--hf-config": config.hf_config}, keys, flag="--json")
+
+
+def _rows(config: PlanConfig, planner: Planner) -> list[PlanRow]:
     wanted = config.optimizers or (FINETUNE_OPTIMIZERS if config.finetune else OPTIMIZERS)
     rows = []
     for variant in parse_variants(wanted):
         rows.append(planner.row(variant))
         if variant.optimizer == "galore":
             rows.append(planner.galore_paper(rows[-1].rank))
-    if config.finetune:
-        rows.append(planner.lora())
-    limit = GIB * (config.device_gb * (1 - config.margin) - config.activation_gb)
-    prefer = None
-    if config.prefer is not None:
-        prefer = [variant.key for variant in parse_variants(config.prefer)]
-    found = recommend(rows, limit, prefer)
-    return Plan(config, model, rank, tuple(rows), limit, None if found is None else found.key)
+    return [*rows, planner.lora()] if config.finetune else rows
 
 
-def _model(config: PlanConfig) -> LlamaConfig:
+def _with_activations(
+    row: PlanRow,
+    config: PlanConfig,
+    planner: Planner,
+    mesh: dict[str, int],
+    sequences: int,
+    length: int,
+    limit: float,
+) -> PlanRow:
+    """The row with the activations of its batch, in the fewest parts that fit, or else of least memory."""
+    if config.activation_gb is not None:
+        return dataclasses.replace(row, activations=round(GIB * config.activation_gb))
+    flash = attention(config) == "flash"
+    head = planner.head_gradient()
+
+    def in_parts(parts: int) -> PlanRow:
+        found = activations(
+            planner.model,
+            rows=sequences // parts,
+            length=length,
+            compute_dtype=config.compute_dtype,
+            remat=config.remat,
+            flash=flash,
+            tensor=mesh.get("tensor", 1),
+            fsdp=mesh.get("fsdp", 1),
+        )
+        peak = max(0, found.peak(row.gradients, min(head, row.gradients)))
+        if parts > 1:  # the sum of the parts' gradients is float32
+            peak += row.gradients // np.dtype(config.dtype).itemsize * 4
+        return dataclasses.replace(row, activations=peak, sequences=sequences // parts)
+
+    if config.accumulate is not None:
+        return in_parts(config.accumulate)
+    choices = [in_parts(parts) for parts in divisors(sequences)]
+    fitting = (choice for choice in choices if choice.bytes <= limit)
+    return next(fitting, min(choices, key=lambda choice: choice.bytes))
+
+
+@functools.cache
+def divisors(number: int) -> Sequence[int]:
+    """The divisors of a number, ascending.
+
+    >>> divisors(12)
+    (1, 2, 3, 4, 6, 12)
+    """
+    return tuple(part for part in range(1, number + 1) if number % part == 0)
+
+
+def _model(config: PlanConfig) -> tuple[LlamaConfig, str]:
     if (config.preset is None) == (config.hf_config is None):
         raise ValueError("plan: give --preset or --hf-config, one of them")
     if config.hf_config is None:
-        return preset(str(config.preset))
+        return preset(str(config.preset)), "llama"
     path = config.hf_config
     if path.is_file() and path.name != "config.json":
         raise ValueError(f"plan: {path} must be a config.json, or a folder that holds one")
-    return read_config(path.parent if path.is_file() else path)
-
-
-def plan_table(plan: Plan) -> Table:
-    """The plan to read: GiB on each device, the recommended row marked."""
-    roles = [role for role in _ROLES if any(row.state.get(role) for row in plan.rows)]
-    table = Table(box=box.SIMPLE_HEAD, title=_title(plan), title_justify="left")
-    table.add_column("optimizer", no_wrap=True)
-    numbers = ["rank", "parameters", "gradients", *(f"state: {_ROLES[role]}" for role in roles)]
-    for name in (*numbers, "state", "of AdamW's", "in all", "fits"):
-        table.add_column(name, justify="right")
-    adamw = next((row.state_bytes for row in plan.rows if row.key == "adamw"), None)
-    for row in plan.rows:
-        taken = row.key == plan.recommended
-        table.add_row(
-            ("> " if taken else "  ") + row.label,
-            "-" if row.rank is None else str(row.rank),
-            *map(_gib, (row.parameters, row.gradients)),
-            *(_gib(row.state.get(role, 0)) for role in roles),
-            _gib(row.state_bytes),
-            "-" if not adamw else _percent(row.state_bytes / adamw),
-            _gib(row.bytes),
-            "yes" if row.bytes <= plan.limit else "no",
-            style="bold" if taken else None,
-        )
-    return table
-
-
-_ROLES = {
-    "embedding": "embedding",
-    "head": "head",
-    "matrix": "matrices",
-    "vector": "vectors",
-    "other": "other",
-}
-"""Roles of the table's columns; shared step counts are a few bytes and only in the sum."""
-
-
-def _title(plan: Plan) -> str:
-    config = plan.config
-    name = config.preset or str(config.hf_config)
-    parts = [f"{name}: {parameter_count(plan.model):,} parameters in {config.dtype}"]
-    parts += ["attention and MLP matrices trained, the rest frozen"] if config.finetune else []
-    parts += [f"mesh {config.mesh}"] if config.mesh else []
-    return ", ".join(parts) + ". GiB on each device"
-
-
-def answer(plan: Plan) -> list[str]:
-    """What to take and why, what was not counted, and what to do where nothing fits."""
-    config = plan.config
-    lines = []
-    taken = next((row for row in plan.rows if row.key == plan.recommended), None)
-    if taken is not None:
-        free = config.device_gb - taken.bytes / GIB
-        lines.append(
-            f"Recommended: {taken.label}, {taken.bytes / GIB:.2f} of {config.device_gb:g} GiB, "
-            f"which leaves {free:.2f}."
-        )
-    else:
-        least = min(plan.rows, key=lambda row: row.bytes)
-        lines.append(
-            f"Nothing fits {plan.limit / GIB:.1f} GiB; the least is {least.label} with "
-            f"{size(least.bytes)}. Try --mesh fsdp=N with more devices"
-            + (", or --dtype bfloat16." if config.dtype == "float32" else ".")
-        )
-    lines.append(f"Rule: {plan.rule}.")
-    lines.append(
-        "Not counted: activations, temporaries of a step and the runtime. "
-        f"{config.activation_gb:g} GiB are set aside for activations (--activation-gb) and "
-        f"{config.margin:.0%} of the device for the rest (--margin)."
-    )
-    if config.finetune:
-        lines.append("The order comes from pre-training; fine-tuning may rank otherwise.")
-    return lines
-
-
-def _gib(number: float) -> str:
-    """GiB, fine enough to tell small states from none.
-
-    >>> _gib(0), _gib(2**30), _gib(70_000), _gib(4)
-    ('-', '1.000', '0.0001', '<0.0001')
-    """
-    value = number / GIB
-    if not number:
-        return "-"
-    if value < 0.00005:
-        return "<0.0001"
-    return f"{value:.3f}" if value >= 0.0995 else f"{value:.4f}"
-
-
-def _percent(share: float) -> str:
-    """A share to read.
-
-    >>> _percent(1.0), _percent(0.0996), _percent(0.0004)
-    ('100.0%', '10.0%', '0.04%')
-    """
-    return f"{share:.1%}" if share >= 0.001 else f"{share:.2%}"
+    return read_shape(path.parent if path.is_file() else path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from rich.console import Console
 
 from examples.llama.data.documents import DataError
 from examples.llama.data.instructions import QUERY_FIELDS, Template, field, read_records
@@ -20,6 +22,7 @@ from examples.llama.model.generation import GREEDY, Generator, Sampling, round_u
 from examples.llama.reporting.files import SUMMARY, jsonable, versions, write_json, write_text
 from examples.llama.reporting.folders import ITEMS, check_output
 from examples.llama.reporting.locks import FolderLock
+from examples.llama.reporting.progress import counting
 from examples.llama.training.config import check_not_empty
 
 
@@ -113,6 +116,7 @@ def evaluate(
     new_tokens: int = 256,
     sampling: Sampling = GREEDY,
     dtype: str = "float32",
+    console: Console | None = None,
 ) -> Evaluation:
     """Lets a model solve problems.
 
@@ -125,6 +129,7 @@ def evaluate(
         new_tokens: Longest response.
         sampling: How tokens are chosen.
         dtype: Compute dtype.
+        console: Where to show how many problems are done, if at all.
 
     Raises:
         DataError: There is no problem, or a record has no answer; the message says which.
@@ -154,8 +159,13 @@ def evaluate(
         new_tokens=new_tokens,
         stop_ids=model.stop_ids,
     )
+    shown = contextlib.nullcontext()
+    if console is not None:
+        shown = counting(console, "problems", len(prompts))
+    with shown as report:
+        completions = generator(prompts, sampling, report)
     items = []
-    rows = zip(queries, references, generator(prompts, sampling), strict=True)
+    rows = zip(queries, references, completions, strict=True)
     for query, reference, completion in rows:
         response = model.decode(completion.tokens)
         predicted = find_answer(response, task.kind)
@@ -232,7 +242,7 @@ def check(config: EvaluateConfig) -> Sampling:
     return Sampling(config.temperature, config.top_p, config.seed)
 
 
-def run(config: EvaluateConfig) -> dict[str, Any]:
+def run(config: EvaluateConfig, console: Console | None = None) -> dict[str, Any]:
     """Evaluates as a command line asks, writes the results, and returns the summary."""
     sampling = check(config)
     check_output(
@@ -256,6 +266,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         new_tokens=config.new_tokens,
         sampling=sampling,
         dtype=config.compute_dtype,
+        console=console,
     )
     summary = result.summary() | {
         "seconds": time.perf_counter() - started,

@@ -7,7 +7,7 @@ once for a batch size, a prompt length and a number of new tokens; temperature, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -114,9 +114,17 @@ class Generator:
         )
 
     def __call__(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling = GREEDY,
+        report: Callable[[int], None] | None = None,
     ) -> list[Completion]:
         """Completes any number of prompts, a batch at a time.
+
+        Args:
+            prompts: Tokens of each.
+            sampling: How tokens are chosen.
+            report: Called after each batch with the number of prompts completed.
 
         Raises:
             ValueError: A prompt is empty or longer than `prompt_tokens`; the message gives its place.
@@ -129,6 +137,8 @@ class Generator:
         completions = []
         for start in range(0, len(prompts), self.batch_size):
             completions += self._batch(start, prompts[start : start + self.batch_size], sampling)
+            if report is not None:
+                report(len(completions))
         return completions
 
     def _batch(

@@ -20,6 +20,8 @@ from typing import Any, Literal, TypeVar
 import tyro
 from rich.console import Console
 
+from examples.llama.reporting.help import help_class
+
 T = TypeVar("T")
 
 USAGE_EXIT = 2
@@ -78,6 +80,8 @@ def parse(kind: type[T], arguments: Sequence[str] | None, *, prog: str) -> T:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
+            if {"-h", "--help"}.intersection(given):
+                tyro.cli(help_class(kind), args=["--help"], prog=prog)
             return tyro.cli(kind, args=given, prog=prog)
     except SystemExit as exit_:
         if exit_.code:

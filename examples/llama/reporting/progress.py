@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.progress import Progress as RichProgress
 
 
@@ -37,14 +46,72 @@ def make_progress(console: Console, label: str, total: int) -> Progress:
     return kind(console, label, total)
 
 
+@contextlib.contextmanager
+def waiting(console: Console, text: str) -> Iterator[None]:
+    """Shows what is waited for and since when, while it lasts; nothing where the console is no terminal."""
+    if not console.is_terminal:
+        yield
+        return
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with RichProgress(*columns, console=console, transient=True) as bar:
+        bar.add_task(escape(text), total=None)
+        yield
+
+
+@contextlib.contextmanager
+def counting(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows how many of some things are done; gives the function to call with their number so far.
+
+    On a terminal a line changes in place, from the start on, so that a compile shows its time. Elsewhere
+    there is a line at each tenth.
+
+    >>> with counting(Console(width=80), "problems", 4) as done:
+    ...     done(2)
+    ...     done(4)
+    problems 2/4, 0s left
+    problems 4/4, 0s left
+    """
+    started = time.perf_counter()
+    if console.is_terminal:
+        columns = (
+            *(SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(bar_width=24)),
+            *(MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}")),
+        )
+        with RichProgress(*columns, console=console, refresh_per_second=4) as bar:
+            task = bar.add_task(escape(label), total=total, left="compiling")
+
+            def show(done: int) -> None:
+                bar.update(task, completed=done, left=f"{_left(started, done, total)} left")
+
+            yield show
+        return
+    said = 0
+
+    def say(done: int) -> None:
+        nonlocal said
+        if done == total or 10 * (done - said) >= total:
+            said = done
+            text = f"{label} {done}/{total}, {_left(started, done, total)} left"
+            console.print(escape(text), highlight=False, soft_wrap=True)
+
+    yield say
+
+
+def _left(started: float, done: int, total: int) -> str:
+    spent = time.perf_counter() - started
+    return duration(spent / max(1, done) * (total - done))
+
+
 class LiveProgress(Progress):
-    """One line that changes in place."""
+    """One line that changes in place, with a spinner and the time since it began: a compile takes minutes."""
 
     def __init__(self, console: Console, label: str, total: int):
         self._bar = RichProgress(
+            SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
+            TimeElapsedColumn(),
             TextColumn("{task.fields[numbers]}"),
             console=console,
             refresh_per_second=4,

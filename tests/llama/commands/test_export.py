@@ -47,6 +47,7 @@ def test_adapters_are_merged(tuned, hub, tmp_path, capsys):
     )
     fields = json.loads((tmp_path / "config.json").read_text())
     assert fields["eos_token_id"] == load_model(hub).stop_ids[0]
+    assert (tmp_path / "generation_config.json").is_file()
     assert export(["--model", str(tuned), "--out", str(tmp_path)]) == 2
     assert "holds a model" in capsys.readouterr().err
 
@@ -69,6 +70,16 @@ def test_a_pretraining_run_has_its_tokenizer_and_stop_token(tmp_path):
     assert_same(model.params, exported.params)
     assert exported.stop_ids == model.stop_ids == (model.tokenizer.token_to_id("<eos>"),)
     assert exported.config == model.config == small
+    begin, end = (model.tokenizer.token_to_id(name) for name in ("<bos>", "<eos>"))
+    fields = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (fields["bos_token_id"], fields["eos_token_id"]) == (begin, end)
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": begin, "eos_token_id": end}
+    described = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert (described["bos_token"], described["eos_token"]) == ("<bos>", "<eos>")
+    assert described["model_max_length"] == small.max_seq_len
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "hf").iterdir()}
+    assert set(modes.values()) == {0o666 & ~mask()}, modes
 
 
 @pytest.mark.parametrize("which", ["hub", "tuned"])

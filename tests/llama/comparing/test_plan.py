@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shlex
 import statistics
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from examples.llama.comparing.memory import QUALITY, Planner, recommend
-from examples.llama.comparing.plan import PlanConfig, answer, make_plan
+from examples.llama.comparing import plan_text
+from examples.llama.comparing.memory import Planner
+from examples.llama.comparing.order import LONG, ORDER, QUALITY, recommend
+from examples.llama.comparing.plan import PlanConfig, make_plan
+from examples.llama.comparing.plan_text import answer, plan_tables
+from examples.llama.finetuning import run as finetuning
 from examples.llama.model.config import LlamaConfig, preset
 from examples.llama.optimizers.variants import Variant, parse_variant
 from examples.llama.plan import main
+from examples.llama.reporting.command import parse
+from examples.llama.training.config import TrainConfig, resolve
 
 GIB = 2**30
 ROOT = Path(__file__).parents[3]
@@ -42,7 +51,7 @@ def test_the_sage_papers_memory_table():
     assert gib == {"adamw": 9.832, "lion": 4.916, "sinkgd_hybrid": 1.958, "sage_hybrid": 0.979}
     for row in found.values():
         assert row.parameters == row.gradients == 4 * 1_319_684_096
-        assert row.bytes == 8 * 1_319_684_096 + row.state_bytes
+        assert row.bytes == 8 * 1_319_684_096 + row.state_bytes + row.activations
 
 
 @pytest.mark.parametrize(
@@ -150,15 +159,33 @@ def test_dtypes_follow_or_do_not():
 
 def test_the_first_in_the_order_that_fits_is_recommended():
     names = "adamw,muon,lion_hybrid,sage_hybrid"
-    big = plan(preset="sage_1.3b", optimizers=names, margin=0)
-    assert big.recommended == "muon"
-    at_14 = plan(preset="sage_1.3b", optimizers=names, margin=0, device_gb=14)
-    assert at_14.recommended == "sage_hybrid"
-    with_activations = plan(preset="sage_1.3b", optimizers=names, margin=0.1, activation_gb=58)
-    assert with_activations.recommended == "sage_hybrid"
-    preferred = plan(preset="sage_1.3b", optimizers=names, prefer="adamw,muon")
+
+    def plan_for(device_gb, **fields):
+        fields = {"activation_gb": 2.0, "optimizers": names, "margin": 0.0} | fields
+        return plan(preset="sage_1.3b", device_gb=device_gb, **fields)
+
+    assert plan_for(80.0).recommended == "muon"
+    assert plan_for(14.0).recommended == "lion_hybrid"
+    assert plan_for(80.0, margin=0.1, activation_gb=60.0).recommended == "lion_hybrid"
+    # Adafactor needs less than the hybrids and comes before them in the longer experiment.
+    assert plan_for(14.0, optimizers=f"{names},adafactor").recommended == "adafactor"
+    preferred = plan_for(80.0, prefer="adamw,muon")
     assert preferred.recommended == "adamw"
     assert "your preference (adamw,muon)" in preferred.rule
+
+
+def test_no_order_for_fine_tuning():
+    found = plan(preset="llama3.1_8b", finetune=True, rank=8, remat=True)
+    assert found.recommended is None
+    said = "\n".join(answer(found))
+    assert "exact match of all methods overlaps" in said
+    assert "Needs least memory: LoRA adapters, AdamW" in said
+    assert "examples.llama.finetune --model MODEL_FOLDER --data DATA.jsonl --method lora" in said
+    assert "--learning-rate 2e-05 --batch-size 128 --seq-len 512" in said
+    assert plan(preset="demo", finetune=True, prefer="muon").recommended == "muon"
+    assert plan_text.PAPER_RATE == finetuning.PAPER_RATE
+    assert set(plan_text.PAPER_METHODS) <= set(finetuning.PAPER_METHODS)
+    assert plan_text.ADAPTER in finetuning.ADAPTERS
 
 
 def test_options_have_their_place_and_formulas_none():
@@ -190,8 +217,8 @@ def test_options_have_their_place_and_formulas_none():
         "lorapre_muon:rank=8",
         "lorapre_adamw:rank=8:options=recommended",
         "lorapre_adamw:rank=4:options=recommended",
-        "lorapre_muon:rank=8:table_rank=8",
         "adamw",
+        "lorapre_muon:rank=8:table_rank=8",  # in the early table only
         "lorapre_adamw:rank=4",
         "lorapre_lion",  # not measured
     ]
@@ -219,6 +246,36 @@ def test_the_order_is_what_was_measured():
     assert list(QUALITY) == sorted(QUALITY, key=lambda key: statistics.fmean(seeds[key]))
 
 
+def test_the_longer_experiment_is_what_was_measured():
+    path = ROOT / "docs/results/accelerator/h200_training.json"
+    rows = json.loads(path.read_text())["rows"]
+    variants = {
+        **{key: key for key in LONG},
+        "adamw": "adamw:b2=0.95",
+        "lorapre_muon": "lorapre_muon:rank=32",
+        "lorapre_adamw:options=recommended": "lorapre_adamw:rank=32:options=recommended:scale=0.25",
+    }
+    for key, run in LONG.items():
+        cells = [row for row in rows if row["key"] == variants[key]]
+        best = min(cells, key=lambda row: row["ppl"])
+        assert (round(best["ppl"], 2), best["rate"]) == (run.perplexity, run.rate)
+    assert list(LONG) == sorted(LONG, key=lambda key: LONG[key].perplexity)
+
+
+def test_the_pages_have_the_plans_order():
+    """The table that README and Choosing share has the rows of `LONG`, in its order."""
+    for page in ("README.md", "docs/choosing.md"):
+        text = (ROOT / page).read_text()
+        figures = [text.index(f"| {run.perplexity:.2f} |") for run in LONG.values()]
+        assert figures == sorted(figures), page
+    quickstart = (ROOT / "docs/index.md").read_text().partition("## Which one?")[2]
+    places = [
+        quickstart.index(name) for name in ("contrib.muon", "lorapre_muon(", "lorapre_adamw(")
+    ]
+    assert places == sorted(places)
+    assert ORDER[:4] == ("muon", "lorapre_muon", "lorapre_adamw:options=recommended", "adamw")
+
+
 def test_the_table_and_the_answer(capsys, tmp_path):
     path = tmp_path / "plan.json"
     assert main(["--hf-config", str(HF_CONFIG), "--json", str(path)]) == 0
@@ -227,14 +284,15 @@ def test_the_table_and_the_answer(capsys, tmp_path):
         "SAGE-Hybrid int8",
         "GaLore (paper's formula)",
         "Recommended: ",
-        "Not counted: act",
+        "Not counted: the optimizer's temporaries",
     ):
         assert word in printed
     stored = json.loads(path.read_text())
     assert {row["key"] for row in stored["rows"]} >= {"adamw", "lorapre_sinkgd"}
     for row in stored["rows"]:
-        assert row["bytes"] == row["parameters"] + row["gradients"] + sum(row["state"].values())
-        assert row["fits"] is True
+        held = row["parameters"] + row["gradients"] + sum(row["state"].values())
+        assert row["bytes"] == held + row["activations"] > held
+        assert (row["fits"], row["accumulate"]) == (True, 1)
 
 
 def test_json_alone(capsys):
@@ -245,9 +303,82 @@ def test_json_alone(capsys):
 
 
 def test_nothing_fits():
-    found = plan(preset="sage_1.3b", optimizers="adamw,sage_hybrid", device_gb=8)
+    fields = {"preset": "sage_1.3b", "optimizers": "adamw,sage_hybrid"}
+    found = plan(**fields, device_gb=8)
     assert found.recommended is None
-    assert "Nothing fits 7.2 GiB; the least is SAGE-Hybrid with 10.81 GiB" in answer(found)[0]
+    (line,) = (line for line in answer(found) if line.startswith("Nothing fits 7.2 GiB"))
+    assert "the least is SAGE-Hybrid with " in line
+    assert line.endswith("Try --mesh fsdp=N with more devices.")
+    assert not any("--dtype" in line for line in answer(found))  # the trainer keeps float32
+    # What the answer advises is tried, so that following it helps.
+    line = next(line for line in answer(plan(**fields, device_gb=13)) if "Nothing fits" in line)
+    advice = "With --remat --compute-dtype bfloat16 --batch-size 1 SAGE-Hybrid would fit."
+    assert line.endswith(advice)
+    followed = plan(**fields, device_gb=13, remat=True, compute_dtype="bfloat16", batch_size=1)
+    assert followed.recommended == "sage_hybrid"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
+def test_no_number_is_cut(width):
+    found = plan(preset="llama3.1_8b", mesh="fsdp=8", optimizers="adamw,lorapre_adamw,sage_hybrid")
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    for table in plan_tables(found, width):
+        console.print(table)
+    printed = console.file.getvalue()
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= width
+    words = printed.split()
+    for row in found.rows:
+        assert f"{row.bytes / GIB:.3f}" in words
+        assert f"{row.parameters / GIB:.3f}" in words
+    for heading in ("parameters", "gradients", "activations", "rank", "fits"):
+        assert heading in words
+    for state in ("embedding", "head", "matrices", "vectors"):
+        assert f"state: {state}" in printed
+
+
+def test_more_state_than_adamw_is_marked():
+    found = plan(preset="llama3.1_8b", mesh="fsdp=8", optimizers="adamw,lorapre_adamw,sage_hybrid")
+    (line,) = (line for line in answer(found) if line.startswith("!"))
+    assert line.startswith(
+        "! More state than AdamW; on a mesh the rank is not split: LoRA-Pre Adam."
+    )
+    assert not any(line.startswith("!") for line in answer(plan(preset="demo")))
+
+
+def test_the_command_can_be_run():
+    """The command's options are the trainer's, and it resolves to the plan's batch and rate."""
+    found = plan(
+        preset="demo", optimizers="lorapre_adamw:options=recommended", rank=16, accumulate=2
+    )
+    *_, line = answer(found)
+    words = shlex.split(line)
+    assert words[:3] == ["python", "-m", "examples.llama.train"]
+    settings = resolve(parse(TrainConfig, words[3:], prog="train"))
+    assert (settings.optimizer, settings.options.rank) == ("lorapre_adamw", 16)
+    assert (settings.options.options, settings.options.scale) == ("recommended", 0.25)
+    assert (settings.learning_rate, settings.accumulate) == (0.005, 2)
+    assert (settings.batch_size, settings.seq_len) == (16, 128)
+
+
+def test_no_command_that_the_trainer_cannot_do(tmp_path):
+    own = answer(plan(preset="demo", dtype="bfloat16"))
+    assert any("for a trainer of your own; the one here keeps float32" in line for line in own)
+    assert not any("python -m" in line for line in own)
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_70B, "model_type": "qwen2"}))
+    found = plan(hf_config=tmp_path, mesh="fsdp=64", optimizers="adamw,adafactor", batch_size=64)
+    assert found.model_type == "qwen2"
+    assert any("The trainer loads Llama only" in line for line in answer(found))
+
+
+def test_a_batch_is_taken_in_the_fewest_parts_that_fit():
+    fields = {"preset": "sage_270m", "optimizers": "adafactor", "remat": True, "batch_size": 64}
+    (row,) = plan(**fields, device_gb=6).rows
+    assert 1 < (row.sequences or 0) < 64
+    wider = plan(**fields, device_gb=6, accumulate=64 // (row.sequences or 1) // 2)
+    assert row.bytes <= wider.limit < wider.rows[0].bytes
+    (whole,) = plan(**fields, device_gb=1000).rows
+    assert whole.sequences == 64
 
 
 @pytest.mark.parametrize(
@@ -261,6 +392,9 @@ def test_nothing_fits():
         ({"preset": "demo", "mesh": "gpu=8"}, "unknown axis"),
         ({"preset": "demo", "rank": 0}, "rank must be at least 1"),
         ({"preset": "demo", "margin": 1.0}, "margin in"),
+        ({"preset": "demo", "batch_size": 0}, "batch_size must be at least 1"),
+        ({"preset": "demo", "accumulate": 3}, "accumulate must divide the 16 sequences"),
+        ({"preset": "demo", "mesh": "fsdp=3"}, "multiple of the 3 devices"),
         ({"preset": "demo", "device_gb": 0.0}, "device_gb must be positive"),
         ({"hf_config": ROOT / "pyproject.toml"}, "must be a config.json"),
     ],

@@ -7,9 +7,13 @@ import math
 
 import pytest
 
-from examples.llama.comparing.plots import plot_comparison, row_styles
-from examples.llama.comparing.rank_plot import has_ranks, plot_ranks, spread
+from examples.llama.comparing import palette
+from examples.llama.comparing.labels import spread
+from examples.llama.comparing.palette import MOST_COLOURED, PALE, coloured, row_styles
+from examples.llama.comparing.plots import plot_comparison, styled
+from examples.llama.comparing.rank_plot import has_ranks, plot_ranks
 from examples.llama.comparing.rows import Row, family, markdown_table
+from examples.llama.optimizers.registry import OPTIMIZERS
 from examples.llama.optimizers.variants import parse_variant
 
 PLAIN = ("adamw", "adamw:matrix_rate=0.25", "sinkgd")
@@ -58,17 +62,40 @@ def test_rows_that_differ_in_rank_alone_are_one_family():
     assert has_ranks([row("galore", rank=48), row("galore:rank=16")])
 
 
-def test_a_family_has_a_colour_and_a_rank_a_line():
-    styles = row_styles([row(key) for key in (*PLAIN, *RANKED)])
+def test_an_optimizer_has_a_colour_a_family_a_marker_and_a_rank_a_line():
+    rows = [row(key) for key in (*PLAIN, *RANKED)]
+    styles = row_styles(rows)
     looks = [tuple(style.values()) for style in styles]
     assert len(set(looks)) == len(looks)
+    for one, style in zip(rows, styles, strict=True):
+        assert style["color"] == palette.colour(one.optimizer)  # whatever else is in the picture
     paper, recommended = styles[3::2], styles[4::2]
-    assert {style["color"] for style in paper} != {style["color"] for style in recommended}
+    assert {style["marker"] for style in paper}.isdisjoint(s["marker"] for s in recommended)
     for one in (paper, recommended):
-        assert len({style["color"] for style in one}) == 1
+        assert len({style["marker"] for style in one}) == 1
         assert len({style["linestyle"] for style in one}) == 3
-    many = row_styles([row(f"adamw:b1={b1 / 100}") for b1 in range(24)])
-    assert len({(style["color"], style["marker"]) for style in many}) == 24
+
+
+def test_of_many_rows_the_best_of_ten_optimizers_have_colour():
+    few = [row(key) for key in PLAIN]
+    assert coloured(few) == few
+    names = [name for name in palette.OPTIMIZERS if name in OPTIMIZERS]
+    many = [row(name, 30.0 + i + j) for i, name in enumerate(names) for j in (0.5, 0.0)]
+    shown = coloured(many)
+    assert len(shown) == MOST_COLOURED
+    assert [one.optimizer for one in shown] == names[:MOST_COLOURED]
+    assert all(one.heldout_perplexity % 1 == 0 for one in shown)  # the better of the two
+    styles = styled(many, shown)
+    assert sum(style["color"] != PALE for style in styles) == MOST_COLOURED
+
+
+def test_colours_of_the_main_optimizers_are_not_shared():
+    main = (
+        *("adamw", "adafactor", "muon", "galore", "sage_hybrid", "sage_hybrid_int8", "lion"),
+        *("lion_hybrid", "sinkgd_hybrid", "lorapre_adamw", "lorapre_muon", "lorapre_sinkgd"),
+    )
+    assert len({palette.colour(name) for name in main}) == len(main)
+    assert set(palette.OPTIMIZERS) - {"fira", "apollo"} <= set(OPTIMIZERS)
 
 
 @pytest.mark.parametrize("copies", [1, 3])

@@ -159,7 +159,7 @@ def test_problems_as_a_file(tmp_path):
 def answering(monkeypatch, model, answers):
     """Replaces the model's writing by texts, in the order of the prompts."""
 
-    def complete(self, prompts, sampling):
+    def complete(self, prompts, sampling, report=None):
         assert len(prompts) == len(answers)
         return [Completion(model.tokenizer.encode(text).ids, True) for text in answers]
 

@@ -1,0 +1,334 @@
+"""A plan as it is read: a table that no terminal cuts, the answer, and the command that acts on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from examples.llama.comparing.memory import PlanRow
+from examples.llama.comparing.order import LONG, names_in_order
+from examples.llama.comparing.plan import GIB, Plan, make_plan
+from examples.llama.model.llama import parameter_count
+from examples.llama.optimizers.rates import TUNED_RATES, rate_to_begin_with
+from examples.llama.optimizers.variants import parse_variant
+from examples.llama.reporting.summary import size
+
+_ROLES = {
+    "embedding": "embedding",
+    "head": "head",
+    "matrix": "matrices",
+    "vector": "vectors",
+    "other": "other",
+}
+"""Roles of the table's columns; shared step counts are a few bytes and only in the sum."""
+
+ADAPTER = "lora"
+"""The row that is an adapter, which `finetune` has under the same name."""
+
+PAPER_RATE, PAPER_METHODS = 2e-5, (ADAPTER, "adamw", "lorapre_adamw")
+"""Peak rate of the LoRA-Pre paper's fine-tuning, and the rows it holds for; those of `finetune`."""
+
+_NAME = 20
+"""Columns of a terminal that a name needs at least; a longer one is wrapped."""
+
+_GAP = 3
+"""Columns between two of the table's: its padding and a line of the box."""
+
+
+def plan_tables(plan: Plan, width: int) -> list[Table]:
+    """The plan in GiB a device, as tables one below the other where one is wider than the terminal.
+
+    Names are wrapped; headings and numbers never are. The recommended row is bold and marked `>`.
+
+    Args:
+        plan: The plan.
+        width: Columns of the terminal.
+    """
+    names, columns = _cells(plan)
+    longest = max(map(len, names))
+    name_width = max(min(longest, _NAME), min(longest, width - 30))
+    blocks: list[list[tuple[str, list[str]]]] = [[]]
+    room = width - name_width - _GAP
+    for heading, cells in columns:
+        needed = max(map(len, (heading, *cells))) + _GAP
+        if needed > room and blocks[-1]:
+            blocks.append([])
+            room = width - name_width - _GAP
+        blocks[-1].append((heading, cells))
+        room -= needed
+    return [_table(plan, names, name_width, block) for block in blocks]
+
+
+def _table(
+    plan: Plan, names: list[str], name_width: int, columns: list[tuple[str, list[str]]]
+) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("optimizer", width=name_width, overflow="fold")
+    for heading, cells in columns:
+        table.add_column(
+            heading, justify="right", no_wrap=True, min_width=max(map(len, (heading, *cells)))
+        )
+    for position, row in enumerate(plan.rows):
+        style = "bold" if row.key == plan.recommended else None
+        table.add_row(names[position], *(cells[position] for _, cells in columns), style=style)
+    return table
+
+
+def _cells(plan: Plan) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The names, and each column's heading and cells, the most wanted first."""
+    rows = plan.rows
+    adamw = _adamw(plan)
+
+    def column(heading: str, text: Any) -> tuple[str, list[str]]:
+        return heading, [text(row) for row in rows]
+
+    columns = [
+        column("in all", lambda row: _gib(row.bytes)),
+        column("fits", lambda row: "yes" if plan.fits(row) else "no"),
+        column("state", lambda row: _gib(row.state_bytes)),
+    ]
+    if adamw:
+        columns.append(
+            column(
+                "of AdamW's",
+                lambda row: (
+                    ("! " if row.state_bytes > adamw else "") + _percent(row.state_bytes / adamw)
+                ),
+            )
+        )
+    columns += [
+        column("rank", lambda row: "-" if row.rank is None else str(row.rank)),
+        column("parameters", lambda row: _gib(row.parameters)),
+        column("gradients", lambda row: _gib(row.gradients)),
+        column("activations", lambda row: _gib(row.activations)),
+    ]
+    if any(row.sequences for row in rows):
+        columns.append(column("at once", lambda row: str(row.sequences)))
+    for role, heading in _ROLES.items():
+        if any(row.state.get(role) for row in rows):
+            columns.append(
+                column(f"state: {heading}", lambda row, r=role: _gib(row.state.get(r, 0)))
+            )
+    marks = [("> " if row.key == plan.recommended else "  ") + row.label for row in rows]
+    return marks, columns
+
+
+def _adamw(plan: Plan) -> int | None:
+    return next((row.state_bytes for row in plan.rows if row.key == "adamw"), None)
+
+
+def title(plan: Plan) -> list[str]:
+    """What was planned, before the table."""
+    config = plan.config
+    name = config.preset or str(config.hf_config)
+    parts = [f"{name}: {parameter_count(plan.model):,} parameters in {config.dtype}"]
+    parts += ["attention and MLP matrices trained, the rest frozen"] if config.finetune else []
+    parts += [f"mesh {config.mesh}"] if config.mesh else []
+    step = f"A step is {plan.batch_size} sequences of {plan.seq_len} tokens, products in {config.compute_dtype}"
+    step += ", activations recomputed" if config.remat else ""
+    lines = [", ".join(parts) + ".", f"{step}. GiB on each device:"]
+    if plan.model_type != "llama":
+        lines.insert(
+            1,
+            f"A {plan.model_type} is planned as a Llama of its sizes; the trainer cannot load it.",
+        )
+    return lines
+
+
+def answer(plan: Plan) -> list[str]:
+    """What the order rests on, what to take, what was not counted, and the command or the way out."""
+    config = plan.config
+    lines = [f"Order: {plan.rule}."]
+    taken = next((row for row in plan.rows if row.key == plan.recommended), None)
+    fitting = [row for row in plan.rows if plan.fits(row)]
+    if taken is None and config.finetune and fitting:
+        taken = min(
+            (row for row in fitting if _runnable(row)), key=lambda row: row.bytes, default=None
+        )
+    if taken is not None:
+        lead = "Recommended" if taken.key == plan.recommended else "Needs least memory"
+        lines.append(
+            f"{lead}: {taken.label}, {taken.bytes / GIB:.2f} of {config.device_gb:g} GiB"
+            + (f", {taken.sequences} sequences at once." if taken.sequences else ".")
+        )
+    elif not fitting:
+        least = min(plan.rows, key=lambda row: row.bytes)
+        lines.append(
+            f"Nothing fits {plan.limit / GIB:.1f} GiB; the least is {least.label} with "
+            f"{size(least.bytes)}. {_way_out(plan)}"
+        )
+    lines += _above_adamw(plan)
+    lines.append(_counted(plan))
+    return [*lines, *([] if taken is None else command_lines(plan, taken))]
+
+
+def _above_adamw(plan: Plan) -> list[str]:
+    adamw = _adamw(plan)
+    above = [row.label for row in plan.rows if adamw and row.state_bytes > adamw]
+    if not above:
+        return []
+    why = "; on a mesh the rank is not split" if plan.config.mesh else ""
+    return [
+        f"! More state than AdamW{why}: {', '.join(above)}. Take a lower --rank "
+        "(docs/choosing.md, low rank under FSDP)."
+    ]
+
+
+def _counted(plan: Plan) -> str:
+    config = plan.config
+    rest = (
+        "Not counted: the optimizer's temporaries and the runtime; "
+        f"{config.margin:.0%} of the device are kept for them (--margin)."
+    )
+    if config.activation_gb is not None:
+        return f"Activations: {config.activation_gb:g} GiB as given. {rest}"
+    kind = "writes no scores (flash)" if plan.attention == "flash" else "keeps its scores"
+    return f"Activations: estimated from the model's trace, with attention that {kind}. {rest}"
+
+
+def _way_out(plan: Plan) -> str:
+    """What makes a row fit, tried with the planner itself."""
+    config = plan.config
+    steps: list[tuple[str, dict[str, Any]]] = []
+    if config.activation_gb is None:
+        steps = [
+            ("--remat", {"remat": True}),
+            ("--compute-dtype bfloat16", {"compute_dtype": "bfloat16"}),
+            (f"--batch-size {plan.devices}", {"batch_size": plan.devices, "accumulate": None}),
+        ]
+    flags = []
+    for flag, change in steps:
+        if all(getattr(config, name) == value for name, value in change.items()):
+            continue
+        flags.append(flag)
+        config = dataclasses.replace(config, **change)
+        tried = make_plan(config)
+        fitting = [row.label for row in tried.rows if tried.fits(row)]
+        if fitting:
+            return f"With {' '.join(flags)} {', '.join(fitting)} would fit."
+    return "Try --mesh fsdp=N with more devices."
+
+
+def _runnable(row: PlanRow) -> bool:
+    """Whether a row is an optimizer or an adapter, and not a formula of a paper."""
+    return row.source == "abstract evaluation" or row.key == ADAPTER
+
+
+def command_lines(plan: Plan, row: PlanRow) -> list[str]:
+    """The command that trains as planned, and where its rate is from; or why there is none."""
+    config = plan.config
+    rate, source = suggested_rate(plan, row)
+    said = f"Rate {rate:g}: {source}."
+    where = None
+    if config.dtype != "float32":
+        where = f"Parameters in {config.dtype} are for a trainer of your own; the one here keeps float32."
+    elif plan.model_type != "llama":
+        where = "The trainer loads Llama only; the optimizer goes into a trainer of your own."
+    elif config.preset is None and not config.finetune:
+        where = "The trainer takes presets; for this shape the optimizer goes into a trainer of your own."
+    if where is not None:
+        return [where, said]
+    return [said, "Run:", f"    {shlex.join(_command(plan, row, rate))}"]
+
+
+def _command(plan: Plan, row: PlanRow, rate: float) -> list[str]:
+    config = plan.config
+    given: dict[str, Any] = {}
+    if row.key == ADAPTER:
+        given["method"] = row.key
+    else:
+        fields = parse_variant(row.key).fields()
+        given["method" if config.finetune else "optimizer"] = fields.pop("optimizer")
+        given |= fields
+        given |= {n: v for n, v in _long_options(plan, row).items() if n not in given}
+    if row.rank is not None:
+        given["rank"] = row.rank
+    given["learning_rate"] = f"{rate:g}"
+    given |= {"batch_size": plan.batch_size, "seq_len": plan.seq_len}
+    parts = plan.accumulate(row) if config.accumulate is None else config.accumulate
+    given |= {"accumulate": parts} if parts > 1 else {}
+    given |= {"compute_dtype": "bfloat16"} if config.compute_dtype == "bfloat16" else {}
+    given |= {"mesh": config.mesh} if config.mesh else {}
+    if config.finetune:
+        folder = config.hf_config
+        if folder is not None and folder.is_file():
+            folder = folder.parent
+        first = ["--model", str(folder or "MODEL_FOLDER"), "--data", "DATA.jsonl"]
+    else:
+        first = ["--preset", str(config.preset)]
+    flags = [text for n, v in given.items() for text in (f"--{n.replace('_', '-')}", str(v))]
+    module = f"examples.llama.{'finetune' if config.finetune else 'train'}"
+    return ["python", "-m", module, *first, *flags, *(["--remat"] if config.remat else [])]
+
+
+def _long_options(plan: Plan, row: PlanRow) -> dict[str, float]:
+    """What the row of the longer experiment was given besides, where its rate is the suggested one."""
+    if plan.config.finetune or _of_preset(plan, row):
+        return {}
+    return (
+        dict(LONG[names_in_order(row.key)[0]].options) if names_in_order(row.key)[0] in LONG else {}
+    )
+
+
+def _of_preset(plan: Plan, row: PlanRow) -> tuple[float, str] | None:
+    rates = TUNED_RATES.get(plan.config.preset or "", {})
+    return next(
+        (rates[key] for key in (row.key, *names_in_order(row.key)[:1]) if key in rates), None
+    )
+
+
+def suggested_rate(plan: Plan, row: PlanRow) -> tuple[float, str]:
+    """A peak rate to start from, and where it is from.
+
+    The paper's for the methods that it fine-tuned with, else that of the preset, of the longer experiment, or
+    of the largest preset that has one.
+    """
+    if plan.config.finetune and _method(row.key) in PAPER_METHODS:
+        return PAPER_RATE, "that of the LoRA-Pre paper's fine-tuning (7B, 8B)"
+    found = None if plan.config.finetune else _of_preset(plan, row)
+    if found is not None:
+        return found[0], f"{found[1]}, {plan.config.preset}"
+    name = names_in_order(row.key)[0]
+    if name in LONG:
+        why = "best of the runs of 16.4M tokens at 6.8M parameters; search yours (docs/tuning.md)"
+        return LONG[name].rate, why
+    begin = rate_to_begin_with(row.key)
+    if begin is not None:
+        return begin[0], f"{begin[1]}, {begin[2]}; search yours (docs/tuning.md)"
+    return 1e-3, "a start that nothing supports; search yours (docs/tuning.md)"
+
+
+def _method(key: str) -> str:
+    """The optimizer or adapter of a row's key.
+
+    >>> _method("lorapre_adamw:options=recommended"), _method("lora")
+    ('lorapre_adamw', 'lora')
+    """
+    return key.partition(":")[0]
+
+
+def _gib(number: float) -> str:
+    """GiB, fine enough to tell small states from none.
+
+    >>> _gib(0), _gib(2**30), _gib(70_000), _gib(4)
+    ('-', '1.000', '0.0001', '<0.0001')
+    """
+    value = number / GIB
+    if not number:
+        return "-"
+    if value < 0.00005:
+        return "<0.0001"
+    return f"{value:.3f}" if value >= 0.0995 else f"{value:.4f}"
+
+
+def _percent(share: float) -> str:
+    """A share to read.
+
+    >>> _percent(1.0), _percent(0.0996), _percent(0.0004)
+    ('100.0%', '10.0%', '0.04%')
+    """
+    return f"{share:.1%}" if share >= 0.001 else f"{share:.2%}"

@@ -1,0 +1,168 @@
+"""Partition metadata for an optimizer's state: what NNX's trainers read to place it, from the parameters'."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from layout_optax.axes import mesh_axes, named_sharding
+from layout_optax.layout import PyTree
+from layout_optax.sharding import state_shardings
+
+
+class Owner(NamedTuple):
+    """A parameter with metadata: the box it lies in, its array, and the names on its axes."""
+
+    box: Any
+    value: Any
+    names: tuple[Any, ...]
+
+
+def partition_names(box: Any, ndim: int) -> tuple[Any, ...] | None:
+    """The names that an NNX variable has for the axes of its array; None where it has none.
+
+    Names are mesh axes, or logical ones that rules turn into mesh axes later. What MaxText says apart of a
+    scanned axis is put in its place.
+    """
+    if not hasattr(type(box), "get_metadata"):
+        return None
+    metadata, names = box.get_metadata(), _names(box)
+    scanned, axis = metadata.get("partition_name"), metadata.get("param_scan_axis")
+    if scanned is not None and axis is not None and scanned not in names and len(names) < ndim:
+        names.insert(axis, scanned)
+    if not any(names) or len(names) > ndim:
+        return None
+    return (*names, *(None,) * (ndim - len(names)))
+
+
+def has_partition_names(box: Any) -> bool:
+    """Whether an NNX variable has a name for any axis."""
+    return any(_names(box))
+
+
+def _names(box: Any) -> list[Any]:
+    metadata = box.get_metadata()
+    names = metadata.get("optimizer_sharding") or metadata.get("out_sharding")
+    if isinstance(names, NamedSharding):
+        names = names.spec
+    return [names] if isinstance(names, str) else list(names or ())
+
+
+def with_metadata(
+    tx: optax.GradientTransformation, params: PyTree, owners: list[Owner | None], state: PyTree
+) -> PyTree:
+    """The state of ``tx`` with every array whose parameter has names in a variable of its parameter's kind.
+
+    Every named axis of every parameter counts as a mesh axis of its own here, so that `state_shardings` tells
+    of each axis of the state which axis of which parameter it follows.
+
+    Args:
+      tx: the transformation, on arrays.
+      params: the parameters without boxes.
+      owners: for each of their leaves the parameter with its names, or None if it has none.
+      state: what ``tx.init`` made of the parameters.
+
+    Returns:
+      The state; arrays without names on any axis stay as they are.
+    """
+    sizes: dict[str, int] = {}
+    named: dict[str, tuple[Owner, Any]] = {}
+    specs = []
+    for i, owner in enumerate(owners):
+        tokens = []
+        for axis, entry in enumerate(() if owner is None else owner.names):
+            token = f"{i}.{axis}" if entry else None
+            tokens.append(token)
+            if token and owner:
+                named[token] = owner, entry
+                sizes[token] = _shards(owner, axis)
+        specs.append(PartitionSpec(*tokens))
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    leaves, treedef = jax.tree.flatten(params)
+    shapes = [
+        jax.ShapeDtypeStruct(
+            jnp.shape(leaf), jax.dtypes.result_type(leaf), sharding=NamedSharding(mesh, spec)
+        )
+        for leaf, spec in zip(leaves, specs, strict=True)
+    ]
+    try:
+        shardings = state_shardings(tx, treedef.unflatten(shapes))
+    except Exception as error:  # whatever an init of somebody else's raises on Explicit axes
+        warnings.warn(
+            "unboxed: the state gets no sharding metadata, since init does not run on a mesh of Explicit "
+            f"axes ({type(error).__name__}: {error}). Place the state yourself.",
+            stacklevel=4,
+        )
+        return state
+
+    def box(leaf: Any, sharding: NamedSharding) -> Any:
+        found = [named[token] for entry in sharding.spec for token in mesh_axes(entry)]
+        if not found:
+            return leaf
+        names = tuple(_entry(entry, named, sizes) for entry in sharding.spec)
+        return _boxed(leaf, found[0][0].box, names)
+
+    return jax.tree.map(box, state, shardings)
+
+
+def _mesh(owner: Owner) -> Mesh | AbstractMesh | None:
+    """The mesh that a parameter is on, or will be."""
+    sharding = named_sharding(owner.value)
+    if sharding is not None:
+        return sharding.mesh
+    mesh = owner.box.get_metadata().get("mesh") or jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def _shards(owner: Owner, axis: int) -> int:
+    """Into how many parts an axis is cut, or a multiple of it that divides the axis.
+
+    Without a mesh, or where rules known elsewhere turn the name into mesh axes, the number of devices
+    stands for the number of parts: what it divides, any mesh of them divides.
+    """
+    size, mesh = jnp.shape(owner.value)[axis], _mesh(owner)
+    rules = dict(owner.box.get_metadata().get("sharding_rules") or ())
+    names = [
+        name for each in mesh_axes(owner.names[axis]) for name in mesh_axes(rules.get(each, each))
+    ]
+    if mesh is not None and all(name in mesh.shape for name in names):
+        return math.gcd(size, math.prod(mesh.shape[name] for name in names))
+    return math.gcd(size, jax.device_count() if mesh is None else mesh.size)
+
+
+def _entry(
+    entry: Any, named: Mapping[str, tuple[Owner, Any]], sizes: Mapping[str, int]
+) -> str | tuple[str, ...] | None:
+    """The names of one axis of the state, from the tokens that stand for them."""
+    tokens = mesh_axes(entry)
+    if not tokens:
+        return None
+    if len(tokens) == 1:
+        return named[tokens[0]][1]
+    names = [name for token in tokens for name in mesh_axes(named[token][1])]
+    owner = named[tokens[0]][0]
+    mesh = _mesh(owner)
+    if mesh is not None and all(name in mesh.shape for name in names):
+        return tuple(names)
+    # Rules turn single names into mesh axes, not tuples of them.
+    return named[max(tokens, key=lambda token: sizes[token])][1]
+
+
+def _boxed(value: Any, box: Any, names: tuple[Any, ...]) -> Any:
+    """A value in a variable of a parameter's kind and metadata, with names of its own."""
+    dropped = ("optimizer_sharding", "partition_name", "param_scan_axis")
+    metadata = {
+        key: item
+        for key, item in box.get_metadata().items()
+        if key not in dropped and not key.startswith("on_")
+    }
+    # Init has placed the value; variables made of this one need no mesh in their context.
+    metadata |= {"out_sharding": names, "eager_sharding": False}
+    return type(box).from_metadata(value, metadata)
