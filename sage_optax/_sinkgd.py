@@ -190,10 +190,10 @@ def _check(iterations: Any, eps: Any, variant: Any) -> None:
     for name, value in (("iterations", iterations), ("eps", eps)):
         if callable(value):
             raise TypeError(f"scale_by_sinkhorn: {name} must be a number, not a schedule.")
-        if isinstance(value, (str, bool)) or (not isinstance(value, Tracer) and np.ndim(value)):
+        if isinstance(value, (str, bool, list)):
             raise TypeError(f"scale_by_sinkhorn: {name} must be a number, got {value!r}.")
     known = lambda value: not isinstance(value, Tracer)  # noqa: E731
-    if known(iterations) and not 1 <= np.rint(iterations) < math.inf:
+    if known(iterations) and (np.ndim(iterations) or not 1 <= np.rint(iterations) < math.inf):
         raise ValueError(
             f"scale_by_sinkhorn: iterations must be a number of at least 1, got {iterations!r}."
         )

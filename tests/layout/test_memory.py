@@ -66,9 +66,9 @@ def test_each_device_holds_its_shard_of_parameters_and_state():
     shardings = {"up": NamedSharding(MESH, P("x", "y"))}
     report = memory_report(lorapre_adamw(1e-3, 8), params, shardings)
     kernel = row(report, "up/kernel")
-    # Factors (8, 32) and (8, 64) of two moments: split like the axis that they keep.
+    # Factors (8, 32) and (8, 64) of two moments: split like the axis that they keep, the rank like the other.
     assert counts(kernel.total) == (4 * 64 * 32, 4 * 2 * 8 * (64 + 32))
-    assert counts(kernel.per_device) == (4 * 64 * 32 // 8, 4 * 2 * 8 * (64 // 2 + 32 // 4))
+    assert counts(kernel.per_device) == (4 * 64 * 32 // 8, 4 * 2 * 8 * (64 + 32) // 8)
     shared = row(report, "(shared)")
     assert shared.total == shared.per_device
     assert report.devices == 8
