@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from layout_optax.layout import ParamLayout
 
@@ -102,25 +102,34 @@ def mesh_axes(entry: Any) -> tuple[str, ...]:
 
 
 def dividing_axes(
-    size: int, names: Sequence[str], mesh: Mesh | AbstractMesh
+    size: int, names: Sequence[str], devices: Mapping[str, int]
 ) -> str | tuple[str, ...] | None:
     """The spec entry that spreads an axis of this size over as many devices as these mesh axes can.
 
     JAX wants shards of equal size, so mesh axes are left out until the rest divides the axis: of all
-    choices the one with the most devices, of those the one with the fewest mesh axes.
+    choices the one with the most devices, of those the one with the most mesh axes.
+
+    Args:
+      size: of the axis.
+      names: mesh axes to choose from.
+      devices: the number of devices along each, as ``mesh.shape`` has it.
 
     Example:
-      >>> mesh = jax.sharding.AbstractMesh((2, 4), ("x", "y"))
-      >>> [dividing_axes(size, ("x", "y"), mesh) for size in (16, 12, 6, 5)]
+      >>> [dividing_axes(size, ("x", "y"), {"x": 2, "y": 4}) for size in (16, 12, 6, 5)]
       [('x', 'y'), 'y', 'x', None]
     """
     best, most = (), 1
     for count in range(1, len(names) + 1):
         for chosen in itertools.combinations(names, count):
-            devices = math.prod(mesh.shape[name] for name in chosen)
-            if size % devices == 0 and devices > most:
-                best, most = chosen, devices
-    return best if len(best) > 1 else best[0] if best else None
+            pieces = math.prod(devices[name] for name in chosen)
+            if size % pieces == 0 and (pieces > most or (pieces == most and count > len(best))):
+                best, most = chosen, pieces
+    return joined(best)
+
+
+def joined(names: Sequence[str]) -> str | tuple[str, ...] | None:
+    """The spec entry of some mesh axes, see `mesh_axes`."""
+    return tuple(names) if len(names) > 1 else names[0] if names else None
 
 
 def project(sharding: NamedSharding, ndim: int, axes: Sequence[int]) -> NamedSharding:
@@ -188,8 +197,8 @@ def statistic_sharding(
     spec, longest = list(kept.spec), max(range(len(sizes)), key=lambda axis: sizes[axis])
     has = mesh_axes(spec[longest])
     pieces = sizes[longest] // math.prod(own.mesh.shape[name] for name in has)
-    names = (*has, *mesh_axes(dividing_axes(pieces, free, own.mesh)))
-    spec[longest] = names if len(names) > 1 else names[0] if names else None
+    names = (*has, *mesh_axes(dividing_axes(pieces, free, own.mesh.shape)))
+    spec[longest] = joined(names)
     return NamedSharding(own.mesh, PartitionSpec(*spec))
 
 

@@ -12,9 +12,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from layout_optax.axes import mesh_axes, named_sharding
+from layout_optax.axes import dividing_axes, mesh_axes, named_sharding
 from layout_optax.layout import PyTree
 from layout_optax.sharding import state_shardings
+
+_NAMES = ("out_sharding", "sharding_names", "sharding")
+"""Metadata of names for axes, today's and older ones; MaxText's variables have two at once."""
 
 
 class Owner(NamedTuple):
@@ -49,7 +52,8 @@ def has_partition_names(box: Any) -> bool:
 
 def _names(box: Any) -> list[Any]:
     metadata = box.get_metadata()
-    names = metadata.get("optimizer_sharding") or metadata.get("out_sharding")
+    found = (metadata.get(key) for key in ("optimizer_sharding", *_NAMES))
+    names = next(filter(None, found), None)
     if isinstance(names, NamedSharding):
         names = names.spec
     return [names] if isinstance(names, str) else list(names or ())
@@ -60,8 +64,8 @@ def with_metadata(
 ) -> PyTree:
     """The state of ``tx`` with every array whose parameter has names in a variable of its parameter's kind.
 
-    Every named axis of every parameter counts as a mesh axis of its own here, so that `state_shardings` tells
-    of each axis of the state which axis of which parameter it follows.
+    Every named axis of every parameter counts as a mesh axis of its own here, of one device, so that
+    `state_shardings` tells of each axis of the state which axes of which parameter it may follow.
 
     Args:
       tx: the transformation, on arrays.
@@ -84,7 +88,7 @@ def with_metadata(
                 named[token] = owner, entry
                 sizes[token] = _shards(owner, axis)
         specs.append(PartitionSpec(*tokens))
-    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    mesh = AbstractMesh((1,) * len(sizes), tuple(sizes))
     leaves, treedef = jax.tree.flatten(params)
     shapes = [
         jax.ShapeDtypeStruct(
@@ -106,8 +110,11 @@ def with_metadata(
         found = [named[token] for entry in sharding.spec for token in mesh_axes(entry)]
         if not found:
             return leaf
-        names = tuple(_entry(entry, named, sizes) for entry in sharding.spec)
-        return _boxed(leaf, found[0][0].box, names)
+        names = tuple(
+            _entry(size, mesh_axes(entry), named, sizes)
+            for size, entry in zip(leaf.shape, sharding.spec, strict=True)
+        )
+        return _boxed(leaf, found[0][0].box, names) if any(names) else leaf
 
     return jax.tree.map(box, state, shardings)
 
@@ -138,26 +145,40 @@ def _shards(owner: Owner, axis: int) -> int:
 
 
 def _entry(
-    entry: Any, named: Mapping[str, tuple[Owner, Any]], sizes: Mapping[str, int]
-) -> str | tuple[str, ...] | None:
-    """The names of one axis of the state, from the tokens that stand for them."""
-    tokens = mesh_axes(entry)
-    if not tokens:
-        return None
-    if len(tokens) == 1:
-        return named[tokens[0]][1]
-    names = [name for token in tokens for name in mesh_axes(named[token][1])]
-    owner = named[tokens[0]][0]
-    mesh = _mesh(owner)
-    if mesh is not None and all(name in mesh.shape for name in names):
-        return tuple(names)
-    # Rules turn single names into mesh axes, not tuples of them.
-    return named[max(tokens, key=lambda token: sizes[token])][1]
+    size: int,
+    tokens: tuple[str, ...],
+    named: Mapping[str, tuple[Owner, Any]],
+    sizes: Mapping[str, int],
+) -> Any:
+    """The names of one axis of the state, from the tokens of the axes that it may follow.
+
+    It keeps the name of an axis of its own size. The others are those of axes that it lacks (a rank's,
+    a large statistic's): as many as divide it.
+    """
+    own = tuple(token for token in tokens if named[token][0].value.shape[_axis(token)] == size)[:1]
+    others = [token for token in tokens if token not in own]
+    left = size // math.prod(sizes[token] for token in own)
+    mesh = _mesh(named[tokens[0]][0]) if tokens else None
+    if mesh is not None and all(
+        name in mesh.shape for token in tokens for name in mesh_axes(named[token][1])
+    ):
+        chosen = (*own, *mesh_axes(dividing_axes(left, others, sizes)))
+    else:
+        # Rules turn single names into mesh axes, not tuples of them: of heads and their features the heads.
+        divide = (token for token in others if sizes[token] > 1 and left % sizes[token] == 0)
+        chosen = own or tuple(divide)[:1]
+    if len(chosen) == 1:
+        return named[chosen[0]][1]
+    return tuple(name for token in chosen for name in mesh_axes(named[token][1])) or None
+
+
+def _axis(token: str) -> int:
+    return int(token.partition(".")[2])
 
 
 def _boxed(value: Any, box: Any, names: tuple[Any, ...]) -> Any:
     """A value in a variable of a parameter's kind and metadata, with names of its own."""
-    dropped = ("optimizer_sharding", "partition_name", "param_scan_axis")
+    dropped = (*_NAMES, "optimizer_sharding", "partition_name", "param_scan_axis")
     metadata = {
         key: item
         for key, item in box.get_metadata().items()

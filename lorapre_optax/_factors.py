@@ -398,7 +398,7 @@ def factor_sharding(
     kept = project(own, ndim, removed).spec
     entries = spec_entries(own, ndim)
     free = [name for axis in sorted(removed) for name in mesh_axes(entries[axis])]
-    part = None if rank is None else dividing_axes(rank, free, own.mesh)
+    part = None if rank is None else dividing_axes(rank, free, own.mesh.shape)
     return NamedSharding(own.mesh, PartitionSpec(*kept[:-1], part, kept[-1]))
 
 

@@ -130,12 +130,19 @@ class Scanned(nnx.Module):
             param_scan_axis=1,
             **{nnx.PARTITION_NAME: "layers", **names},
         )
+        # MaxText's own variables hold their names twice, the older way too.
+        self.twice = nnx.Param.from_metadata(
+            jnp.ones((16, 3, 32)),
+            {**self.kernel.get_metadata(), "sharding_names": ("embed", "layers", "mlp")}
+            | {"out_sharding": ("embed", "layers", "mlp")},
+        )
         self.scale = nnx.Param(jnp.ones(16))
 
 
 LAYOUT = {
     "embedding": ParamLayout("embedding", (0,), (1,)),
     "kernel": ParamLayout("matrix", (2,), (0,)),
+    "twice": ParamLayout("matrix", (2,), (0,)),
     "scale": ParamLayout("vector", (), (0,)),
 }
 
@@ -148,6 +155,7 @@ def test_logical_names_are_projected_before_any_mesh_is_known(rank, split):
     held = made.opt_state
     names = lambda leaf: leaf.get_metadata().get("out_sharding")  # noqa: E731
     assert names(held.left["kernel"]) == ("layers", "embed" if split else None, "mlp")
+    assert names(held.left["twice"]) == names(held.left["kernel"])
     assert names(held.right["kernel"]) == ("embed", "mlp" if split else None, "layers")
     assert names(held.left["embedding"]) == ("embed" if split else None, "vocab")
     assert names(held.full["scale"]) is None
@@ -162,7 +170,7 @@ def test_logical_names_are_projected_before_any_mesh_is_known(rank, split):
 
 
 def test_two_names_on_a_rank_axis():
-    """Mesh axes go together; of logical names, which rules take one by one, the larger one goes alone."""
+    """Mesh axes go together; of logical names, which rules take one by one, the first goes alone."""
     layout = {"kernel": ParamLayout("matrix", (0, 1), (2,))}
     tx = unboxed(lorapre_optax.low_rank_ema(0.9, 8, layout=layout))
 
@@ -172,7 +180,8 @@ def test_two_names_on_a_rank_axis():
 
     mesh = runs.make_mesh(AxisType.Auto)
     assert right(("fsdp", "tensor", None), mesh) == (("fsdp", "tensor"), None)
-    assert right(("heads", "kv", "embed")) == ("kv", "embed")
+    assert right(("heads", "kv", "embed")) == ("heads", "embed")
+    assert right((None, "kv", "embed")) == ("kv", "embed")
     assert right((None, ("fsdp", "tensor"), None), mesh) == (("fsdp", "tensor"), None)
     assert right(("fsdp", None, "tensor"), mesh) == ("fsdp", "tensor")
 
@@ -205,3 +214,12 @@ def test_functional_state_keeps_its_variables():
     ):
         assert isinstance(spec, NamedSharding)
         assert spec.spec == sharding.spec
+
+
+def test_many_parameters():
+    """A mesh axis for each axis of each parameter is no mesh that could be: only its names count."""
+    names = {"out_sharding": ("embed", "mlp"), "eager_sharding": False}
+    params = {str(i): {"kernel": nnx.Param(jnp.ones((64, 16)), **names)} for i in range(40)}
+    state = unboxed(lorapre_optax.low_rank_ema(0.9, 8)).init(params)
+    for i in range(40):
+        assert state.left[str(i)]["kernel"].get_metadata()["out_sharding"] == ("embed", "mlp")
