@@ -295,12 +295,15 @@ def _open(
         FactoredHistory(
             leaves.layouts[i],  # pyright: ignore[reportArgumentType]
             old,
-            *inverse,
+            left_inverse,
+            right_inverse,
             kind,
             left.dtype,
             narrow_operands("product_dtype", options.product_dtype, leaves.leaves[i].dtype),
         )
-        for (i, _, left, _), old, inverse in zip(factored, prepared, inverses, strict=True)
+        for (i, _, left, _), old, (left_inverse, right_inverse) in zip(
+            factored, prepared, inverses, strict=True
+        )
     )
     found = [None if isinstance(each[2], optax.MaskedNode) else next(opened) for each in flat]
     size = len(targets)

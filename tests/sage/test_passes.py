@@ -1,8 +1,12 @@
 """How often Sinkhorn's algorithm reads and writes a gradient on an accelerator."""
 
+import json
+import pathlib
+
 import jax
 import pytest
 
+from benchmarks.accelerators import ahead
 from benchmarks.accelerators.traffic import Move, moved_bytes, moves, reads, writes
 from layout_optax import ParamLayout
 from sage_optax import scale_by_sinkhorn
@@ -90,3 +94,22 @@ def test_the_counter_knows_loops_branches_slices_and_products():
     assert product.product
     assert (product.reads, product.writes) == ((128, 128), ())
     assert (fusion.reads, fusion.writes, fusion.product) == ((128,), (), False)
+
+
+FOLDER = pathlib.Path(__file__).parents[2] / "docs" / "results"
+
+
+def test_xlas_own_compilers_agree():
+    """The committed counts of programs compiled for an H200; what is counted here is what they do."""
+    content = json.loads((FOLDER / "ahead.json").read_text())
+    assert (FOLDER / "ahead.md").read_text() == ahead.page(content)
+    cells = {(c["platform"], c["name"], c["dtype"]): c for c in content["cells"]}
+    for dtype, width in (("float32", 4), ("bfloat16", 2)):
+        found = traffic(dtype)
+        for name in ("rows first", "columns first"):
+            cell = cells["cuda", name, dtype]
+            assert cell["writes"] == writes(found) == 1
+            # Three sums over an axis that is not the last are two kernels.
+            assert cell["reads"] == reads(found) + 1
+            assert cell["bytes"] * SIZE == moved_bytes(found) + width * SIZE
+            assert cell["temporaries"] < 0.1

@@ -1,0 +1,250 @@
+"""What XLA's own compilers for CUDA and TPU make of the updates, on a machine that has neither.
+
+    python -m benchmarks.accelerators.ahead --platform cuda
+
+JAX compiles ahead of time for a device that is only described. That needs the platform's plugin and nothing
+else: the packages jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12, or libtpu. Libraries cannot be
+tried out without a device, so XLA takes its default for each product. Rows are kept in ahead.json; started
+again it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks.accelerators.traffic import moved_bytes, moves, reads, writes
+from benchmarks.common import circumstances, describe_circumstances, table
+from benchmarks.peers import register_peers
+from benchmarks.steps.updates import Store, Update
+from layout_optax import ParamLayout
+from sage_optax import scale_by_sinkhorn
+
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 149978434048 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 2 }
+runtime_version { major: 12 minor: 9 }
+device_description_str: "NVIDIA H200"
+"""
+"""One H200 as XLA describes it."""
+
+OPTIMIZERS = (
+    *("adamw", "sage_hybrid", "sage_hybrid:sinkhorn_iterations=1", "lorapre_adamw"),
+    *("lorapre_adamw:options=recommended", "lorapre_muon", "muon"),
+)
+KEYS = ("what", "platform", "name", "dtype")
+LAST = ParamLayout("matrix", (1,), (2,))
+FIRST = ParamLayout("matrix", (2,), (1,))
+
+
+def target(platform: str) -> SingleDeviceSharding:
+    """A device that is described, not there."""
+    if platform == "cuda":
+        options = {"target_config": H200, "topology": "1x1x1"}
+        found = topologies.get_topology_desc("h200", "cuda", **options)
+    else:
+        found = topologies.get_topology_desc("v5e:2x2", "tpu")
+    return SingleDeviceSharding(found.devices[0])
+
+
+def compiled(function: Any, where: SingleDeviceSharding, *args: Any, **options: Any) -> Any:
+    """The function compiled for the device, and the seconds from tracing to the end."""
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), args)
+    started = time.perf_counter()
+    found = jax.jit(lambda *args: function(*args), **options).lower(*given).compile()
+    return found, time.perf_counter() - started
+
+
+def measure_update(
+    where: SingleDeviceSharding, preset: str, name: str, dtype: str
+) -> dict[str, Any]:
+    """Traffic, temporaries and compile seconds of an optimizer's update and apply."""
+    update = Update(preset, name, dtype)
+    found, seconds = compiled(
+        update.function, where, update.params, update.state, update.params, donate_argnums=(0, 1)
+    )
+    matrices = [leaf.size for leaf in jax.tree.leaves(update.params) if leaf.ndim > 2]
+    moved = moves(found.as_text(), min(matrices))
+    return {
+        "preset": preset,
+        "bytes": moved_bytes(moved) / update.parameter_count,
+        "temporaries": found.memory_analysis().temp_size_in_bytes / update.largest_leaf_bytes,
+        "seconds": seconds,
+    }
+
+
+def measure_sinkhorn(where: SingleDeviceSharding, dtype: str, **options: Any) -> dict[str, Any]:
+    """Reads, writes and bytes an entry of five sweeps over a stack, and the sizes of its temporaries."""
+    shape = (24, 1024, 2736)
+    size = 24 * 1024 * 2736
+    tx = scale_by_sinkhorn(**options)
+    g = jax.ShapeDtypeStruct(shape, dtype)
+    found, seconds = compiled(lambda g: tx.update(g, tx.init(g))[0], where, g)
+    moved = moves(found.as_text(), size)
+    return {
+        "reads": reads(moved),
+        "writes": writes(moved),
+        "bytes": moved_bytes(moved) / size,
+        "temporaries": found.memory_analysis().temp_size_in_bytes / (4 * size),
+        "seconds": seconds,
+    }
+
+
+def measure_shapes(where: SingleDeviceSharding, leaves: int, shapes: int) -> dict[str, Any]:
+    """Compile seconds of Sinkhorn on some leaves of some distinct shapes, and of AdamW-like work on them."""
+    tree = {
+        str(i): jax.ShapeDtypeStruct((8, 256 + 128 * (i % shapes), 512), jnp.bfloat16)
+        for i in range(leaves)
+    }
+    tx = scale_by_sinkhorn(layout=FIRST)
+    _, seconds = compiled(lambda g: tx.update(g, tx.init(g))[0], where, tree)
+    return {"leaves": leaves, "shapes": shapes, "seconds": seconds}
+
+
+def page(content: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    rows = {what: [] for what in ("sinkhorn", "update", "shapes")}
+    for cell in content["cells"]:
+        rows[cell["what"]].append(cell)
+    sinkhorn = [
+        [
+            f"{c['name']}, {c['dtype']}",
+            c["platform"],
+            c["reads"],
+            c["writes"],
+            f"{c['bytes']:.0f}",
+            f"{c['temporaries']:.2f}",
+            f"{c['seconds']:.1f}",
+        ]
+        for c in rows["sinkhorn"]
+    ]
+    adamw = {(c["platform"], c["dtype"]): c for c in rows["update"] if c["name"] == "adamw"}
+    updates = [
+        [
+            c["name"],
+            c["platform"],
+            c["dtype"],
+            f"{c['bytes']:.1f}",
+            f"{c['bytes'] / adamw[c['platform'], c['dtype']]['bytes']:.2f}",
+            f"{c['temporaries']:.2f}",
+            f"{c['seconds']:.1f}",
+        ]
+        for c in rows["update"]
+    ]
+    shapes = [
+        [c["platform"], c["leaves"], c["shapes"], f"{c['seconds']:.1f}"] for c in rows["shapes"]
+    ]
+    preset = next((c["preset"] for c in rows["update"]), "-")
+    return f"""# Compiled for an accelerator without one
+
+XLA's compilers for CUDA (an H200 as it describes itself) and TPU (v5e), run ahead of time on a machine that has
+neither. So nothing here is a time on a device. Counted are arrays as large as the gradient, or as the smallest
+stack of matrices, that the compiled program reads and writes, and the temporaries that it allocates. A rule
+that does little arithmetic takes as long as its bytes do; AdamW ran at the memory's speed
+([measured](accelerator.md)). Where an optimizer multiplies matrices, bytes tell only a part.
+
+{describe_circumstances(content["circumstances"])}
+
+## Sinkhorn
+
+One gradient of 24 x 1024 x 2736, bytes an entry; temporaries in gradients of float32. "Rows first" sums over
+the middle axis first, as for a Flax kernel. The least is 11 reads and one write for five sweeps; XLA:CUDA reads
+once more, since it makes three sums over an axis that is not the last in two kernels.
+
+{
+        table(
+            [
+                "gradient",
+                "platform",
+                "reads",
+                "writes",
+                "bytes",
+                "temporaries",
+                "compile, s",
+            ],
+            sinkhorn,
+        )
+    }
+
+## Updates
+
+`update` and `apply_updates` of {
+        preset
+    }, donated. Bytes a parameter, of stacks alone; temporaries in largest
+leaves of float32.
+
+{
+        table(
+            ["optimizer", "platform", "dtype", "bytes", "to AdamW", "temporaries", "compile, s"],
+            updates,
+        )
+    }
+
+## Compile seconds by number of shapes
+
+Sinkhorn, five sweeps, bfloat16. XLA optimizes the program of every leaf; equal kernels it generates once.
+
+{table(["platform", "leaves", "distinct shapes", "compile, s"], shapes)}
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures what is missing and writes ``ahead.json`` and ``ahead.md``."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accelerators.ahead", description=__doc__
+    )
+    parser.add_argument("--platform", choices=("cuda", "tpu"), default="cuda")
+    parser.add_argument("--preset", default="galore_350m")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--optimizers", nargs="*", default=list(OPTIMIZERS))
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/results"))
+    options = parser.parse_args(arguments)
+    register_peers()
+    where = target(options.platform)
+    jobs: list[tuple[dict[str, Any], Any]] = []
+    for dtype in options.dtypes:
+        for name, layout in (("rows first", FIRST), ("columns first", LAST)):
+            cell = {"what": "sinkhorn", "name": name, "dtype": dtype}
+            jobs.append((cell, lambda d=dtype, y=layout: measure_sinkhorn(where, d, layout=y)))
+    narrow = {"layout": FIRST, "vectors_dtype": "bfloat16"}
+    cell = {"what": "sinkhorn", "name": "vectors_dtype bfloat16", "dtype": "float32"}
+    jobs.append((cell, lambda: measure_sinkhorn(where, "float32", **narrow)))
+    for leaves, shapes in ((1, 1), (4, 1), (4, 4), (8, 1), (8, 8)):
+        cell = {"what": "shapes", "name": f"{leaves}, {shapes}", "dtype": "bfloat16"}
+        jobs.append((cell, lambda n=leaves, k=shapes: measure_shapes(where, n, k)))
+    for dtype in options.dtypes:
+        for name in options.optimizers:
+            cell = {"what": "update", "name": name, "dtype": dtype}
+            measure = lambda n=name, d=dtype: measure_update(where, options.preset, n, d)  # noqa: E731
+            jobs.append((cell, measure))
+    command = shlex.join(["python", "-m", "benchmarks.accelerators.ahead", *arguments])
+    store = Store(options.output / "ahead.json", KEYS)
+    for cell, measure in jobs:
+        cell = {"platform": options.platform, **cell}
+        if store.find(**cell) is None:
+            store.put({**cell, **measure()}, circumstances(command))
+            (options.output / "ahead.md").write_text(page(store.content))
+            print(cell, flush=True)
+
+
+if __name__ == "__main__":
+    main()
