@@ -160,7 +160,12 @@ class Comparison:
         }
         write_json(out / "comparison.json", result)
         (out / "table.md").write_text(markdown_table(rows), encoding="utf-8")
-        title = f"{config.preset}: held-out text after {max(row.tokens for row in rows):,} tokens"
+        # The time of an update counts the less, the more tokens a step has: the step belongs to the table.
+        settings = resolve(self._train_config(self.names[0]), self.model)
+        title = (
+            f"{config.preset}: held-out text after {max(row.tokens for row in rows):,} tokens, "
+            f"steps of {settings.batch_size} x {settings.seq_len}"
+        )
         plot_comparison(rows, picture, title, f"{command}   corpus {self._corpus()}")
         if has_ranks(rows):
             plot_ranks(rows, out / "ranks.png", title, f"{command}   corpus {self._corpus()}")

@@ -128,6 +128,10 @@ def _perplexity_against_state(
         if row.status == "finished":
             point = {**style, "linestyle": "none"}
             axes.plot(_share(row), row.heldout_perplexity, markersize=8, **point)
+    if not any(row.status == "finished" for row in rows):
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "no row has finished", transform=axes.transAxes, ha="center")
+        return
     share_axis(axes)
     perplexity_axis(axes)
 

@@ -6,6 +6,7 @@ environment variables (WANDB_PROJECT, WANDB_ENTITY, WANDB_API_KEY).
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import uuid
@@ -41,8 +42,7 @@ class WandbRun:
 
     def __init__(self, folder: Path, mode: WandbMode, *, resumed: bool = False):
         check_wandb(mode)
-        import wandb
-
+        wandb: Any = importlib.import_module("wandb")
         kept = folder / "wandb" / "identity.txt"
         kept.parent.mkdir(parents=True, exist_ok=True)
         if not (resumed and kept.exists()):

@@ -102,6 +102,7 @@ def test_a_comparison_writes_table_picture_and_json(tmp_path):
     assert not (tmp_path / "ranks.png").exists()
     text = text_of(found)
     assert "Peak rates: adamw 0.01 (given), lion 0.003 (given)" in text
+    assert "tokens, steps of 8 x 16" in " ".join(text.split())
     assert text.strip().endswith(f"Picture: {tmp_path / 'comparison.png'}")
 
 
