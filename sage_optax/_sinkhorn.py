@@ -223,8 +223,9 @@ def _sweeps(g: jax.Array, copy: jax.Array, layout: ParamLayout, iterations: Any,
 
         body = rule.sweep(norms)
         if known and iterations <= _UNROLLED:
+            once = jax.jit(body)  # traced once for all sweeps
             for step in range(start, stop):
-                factors = body(step, factors)
+                factors = once(jnp.int32(step), factors)
             return factors
         return jax.lax.fori_loop(start, stop, body, factors)
 
