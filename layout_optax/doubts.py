@@ -22,6 +22,10 @@ class LayoutWarning(UserWarning):
 
 _SAID: set[str] = set()
 _LINES = 6  # of rules in one message
+_MATRIX = re.compile(  # names that only matrices bear
+    r"(?i)(^|/)([qkvo]|qkv|query|key|value|up|down|gate|w[123qkvoi]|wi_\d|[qkvo]_proj|(up|down|gate|qkv)_proj"
+    r"|\w*att\w*|mlp\w*|ffn|feed_forward)(/|$)"
+)
 _IN_STACK = re.compile(r"(?i)(^|/)(\w+_)?(layers?|blocks?|h)([_/]|$)")
 
 
@@ -149,6 +153,7 @@ def _missed_tables(
         and len(shape) == 2
         and re.search(r"[^\d/]", path)  # bare arrays in lists are toys
         and not _IN_STACK.search(path)
+        and not _MATRIX.search(path)
     ]
     tables = {
         (shape[layout.row_axes[0]], shape[layout.column_axes[0]]): path

@@ -111,8 +111,17 @@ def test_a_message_is_said_once_and_the_category_can_be_silenced():
         {"embed": shape(V, D), "up": {"kernel": shape(D, 40)}},
         {"norm": shape(D), "bias": shape(D)},
         [shape(D, 40), shape(40, D)],
+        {"q": {"kernel": shape(D, D)}, "mlp": {"kernel": shape(D, 40)}},
     ],
-    ids=["fine-tuned", "one matrix", "a layer as wide as the vocabulary", "usual", "none", "bare"],
+    ids=[
+        "fine-tuned",
+        "one matrix",
+        "a layer as wide as the vocabulary",
+        "usual",
+        "none",
+        "bare",
+        "q",
+    ],
 )
 def test_usual_trees_are_silent(params):
     assert messages(params) == []
