@@ -151,6 +151,7 @@ def _missed_tables(
         and layout is not None
         and layout.role == "matrix"
         and len(shape) == 2
+        and 0 not in shape
         and re.search(r"[^\d/]", path)  # bare arrays in lists are toys
         and not _IN_STACK.search(path)
         and not _MATRIX.search(path)

@@ -123,11 +123,16 @@ def check_adam(b1: Any, b2: Any, eps: Any, *, prefix: str = "") -> None:
     """Refuses numbers that Adam cannot use; ``prefix`` is that of the arguments' names.
 
     Raises:
-      ValueError: for decays outside [0, 1) and an eps that is negative or not finite.
+      ValueError: for decays outside [0, 1) and an eps that is negative or not finite. An array below float32
+        may be 1, since that can be rounding.
       TypeError: for something that is no number.
     """
-    check_decay(f"{prefix}b1", b1)
-    check_decay(f"{prefix}b2", b2)
+    for name, value in ((f"{prefix}b1", b1), (f"{prefix}b2", b2)):
+        # `optax.inject_hyperparams` gives numbers the dtype of the parameters: 0.999 is 1 in bfloat16.
+        if isinstance(value, jax.Array) and value.dtype.itemsize < 4:
+            check_number(name, value, 0, 1)
+        else:
+            check_decay(name, value)
     check_number(f"{prefix}eps", eps, 0)
 
 

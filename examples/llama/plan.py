@@ -22,6 +22,7 @@ from examples.llama.comparing.plan import PlanConfig, make_plan
 from examples.llama.comparing.plan_text import answer, plan_tables, title
 from examples.llama.reporting.command import command
 from examples.llama.reporting.files import write_json
+from examples.llama.training.notes import quiet_rank_warning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(config: PlanConfig) -> int:
+    quiet_rank_warning()  # the marked rows say it
     plan = make_plan(config)
     if config.json == "-":
         print(json.dumps(plan.to_dict(), indent=2))

@@ -49,6 +49,7 @@ def registry(monkeypatch):
     register_peers()
 
 
+@pytest.mark.extended
 def test_it_goes_on_where_it_stopped_and_ends_with_nothing_missing(few_rows, tmp_path, capsys):
     cells = Cells(
         tmp_path / "quality.json", model=tiny.MODEL, dataset=tiny.dataset(), common=COMMON

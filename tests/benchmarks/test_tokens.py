@@ -146,6 +146,7 @@ def test_a_run_without_time_is_given_up_and_one_without_hope_is_a_divergence(tok
         program.run(wide, 1e-2)
 
 
+@pytest.mark.extended
 def test_single_rules_keep_the_rate_that_the_base_found(tokens, tmp_path):
     worker = Worker(protocol(), tokens, SharedStore(tmp_path / "a.json"), {}, ratios=(1.0, 0.3))
     waiting = Search("adamw+orthogonal", 1e-2, "matrices")
@@ -234,6 +235,7 @@ def test_a_killed_workers_claim_is_taken_over_and_its_cells_are_kept(arguments, 
     assert len(set(rates)) == len(rates)
 
 
+@pytest.mark.extended
 def test_two_workers_share_the_searches_and_lose_no_cell(arguments, tmp_path):
     arguments += ["--optimizers", "adamw=1e-2,lion=5e-3"]
     workers = [start(arguments) for _ in range(2)]
@@ -262,6 +264,7 @@ def test_the_list_of_everything_names_every_rule_once():
         register_crossing("sgd+muon")
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("side", ["tables", "matrices"])
 def test_every_rule_updates_its_parameters_and_no_other(side):
     params = random_params(tiny.MODEL)
@@ -278,6 +281,7 @@ def test_every_rule_updates_its_parameters_and_no_other(side):
     assert crossing("sage", "sinkgd") is crossing("sage", "sinkgd")
 
 
+@pytest.mark.extended
 def test_a_trace_follows_updates_damper_and_rows(arguments, tmp_path):
     command.main([*arguments, "--trace", "sage_hybrid=1e-2"])
     (found,) = stored(tmp_path)["traces"]

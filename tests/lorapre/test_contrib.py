@@ -81,6 +81,7 @@ def test_the_suite_ran_ours():
     assert len(NAMES) == len(OPTIMIZERS) * (2 + 4 + 1 + 2 + 2 + 4 + 1)
 
 
+@pytest.mark.filterwarnings("ignore::layout_optax.LayoutWarning")  # there is no table here
 @pytest.mark.parametrize(
     ("name", "options", "rate"),
     [

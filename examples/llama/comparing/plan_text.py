@@ -29,6 +29,9 @@ _ROLES = {
 ADAPTER = "lora"
 """The row that is an adapter, which `finetune` has under the same name."""
 
+ABOVE = 1.001
+"""A row above this share of AdamW's state is marked; a few counters more are not."""
+
 PAPER_RATE, PAPER_METHODS = 2e-5, (ADAPTER, "adamw", "lorapre_adamw")
 """Peak rate of the LoRA-Pre paper's fine-tuning, and the rows it holds for; those of `finetune`."""
 
@@ -96,7 +99,8 @@ def _cells(plan: Plan) -> tuple[list[str], list[tuple[str, list[str]]]]:
             column(
                 "of AdamW's",
                 lambda row: (
-                    ("! " if row.state_bytes > adamw else "") + _percent(row.state_bytes / adamw)
+                    ("! " if row.state_bytes > ABOVE * adamw else "")
+                    + _percent(row.state_bytes / adamw)
                 ),
             )
         )
@@ -168,14 +172,11 @@ def answer(plan: Plan) -> list[str]:
 
 def _above_adamw(plan: Plan) -> list[str]:
     adamw = _adamw(plan)
-    above = [row.label for row in plan.rows if adamw and row.state_bytes > adamw]
+    above = [row.label for row in plan.rows if adamw and row.state_bytes > ABOVE * adamw]
     if not above:
         return []
-    why = "; on a mesh the rank is not split" if plan.config.mesh else ""
-    return [
-        f"! More state than AdamW{why}: {', '.join(above)}. Take a lower --rank "
-        "(docs/choosing.md, low rank under FSDP)."
-    ]
+    where = " (docs/choosing.md, low rank under FSDP)" if plan.config.mesh else ""
+    return [f"! More state than AdamW: {', '.join(above)}. Take a lower --rank{where}."]
 
 
 def _counted(plan: Plan) -> str:

@@ -338,10 +338,10 @@ def test_no_number_is_cut(width):
 
 
 def test_more_state_than_adamw_is_marked():
-    found = plan(preset="llama3.1_8b", mesh="fsdp=8", optimizers="adamw,lorapre_adamw,sage_hybrid")
+    found = plan(preset="llama3.1_8b", mesh="fsdp=8", optimizers="adamw,galore,lorapre_adamw")
     (line,) = (line for line in answer(found) if line.startswith("!"))
     assert line.startswith(
-        "! More state than AdamW; on a mesh the rank is not split: LoRA-Pre Adam."
+        "! More state than AdamW: GaLore. Take a lower --rank (docs/choosing.md,"
     )
     assert not any(line.startswith("!") for line in answer(plan(preset="demo")))
 
