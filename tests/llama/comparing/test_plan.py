@@ -341,7 +341,7 @@ def test_more_state_than_adamw_is_marked():
     found = plan(preset="llama3.1_8b", mesh="fsdp=8", optimizers="adamw,galore,lorapre_adamw")
     (line,) = (line for line in answer(found) if line.startswith("!"))
     assert line.startswith(
-        "! More state than AdamW: GaLore. Take a lower --rank (docs/choosing.md,"
+        "! More state than AdamW: GaLore, GaLore (paper's formula). Take a lower"
     )
     assert not any(line.startswith("!") for line in answer(plan(preset="demo")))
 
