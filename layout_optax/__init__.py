@@ -15,7 +15,7 @@ from layout_optax.routing import adam_direction as adam_direction
 from layout_optax.routing import by_role as by_role
 from layout_optax.sharding import state_shardings as state_shardings
 
-__version__ = "0.1.0"  # pyproject.toml and CITATION.cff carry it too; a test compares them
+__version__ = "0.2.0"  # pyproject.toml and CITATION.cff carry it too; a test compares them
 
 __all__ = [
     "ANY_LEAF",
