@@ -18,7 +18,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 
-from examples.llama.data.documents import DataError, Document, corpus_sha256, split_document
+from examples.llama.data.documents import (
+    BadRecords,
+    DataError,
+    Document,
+    corpus_sha256,
+    split_document,
+)
 from examples.llama.data.sources import (
     hub_documents,
     path_documents,
@@ -47,6 +53,7 @@ def load_documents(
     max_documents: int | None = None,
     max_bytes: int | None = None,
     hub_split: str = "train",
+    bad: BadRecords | None = None,
 ) -> list[Document]:
     """Reads a corpus.
 
@@ -61,6 +68,7 @@ def load_documents(
         max_bytes: Stop before the document that would pass so many bytes of UTF-8. A stream from
             the hub stops at `HUB_MAX_BYTES` where neither limit is given.
         hub_split: The split of a hub data set to stream.
+        bad: What to do about files and records that cannot be read; by default the first is an error.
 
     Returns:
         At least one document, in a fixed order.
@@ -79,13 +87,13 @@ def load_documents(
     if source.startswith("hf:"):
         if max_documents is None and max_bytes is None:
             max_bytes = HUB_MAX_BYTES
-        documents = hub_documents(source, text_field=text_field, split=hub_split)
+        documents = hub_documents(source, text_field=text_field, split=hub_split, bad=bad)
     elif source == "stdlib":
         documents = stdlib_documents()
     elif source.startswith("synthetic:"):
         documents = _synthetic_source(source)
     else:
-        documents = path_documents(source, text_field=text_field)
+        documents = path_documents(source, text_field=text_field, bad=bad)
     result = list(_limited(documents, source, max_documents, max_bytes))
     if not result:
         raise DataError(f"The data {source!r} holds no text.")

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from examples.llama.data import tokenizer as tokenization
 from examples.llama.data.checks import check_seed
 from examples.llama.data.corpus import load_documents
-from examples.llama.data.documents import DataError, Document, corpus_sha256
+from examples.llama.data.documents import BadRecords, DataError, Document, corpus_sha256
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class DataConfig:
         hub_split: Split of a hub data set.
         separator: Token after each document: `auto`, `none` or a token of the tokenizer.
         cache_dir: Folder for tokenizers and encoded text; by default that of the user.
+        skip_bad_records: Skip files and records that cannot be read, instead of refusing the first.
     """
 
     data: str = "stdlib"
@@ -52,6 +53,7 @@ class DataConfig:
     hub_split: str = "train"
     separator: str = "auto"
     cache_dir: str | None = None
+    skip_bad_records: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Dataset:
         vocab_size: Largest token id plus one; may be below the configuration's.
         corpus_sha256: Hash of all the documents' names and texts.
         tokenizer_sha256: Hash of the tokenizer.
+        notes: What was skipped, for whoever starts the run.
     """
 
     config: DataConfig
@@ -79,6 +82,7 @@ class Dataset:
     vocab_size: int
     corpus_sha256: str
     tokenizer_sha256: str
+    notes: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """What to store with a result: sizes and hashes, fit for JSON."""
@@ -128,12 +132,14 @@ def prepare_data(config: DataConfig) -> Dataset:
         )
     # First, because a broken tokenizer should not have to wait for a download.
     given = tokenization.load_tokenizer(config.tokenizer) if config.tokenizer else None
+    bad = BadRecords(skip=config.skip_bad_records)
     documents = load_documents(
         config.data,
         text_field=config.text_field,
         max_documents=config.max_documents,
         max_bytes=config.max_bytes,
         hub_split=config.hub_split,
+        bad=bad,
     )
     sha256 = corpus_sha256(documents)
     tokenizer = given or tokenization.cached_tokenizer(
@@ -153,6 +159,7 @@ def prepare_data(config: DataConfig) -> Dataset:
         vocab_size=tokenization.vocabulary_size(tokenizer),
         corpus_sha256=sha256,
         tokenizer_sha256=tokenization.tokenizer_sha256(tokenizer),
+        notes=tuple(bad.notes()),
     )
 
 

@@ -11,6 +11,41 @@ class DataError(ValueError):
     """The data, the tokenizer or the batch cannot be used; the message is one plain sentence."""
 
 
+class BadRecords:
+    """What becomes of files and records that cannot be read: the first ends the run, or all are skipped.
+
+    Args:
+        skip: Whether to skip them.
+
+    Attributes:
+        messages: What was wrong with each that was skipped, in order.
+
+    >>> bad = BadRecords(skip=True)
+    >>> bad.met(DataError("Line 3 of 'a.jsonl' is not JSON."))
+    >>> bad.notes()
+    ["Note: 1 record or file was skipped: Line 3 of 'a.jsonl' is not JSON."]
+    """
+
+    def __init__(self, *, skip: bool = False):
+        self.skip = skip
+        self.messages: list[str] = []
+
+    def met(self, error: DataError) -> None:
+        """Raises the error, or keeps its message."""
+        if not self.skip:
+            raise error
+        self.messages.append(str(error))
+
+    def notes(self) -> list[str]:
+        """One line with the count and the first message, or none."""
+        if not self.messages:
+            return []
+        count = len(self.messages)
+        what = "1 record or file was" if count == 1 else f"{count} records or files were"
+        first = "" if count == 1 else "the first: "
+        return [f"Note: {what} skipped: {first}{self.messages[0]}"]
+
+
 @dataclass(frozen=True)
 class Document:
     r"""One text: the unit that is held out or trained on as a whole.

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from examples.llama.data import tokenizer as tokenization
 from examples.llama.data.batches import Batch
 from examples.llama.data.checks import check_batch, check_seed
-from examples.llama.data.documents import DataError
+from examples.llama.data.documents import BadRecords, DataError
 from examples.llama.data.instructions import Part, Template
 
 FIELDS = ("tokens", "learned", "documents")
@@ -53,6 +53,7 @@ class InstructionData:
         cut: Records that were cut.
         packed: Whether several examples share a row.
         seed: Seed of the split.
+        notes: What was skipped, for whoever starts the run.
     """
 
     source: str
@@ -65,6 +66,7 @@ class InstructionData:
     cut: int
     packed: bool
     seed: int
+    notes: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """What to store with a result, fit for JSON."""
@@ -95,6 +97,7 @@ def prepare_instructions(
     heldout_fraction: float = 0.05,
     packed: bool = True,
     seed: int = 0,
+    bad: BadRecords | None = None,
 ) -> InstructionData:
     """Tokenizes records, and holds some of them out.
 
@@ -109,6 +112,8 @@ def prepare_instructions(
         heldout_fraction: Share of the examples to hold out.
         packed: Whether several examples may share a row.
         seed: Seed of the split.
+        bad: What to do about a record that does not fit the template; by default the first is an error. What
+            `records` skips is kept there too, and is said in the result's notes.
 
     Raises:
         DataError: A record does not fit the template (the message says which), or none is left.
@@ -116,6 +121,7 @@ def prepare_instructions(
     check_seed(seed)
     if not 0 <= heldout_fraction < 1:
         raise DataError(f"heldout_fraction must be at least 0 and below 1, got {heldout_fraction}.")
+    bad = bad or BadRecords()
     examples: list[Example] = []
     dropped = cut = 0
     digest = hashlib.sha256(json.dumps([seq_len, end_id]).encode())
@@ -123,7 +129,8 @@ def prepare_instructions(
         try:
             parts = template(record)
         except DataError as error:
-            raise DataError(f"{where} of {source or 'the data'}: {error}") from error
+            bad.met(DataError(f"{where} of {source or 'the data'}: {error}"))
+            continue
         example = encode_parts(parts, tokenizer, end_id)
         if len(example.tokens) > seq_len + 1:
             cut += 1
@@ -153,6 +160,7 @@ def prepare_instructions(
         cut=cut,
         packed=packed,
         seed=seed,
+        notes=tuple(bad.notes()),
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from examples.llama.data.arithmetic import arithmetic_problems
-from examples.llama.data.documents import DataError
+from examples.llama.data.documents import BadRecords, DataError
 
 Record = Mapping[str, Any]
 
@@ -50,7 +50,7 @@ Template = Callable[[Record], list[Part]]
 
 
 def read_records(
-    source: str, *, split: str = "train", limit: int | None = None
+    source: str, *, split: str = "train", limit: int | None = None, bad: BadRecords | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields records and where each is from.
 
@@ -59,6 +59,7 @@ def read_records(
             `arithmetic:SEED[:COUNT[:STEPS]]`, generated.
         split: Split of a hub data set.
         limit: At most so many records.
+        bad: What to do about a line that is no JSON object; by default the first is an error.
 
     Raises:
         DataError: There is no such source, or a record is no JSON object; the message says where.
@@ -72,7 +73,7 @@ def read_records(
     elif source.startswith("arithmetic:"):
         records = _generated(source)
     else:
-        records = _file_records(Path(source).expanduser())
+        records = _file_records(Path(source).expanduser(), bad or BadRecords())
     return itertools.islice(records, limit)
 
 
@@ -245,7 +246,7 @@ def _generated(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"problem {i}", problem
 
 
-def _file_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _file_records(path: Path, bad: BadRecords) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         raise DataError(
             f"The data '{path}' does not exist; give a .jsonl file, 'hf:NAME' or 'arithmetic:SEED'."
@@ -259,9 +260,11 @@ def _file_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 try:
                     record = json.loads(line)
                 except ValueError as error:
-                    raise DataError(f"Line {number} of '{path}' is not JSON: {error}.") from error
+                    bad.met(DataError(f"Line {number} of '{path}' is not JSON: {error}."))
+                    continue
                 if not isinstance(record, dict):
-                    raise DataError(f"Line {number} of '{path}' is no object with fields.")
+                    bad.met(DataError(f"Line {number} of '{path}' is no object with fields."))
+                    continue
                 yield f"line {number}", record
     except (OSError, UnicodeDecodeError, EOFError) as error:
         raise DataError(f"The data '{path}' cannot be read: {error}.") from error

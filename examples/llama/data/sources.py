@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from examples.llama.data.documents import DataError, Document
+from examples.llama.data.documents import BadRecords, DataError, Document
 
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".markdown", ".rst", ".py"})
 """Suffixes of the files a folder contributes, beside `.jsonl` and `.jsonl.gz`."""
@@ -58,7 +58,9 @@ def stdlib_documents(root: str | Path | None = None) -> Iterator[Document]:
         )
 
 
-def path_documents(path: str | Path, *, text_field: str = "text") -> Iterator[Document]:
+def path_documents(
+    path: str | Path, *, text_field: str = "text", bad: BadRecords | None = None
+) -> Iterator[Document]:
     """Yields the documents of a text file, a JSONL file or a folder.
 
     A folder is read recursively in the order of the relative paths; hidden files and folders and
@@ -67,10 +69,13 @@ def path_documents(path: str | Path, *, text_field: str = "text") -> Iterator[Do
     Args:
         path: The file or folder.
         text_field: The field of a JSONL record that holds its text.
+        bad: What to do about a file that is not UTF-8 and a JSONL record without such text; by default the
+            first is an error. Of a JSONL file that is not UTF-8 the records before that place are kept.
 
     Raises:
-        DataError: If nothing is there, a file is not UTF-8, or a JSONL record has no such text.
+        DataError: If nothing is there, or for what `bad` does not skip.
     """
+    bad = bad or BadRecords()
     path = Path(path).expanduser()
     if path.is_dir():
         files = [
@@ -93,16 +98,20 @@ def path_documents(path: str | Path, *, text_field: str = "text") -> Iterator[Do
             "'stdlib', 'hf:NAME' or 'synthetic:SEED'."
         )
     for name, file in files:
-        if _is_jsonl(file):
-            yield from _jsonl_documents(file, name, text_field)
-        else:
+        try:
+            if _is_jsonl(file):
+                yield from _jsonl_documents(file, name, text_field, bad)
+                continue
             text = _read_text(file, name)
-            if text.strip():
-                yield Document(name, text)
+        except DataError as error:
+            bad.met(error)
+            continue
+        if text.strip():
+            yield Document(name, text)
 
 
 def hub_documents(
-    source: str, *, text_field: str = "text", split: str = "train"
+    source: str, *, text_field: str = "text", split: str = "train", bad: BadRecords | None = None
 ) -> Iterator[Document]:
     """Streams a data set of the Hugging Face hub, record by record, without storing it.
 
@@ -110,11 +119,13 @@ def hub_documents(
         source: `hf:NAME` or `hf:NAME:CONFIG`.
         text_field: The field that holds a record's text.
         split: Which split to stream.
+        bad: What to do about a record without such text; by default the first is an error.
 
     Raises:
         DataError: If `datasets` is not installed, the hub does not answer, the data set does not
             exist, or a record has no such text.
     """
+    bad = bad or BadRecords()
     _, name, config = [*source.split(":", 2), ""][:3]
     if not name:
         raise DataError(
@@ -142,7 +153,11 @@ def hub_documents(
             raise DataError(
                 f"Reading {source!r} from the hub failed at record {index}: {_one_line(error)}."
             ) from error
-        text = _field(record, text_field, f"Record {index} of {source!r}")
+        try:
+            text = _field(record, text_field, f"Record {index} of {source!r}")
+        except DataError as error:
+            bad.met(error)
+            continue
         if text.strip():
             yield Document(f"{split}/{index:08d}", text)
 
@@ -175,7 +190,7 @@ def _read_text(path: Path, name: str) -> str:
         raise DataError(f"The file {name!r} cannot be read: {error.strerror}.") from error
 
 
-def _jsonl_documents(path: Path, name: str, text_field: str) -> Iterator[Document]:
+def _jsonl_documents(path: Path, name: str, text_field: str, bad: BadRecords) -> Iterator[Document]:
     """Yields a document for each non-empty line, named by file and line."""
     try:
         with (gzip.open if path.suffix.lower() == ".gz" else open)(
@@ -184,18 +199,25 @@ def _jsonl_documents(path: Path, name: str, text_field: str) -> Iterator[Documen
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                where = f"Line {number} of {name!r}"
                 try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{where} is not JSON: {_one_line(error)}.") from error
-                text = _field(record, text_field, where)
+                    text = _text_of(line, text_field, f"Line {number} of {name!r}")
+                except DataError as error:
+                    bad.met(error)
+                    continue
                 if text.strip():
                     yield Document(f"{name}:{number}", text)
     except UnicodeDecodeError as error:
         raise DataError(f"The file {name!r} is not UTF-8 text (byte {error.start}).") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"The file {name!r} cannot be read: {_one_line(error)}.") from error
+
+
+def _text_of(line: str, field: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON: {_one_line(error)}.") from error
+    return _field(record, field, where)
 
 
 def _field(record: object, field: str, where: str) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from examples.llama.data.documents import BadRecords
 from examples.llama.data.instruction_batches import (
     InstructionData,
     heldout_rows,
@@ -105,6 +106,8 @@ class FinetuneConfig(CheckpointConfig, ClusterConfig):
     """Split of a hub data set."""
     limit: int | None = None
     """Read at most so many records."""
+    skip_bad_records: bool = False
+    """Skip records that are no JSON object or do not fit the template, count them and name the first."""
     heldout_fraction: float = 0.02
     """Share of the examples held out to measure the loss on."""
     tokenizer: str | None = None
@@ -329,8 +332,9 @@ def template_of(
 
 def instruction_data(config: FinetuneConfig, model: Model) -> InstructionData:
     """Reads and tokenizes the data of a configuration."""
+    bad = BadRecords(skip=config.skip_bad_records)
     return prepare_instructions(
-        read_records(config.data, split=config.split, limit=config.limit),
+        read_records(config.data, split=config.split, limit=config.limit, bad=bad),
         template_of(
             model,
             config.template,
@@ -345,4 +349,5 @@ def instruction_data(config: FinetuneConfig, model: Model) -> InstructionData:
         heldout_fraction=config.heldout_fraction,
         packed=config.packing,
         seed=config.seed,
+        bad=bad,
     )

@@ -134,6 +134,8 @@ class JobConfig(DeviceConfig):
     """Read at most so many bytes of text."""
     text_field: str = "text"
     """Field of a JSONL or hub record that holds its text."""
+    skip_bad_records: bool = False
+    """Skip files that are not UTF-8 and records without text, count them and name the first."""
     cache_dir: str | None = None
     """Folder for tokenizers and encoded text; by default the user's cache folder."""
     eval_every: int | None = None
@@ -305,6 +307,7 @@ def data_config(config: TrainConfig, settings: Settings) -> DataConfig:
         heldout_fraction=config.heldout_fraction,
         seed=config.seed,
         text_field=config.text_field,
+        skip_bad_records=config.skip_bad_records,
         max_documents=config.max_documents,
         max_bytes=config.max_bytes,
         cache_dir=config.cache_dir,

@@ -173,7 +173,7 @@ class Run:
     Args:
         config: What was asked for of the trainer: folder, checkpoints, progress.
         settings: What that was decided to be.
-        data: What the batches are of: `describe()`, `tokenizer`, `vocab_size` and `corpus_sha256`.
+        data: What the batches are of: `describe()`, `tokenizer`, `vocab_size`, `corpus_sha256` and `notes`.
         program: What it executes.
         batches: Its training batches, an iterator with `get_state` and `set_state`.
         heldout: The batches of an evaluation.
@@ -258,7 +258,7 @@ class Run:
         """
         config, summary = self.config, self.summary
         started, main = time.perf_counter(), is_main()
-        for note in (*self.program.notes(), *self.notes):
+        for note in (*self.program.notes(), *self.data.notes, *self.notes):
             self._say(note)
         with ExitStack() as stack:
             stack.enter_context(locked(config.out, force=config.force_unlock))

@@ -19,7 +19,7 @@ import pytest
 
 from examples.llama.data import corpus
 from examples.llama.data.corpus import load_documents
-from examples.llama.data.documents import Document, corpus_sha256, split_document
+from examples.llama.data.documents import BadRecords, Document, corpus_sha256, split_document
 from examples.llama.data.sources import hub_documents, stdlib_documents, synthetic_documents
 from tests.llama.data.one_sentence import one_sentence
 
@@ -165,6 +165,27 @@ def test_bad_files(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with one_sentence(message):
         load_documents(str(tmp_path / name))
+
+
+def test_bad_files_and_records_are_skipped_where_asked_for(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "b.txt").write_text("good")
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "one"}\n{oops\n{"body": 1}\n{"text": "two"}\n')
+    bad = BadRecords(skip=True)
+    found = load_documents(str(tmp_path), bad=bad)
+    assert [document.text for document in found] == ["good", "one", "two"]
+    assert [message.partition(" is ")[0].partition(" has ")[0] for message in bad.messages] == [
+        "The file 'a.txt'",
+        "Line 2 of 'c.jsonl'",
+        "Line 3 of 'c.jsonl'",
+    ]
+    (note,) = bad.notes()
+    assert note.startswith("Note: 3 records or files were skipped: the first: The file 'a.txt'")
+    with one_sentence("holds no text"):
+        (tmp_path / "b.txt").unlink()
+        (tmp_path / "c.jsonl").unlink()
+        (tmp_path / "d.jsonl").write_text("[1]\n")
+        load_documents(str(tmp_path), bad=BadRecords(skip=True))
 
 
 def test_missing_and_empty_places(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from examples.llama.data.documents import DataError
+from examples.llama.data.documents import BadRecords, DataError
 from examples.llama.data.instruction_batches import (
     FIELDS,
     RowSource,
@@ -277,6 +277,26 @@ def test_broken_files(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(DataError, match=message):
         list(read_records(str(path)))
+
+
+def test_bad_records_are_skipped_where_asked_for(tmp_path):
+    """Lines that are no objects, and records that do not fit the template."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"query": "a", "response": "b"}\n{\n[1]\n{"query": "c"}\n' * 2)
+    bad = BadRecords(skip=True)
+    data = prepare_instructions(
+        read_records(str(path), bad=bad),
+        lambda record: [Part(field(record, None, RESPONSE_FIELDS), True)],
+        word_tokenizer(),
+        seq_len=8,
+        end_id=END,
+        source=str(path),
+        heldout_fraction=0.5,
+        bad=bad,
+    )
+    assert (len(data.train), len(data.heldout), len(bad.messages)) == (1, 1, 6)
+    (note,) = data.notes
+    assert note.startswith("Note: 6 records or files were skipped: the first: Line 2 of")
 
 
 @pytest.mark.parametrize("source", ["nothing.jsonl", "arithmetic:x", "arithmetic:0:5:2:1", "hf:"])
