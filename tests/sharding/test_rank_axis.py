@@ -79,9 +79,10 @@ def on_one_device(name):
 
 
 def assert_close(found, expected):
+    """To rounding: devices add in another order, and JAX 0.12 in another than 0.10 (1.2e-5 seen)."""
     for value, reference in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         apart = np.linalg.norm(np.float64(value) - reference)
-        assert apart <= 1e-5 * np.linalg.norm(reference)
+        assert apart <= 3e-5 * np.linalg.norm(reference)
 
 
 @pytest.mark.parametrize(("name", "sizes", "kind"), CASES)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -20,7 +20,6 @@ from examples.llama.data.instruction_batches import (
     rows_per_epoch,
 )
 from examples.llama.data.instructions import Template, chat_template, prompt_template, read_records
-from examples.llama.devices.mesh import MeshMode
 from examples.llama.devices.processes import ClusterConfig
 from examples.llama.finetuning.adapters import TARGETS, AdapterSpec, adapter_notes, check_rank
 from examples.llama.finetuning.loading import FINETUNE, Model, load_model
@@ -30,8 +29,15 @@ from examples.llama.optimizers.options import OptionSet
 from examples.llama.optimizers.registry import OPTIMIZERS, optimizer_entry
 from examples.llama.reporting.files import jsonable
 from examples.llama.reporting.summary import RunSummary
-from examples.llama.reporting.wandb_run import WandbMode, check_wandb
-from examples.llama.training.config import CheckpointConfig, TrainConfig, check_not_empty, resolve
+from examples.llama.reporting.wandb_run import check_wandb
+from examples.llama.training.config import (
+    CheckpointConfig,
+    RecordConfig,
+    StepConfig,
+    TrainConfig,
+    check_not_empty,
+    resolve,
+)
 from examples.llama.training.notes import rank_notes
 from examples.llama.training.program import Program
 from examples.llama.training.replacement import claim_folder
@@ -44,7 +50,7 @@ PAPER_RATE, PAPER_METHODS = 2e-5, (*ADAPTERS, "adamw", "lorapre_adamw")
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(CheckpointConfig, ClusterConfig):
+class FinetuneConfig(StepConfig, RecordConfig, CheckpointConfig, ClusterConfig):
     """Fine-tunes a Llama on instructions. Defaults are those of the LoRA-Pre paper's experiment."""
 
     model: Annotated[
@@ -77,13 +83,9 @@ class FinetuneConfig(CheckpointConfig, ClusterConfig):
     update_gap: int | None = None
     """Steps between two projections of GaLore."""
     weight_decay: float = 0.0
-    """Decoupled weight decay, multiplied by the learning rate."""
     clip_norm: float = 1.0
-    """Global gradient norm to clip to; 0 for no clipping."""
     warmup_fraction: float = 0.03
-    """Share of the steps that warms up."""
     final_rate_fraction: float = 0.0
-    """Rate at the end of the cosine, as a share of the peak."""
     epochs: float = 1.0
     """Passes over the data."""
     steps: int | None = None
@@ -92,8 +94,6 @@ class FinetuneConfig(CheckpointConfig, ClusterConfig):
     """Rows of one step."""
     seq_len: int = 512
     """Predicted tokens of a row; a longer example is cut."""
-    accumulate: int = 1
-    """Parts that a batch is computed in, one after the other."""
     packing: bool = True
     """Put several examples into a row, without attention between them; otherwise one, padded."""
     template: str = "alpaca"
@@ -112,36 +112,12 @@ class FinetuneConfig(CheckpointConfig, ClusterConfig):
     """Share of the examples held out to measure the loss on."""
     tokenizer: str | None = None
     """A tokenizer.json or its folder; by default the model's."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of matrix products and activations; parameters and gradients are float32."""
-    remat: bool = False
-    """Recompute activations in the backward pass."""
-    loss_chunk: int | None = None
-    """Tokens whose logits exist at once; by default what fits 256 MiB."""
-    mesh: str | None = None
-    """Sizes of the device mesh's axes: data=2,fsdp=2,tensor=2; one may be *. By default one device."""
-    mesh_mode: MeshMode | None = None
-    """Whether the mesh's axes are Auto (the default) or Explicit."""
-    mesh_strict: bool | None = None
-    """Refuse a model that the mesh does not divide, instead of copying that parameter along that axis."""
     seed: int = 0
     """Seed of adapters, the held-out split and the order of the data."""
-    eval_every: int | None = None
-    """Steps between evaluations of the held-out loss; by default a tenth of the run."""
-    eval_batches: int = 16
-    """Batches of an evaluation."""
-    log_every: int = 10
-    """Steps between log lines."""
     statistics_every: int = 0
     """Steps between statistics of updates, damper and factors (not of adapters), 0 for none."""
-    tensorboard: bool = True
-    """Write TensorBoard files too."""
-    wandb: WandbMode | None = None
-    """Log to Weights & Biases too: sent as it comes, or kept in `out` (offline)."""
     out: Path = Path("runs/finetune")
     """Folder for config.json, tokenizer.json, metrics.jsonl, summary.json and checkpoints."""
-    overwrite: bool = False
-    """Replace the run in that folder, with its checkpoints."""
 
 
 def finetune(config: FinetuneConfig, **arguments: Any) -> RunSummary:
@@ -299,13 +275,12 @@ def trainer_config(config: FinetuneConfig, steps: int) -> TrainConfig:
     given = {name: getattr(config, name) for name in ("scale", "options", "update_gap")}
     given["rank"] = config.rank if entry.has_rank else None
     given["learning_rate"] = peak_rate(config)[0]
-    same = (
-        *("weight_decay", "clip_norm", "warmup_fraction", "final_rate_fraction"),
-        *("batch_size", "seq_len", "accumulate", "compute_dtype", "remat", "loss_chunk", "seed"),
-        *("mesh", "mesh_mode", "mesh_strict", "eval_every", "eval_batches", "log_every"),
-        *("statistics_every", "tensorboard", "wandb", "out", "overwrite"),
-        *CheckpointConfig.__dataclass_fields__,
-    )
+    same = [
+        field.name
+        for kind in (StepConfig, RecordConfig, CheckpointConfig)
+        for field in dataclasses.fields(kind)
+        if field.name != "steps"
+    ]
     return TrainConfig(
         preset=Path(config.model).name,
         protocol="demo",  # every field of it is given

@@ -37,7 +37,6 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         *("warmup_fraction", "final_rate_fraction", "clip_norm", "weight_decay", "decay_vectors"),
         *(
             "compute_dtype",
-            "param_dtype",
             "remat",
             "scan_layers",
             "loss_chunk",

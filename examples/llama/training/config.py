@@ -74,17 +74,9 @@ def check_checkpoints(config: CheckpointConfig) -> None:
 
 
 @dataclass(frozen=True)
-class JobConfig(DeviceConfig):
-    """What to train on and how long, whichever the optimizer. None: from the protocol or the preset."""
+class StepConfig:
+    """How long a run is, what a step is and when it is evaluated. None: from the protocol or the data."""
 
-    preset: Annotated[str, tyro.conf.arg(help=f"Model shape: {', '.join(PRESETS)}.")] = "demo"
-    protocol: Annotated[
-        str | None,
-        tyro.conf.arg(
-            help="Sequence length, batch, clipping, decay and schedule: "
-            f"{', '.join(PROTOCOLS)}; by default the one of the preset's family."
-        ),
-    ] = None
     steps: int | None = None
     """Optimizer steps."""
     batch_size: int | None = None
@@ -101,12 +93,8 @@ class JobConfig(DeviceConfig):
     """Global gradient norm to clip to; 0 for no clipping."""
     weight_decay: float | None = None
     """Decoupled weight decay, multiplied by the learning rate."""
-    decay_vectors: bool = True
-    """Let weight decay act on norm scales too."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix products and activations; parameters and gradients are float32."""
-    scan_layers: bool | None = None
-    """Stack and scan the layers; by default yes, unless the optimizer cannot."""
     remat: bool = False
     """Recompute activations in the backward pass."""
     mesh: str | None = None
@@ -120,6 +108,30 @@ class JobConfig(DeviceConfig):
     """Tokens whose logits exist at once; by default what fits 256 MiB."""
     seed: int = 0
     """Seed of the initial parameters, the held-out split and the order of the data."""
+    eval_every: int | None = None
+    """Steps between evaluations; by default a tenth of the run. There is always one at the end."""
+    eval_batches: int = 16
+    """Held-out batches of an evaluation, spread evenly over the held-out text."""
+    log_every: int = 10
+    """Steps between log lines; the device is waited for only then."""
+
+
+@dataclass(frozen=True)
+class JobConfig(StepConfig, DeviceConfig):
+    """What to train on and how long, whichever the optimizer. None: from the protocol or the preset."""
+
+    preset: Annotated[str, tyro.conf.arg(help=f"Model shape: {', '.join(PRESETS)}.")] = "demo"
+    protocol: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="Sequence length, batch, clipping, decay and schedule: "
+            f"{', '.join(PROTOCOLS)}; by default the one of the preset's family."
+        ),
+    ] = None
+    decay_vectors: bool = True
+    """Let weight decay act on norm scales too."""
+    scan_layers: bool | None = None
+    """Stack and scan the layers; by default yes, unless the optimizer cannot."""
     data: str = "stdlib"
     """stdlib, a text or JSONL file, a folder, hf:NAME[:CONFIG] or synthetic:SEED[:COUNT]."""
     tokenizer: str | None = None
@@ -138,16 +150,27 @@ class JobConfig(DeviceConfig):
     """Skip files that are not UTF-8 and records without text, count them and name the first."""
     cache_dir: str | None = None
     """Folder for tokenizers and encoded text; by default the user's cache folder."""
-    eval_every: int | None = None
-    """Steps between evaluations; by default a tenth of the run. There is always one at the end."""
-    eval_batches: int = 16
-    """Held-out batches of an evaluation, spread evenly over the held-out text."""
-    log_every: int = 10
-    """Steps between log lines; the device is waited for only then."""
 
 
 @dataclass(frozen=True)
-class TrainConfig(JobConfig, CheckpointConfig, ClusterConfig):
+class RecordConfig:
+    """What is written down of a run, and where."""
+
+    statistics_every: int | None = None
+    """Steps between statistics of updates, damper and factors, a multiple of log_every; by default log_every,
+    0 for none."""
+    tensorboard: bool = True
+    """Write TensorBoard files too."""
+    wandb: WandbMode | None = None
+    """Log to Weights & Biases too: sent as it comes, or kept in `out` (offline)."""
+    out: Path = Path("runs/train")
+    """Folder for config.json, metrics.jsonl, summary.json, checkpoints and the TensorBoard files."""
+    overwrite: bool = False
+    """Replace the run in that folder, with its checkpoints."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(JobConfig, RecordConfig, CheckpointConfig, ClusterConfig):
     """Trains a Llama with one optimizer. What is not given comes from the protocol and the preset."""
 
     optimizer: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(OPTIMIZERS)}.")] = (
@@ -203,17 +226,6 @@ class TrainConfig(JobConfig, CheckpointConfig, ClusterConfig):
     """Storage of LoRA-Pre's factors."""
     damping: float | None = None
     """Damping of the inverses in LoRA-Pre's factor step."""
-    out: Path = Path("runs/train")
-    """Folder for config.json, metrics.jsonl, summary.json, checkpoints and the TensorBoard files."""
-    overwrite: bool = False
-    """Replace the run in that folder, with its checkpoints."""
-    statistics_every: int | None = None
-    """Steps between statistics of updates, damper and factors, a multiple of log_every; by default log_every,
-    0 for none."""
-    tensorboard: bool = True
-    """Write TensorBoard files too."""
-    wandb: WandbMode | None = None
-    """Log to Weights & Biases too: sent as it comes, or kept in `out` (offline)."""
 
 
 def resolve(config: TrainConfig, model: LlamaConfig | None = None) -> Settings:

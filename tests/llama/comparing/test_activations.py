@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from examples.llama.comparing.activations import activations
@@ -13,7 +11,6 @@ from examples.llama.comparing.plan import PlanConfig, make_plan
 from examples.llama.model.config import preset
 from examples.llama.training.config import TrainConfig, resolve
 from examples.llama.training.program import Program
-from examples.llama.training.step import make_train_step, warmup_cosine
 
 FOR_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
@@ -24,18 +21,7 @@ def temporaries(settings):
     Its default order runs as much as possible at once; the other one needs little memory, as on accelerators,
     but now and then more than the default.
     """
-    program = Program(settings)
-    step = make_train_step(
-        program._loss_fn(),
-        settings.optimizer_from,
-        warmup_cosine(settings.steps, settings.warmup_steps, settings.final_rate_fraction),
-        clip_norm=settings.clip_norm,
-        accumulate=settings.accumulate,
-    )
-    peak = jax.ShapeDtypeStruct((), jnp.float32)
-    lowered = jax.jit(step, donate_argnums=0).lower(
-        program.abstract_state, program._abstract_tokens(), peak
-    )
+    lowered = Program(settings).lower()
     return min(
         lowered.compile(options).memory_analysis().temp_size_in_bytes
         for options in ({}, FOR_MEMORY)
