@@ -136,32 +136,42 @@ def check_adam(b1: Any, b2: Any, eps: Any, *, prefix: str = "") -> None:
     check_number(f"{prefix}eps", eps, 0)
 
 
-def check_float_dtype(name: str, dtype: Any) -> None:
-    """Refuses a storage dtype that is not None or a floating-point one.
+def float_dtype(name: str, dtype: Any) -> Any:
+    """The dtype that an option names, as JAX has it; None for None.
+
+    Args:
+      name: of the option, for the message.
+      dtype: a floating-point dtype or its name, or None.
 
     Raises:
-      ValueError: naming the argument; also for an array, which `optax.inject_hyperparams` makes of a dtype's
+      ValueError: for another dtype; also for an array, which `optax.inject_hyperparams` makes of a dtype's
         class.
 
     Example:
-      >>> check_float_dtype("factor_dtype", "int8")
+      >>> float_dtype("factor_dtype", "bfloat16")
+      dtype(bfloat16)
+      >>> float_dtype("factor_dtype", "int8")
       Traceback (most recent call last):
         ...
-      ValueError: factor_dtype must be None or a float dtype, got 'int8'.
+      ValueError: factor_dtype must be None or a float dtype by its name, such as 'bfloat16', got 'int8'.
     """
     if dtype is None:
-        return
+        return None
     if isinstance(dtype, jax.Array):
         raise ValueError(
-            f"{name} arrived as an array. Under optax.inject_hyperparams a class such as jnp.bfloat16 is "
-            "taken for a schedule: pass static_args=STATIC_ARGS, or its name."
+            f"{name} must be None or a float dtype by its name: {name} arrived as an array. Under "
+            "optax.inject_hyperparams a class such as jnp.bfloat16 is taken for a schedule: pass "
+            "static_args=STATIC_ARGS, or its name."
         )
     try:
-        floating = jax.numpy.issubdtype(jax.numpy.dtype(dtype), np.floating)
+        found = jax.dtypes.canonicalize_dtype(dtype)
     except TypeError:
-        floating = False
-    if not floating:
-        raise ValueError(f"{name} must be None or a float dtype, got {dtype!r}.")
+        found = None
+    if found is None or not jax.numpy.issubdtype(found, np.floating):
+        raise ValueError(
+            f"{name} must be None or a float dtype by its name, such as 'bfloat16', got {dtype!r}."
+        )
+    return found
 
 
 def check_one_of(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -18,11 +18,11 @@ from layout_optax.fit import check_state_type, check_trainable_tree, checked_ada
 from layout_optax.hyperparameters import (
     Number,
     check_adam,
-    check_float_dtype,
     check_layout,
     check_mask,
     check_number,
     check_rate,
+    float_dtype,
 )
 from layout_optax.inference import warn_of_missed_tables
 from layout_optax.layout import ROLES, LayoutLike
@@ -202,7 +202,7 @@ def adam_direction(
       TypeError: for something that is no number; for a leaf that is not a real floating-point array.
     """
     check_adam(b1, b2, eps)
-    check_float_dtype("mu_dtype", mu_dtype)
+    float_dtype("mu_dtype", mu_dtype)
     factory = optax.scale_by_adam
     if any(map(callable, (b1, b2, eps))):
         factory = optax.inject_hyperparams(

@@ -20,24 +20,18 @@ ICLR 2026, https://arxiv.org/abs/2602.24283.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from layout_optax.axes import (
     compute_dtype,
-    dividing_axes,
     explicit_sharding,
     known_sharding,
-    mesh_axes,
-    named_sharding,
     placed,
-    project,
     remaining,
     shape_without,
     sharding_without,
@@ -46,6 +40,7 @@ from layout_optax.axes import (
 )
 from layout_optax.keys import bits_of_seeds, path_words, seeds_of_words
 from layout_optax.layout import ParamLayout
+from lorapre_optax._factor_sharding import constrained, factor_sharding, rank_whole, with_rank
 from lorapre_optax._products import Narrow, exact_product, large_product
 
 DampingKind: TypeAlias = Literal["relative", "absolute"]
@@ -364,71 +359,8 @@ def gram(factor: jax.Array, side: str, names: EinsumAxes) -> jax.Array:
     found = exact_product(equation, factor, rank_whole(factor), split)
     # In a step of its own: else each device gathers the factors of all batch indices.
     if split is None:
-        return _constrained(_constrained(found, (found.ndim - 1,)), range(found.ndim))
+        return constrained(constrained(found, (found.ndim - 1,)), range(found.ndim))
     return placed(found, NamedSharding(split.mesh, PartitionSpec()))
-
-
-def with_rank(shape: Sequence[int], rank: int) -> tuple[int, ...]:
-    """A shape with the rank axis second to last."""
-    return (*shape[:-1], rank, shape[-1])
-
-
-def factor_sharding(
-    own: NamedSharding | None, ndim: int, removed: Sequence[int], rank: int | None = None
-) -> NamedSharding | None:
-    """The sharding of a factor of a parameter.
-
-    The factor's axes keep the mesh axes that they have in the parameter. The rank axis takes those of the
-    removed axes, as many as divide the rank; a mesh axis that does not shard the parameter stays unused.
-
-    Args:
-      own: the parameter's sharding; None gives None.
-      ndim: the parameter's number of axes.
-      removed: its axes that the factor lacks.
-      rank: the factor's rank; None leaves the rank axis whole, as products want it.
-
-    Example:
-      >>> mesh = jax.sharding.AbstractMesh((8,), ("fsdp",))
-      >>> own = NamedSharding(mesh, PartitionSpec("fsdp", None))
-      >>> [factor_sharding(own, 2, (axis,), rank=64).spec for axis in (0, 1)]
-      [P('fsdp', None), P(None, 'fsdp')]
-    """
-    if own is None:
-        return None
-    kept = project(own, ndim, removed).spec
-    entries = spec_entries(own, ndim)
-    free = [name for axis in sorted(removed) for name in mesh_axes(entries[axis])]
-    part = None if rank is None else dividing_axes(rank, free, own.mesh.shape)
-    return NamedSharding(own.mesh, PartitionSpec(*kept[:-1], part, kept[-1]))
-
-
-def rank_whole(factor: jax.Array) -> jax.Array:
-    """A factor with its rank axis whole on each device, its other axes as they are.
-
-    Where types carry shardings this is a gather, if the rank is sharded. On Auto mesh axes it is a constraint
-    on the rank axis alone, since the rest is XLA's to know; without a mesh it is the factor itself.
-    """
-    sharding = named_sharding(factor)
-    if sharding is None:
-        return factor
-    if explicit_sharding(factor) is None:
-        return _constrained(factor, (factor.ndim - 2,))
-    entries = spec_entries(sharding, factor.ndim)
-    if entries[-2] is None:
-        return factor
-    whole = PartitionSpec(*entries[:-2], None, entries[-1])
-    return placed(factor, NamedSharding(sharding.mesh, whole))
-
-
-def _constrained(x: jax.Array, whole: Sequence[int]) -> jax.Array:
-    """A traced array on Auto mesh axes with these axes whole on each device; any other as it is."""
-    sharding = named_sharding(x)
-    if sharding is None or not isinstance(x, Tracer):
-        return x
-    if any(kind != AxisType.Auto for kind in sharding.mesh.axis_types):
-        return x
-    spec = (None if axis in whole else PartitionSpec.UNCONSTRAINED for axis in range(x.ndim))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
 def core_axes(side: str, batch: str) -> tuple[int, ...]:

@@ -22,13 +22,14 @@ import optax
 from layout_optax.axes import compute_dtype, shape_without, zeros_without
 from layout_optax.boxes import refuse_boxes
 from layout_optax.fit import check_shapes
-from layout_optax.hyperparameters import Number, at, check_float_dtype, check_number, check_one_of
+from layout_optax.hyperparameters import Number, at, check_number, check_one_of, float_dtype
 from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty
 from layout_optax.leaves import LayoutLeaves, flatten_with_layout
 from layout_optax.notes import note
 from lorapre_optax import _factors, _solves
+from lorapre_optax._factor_sharding import with_rank
 from lorapre_optax._factors import DampingKind
-from lorapre_optax._products import Narrow, float_dtype, narrow_operands
+from lorapre_optax._products import Narrow, narrow_operands
 from lorapre_optax._rank import RankLike, check_rule, leaf_rank, look_up, warn_of_full_ranks
 from lorapre_optax._subspace import Start, gradient_right
 
@@ -84,7 +85,7 @@ class MomentOptions:
         float_dtype("product_dtype", self.product_dtype)
         check_number("damping", self.damping, 0)
         check_one_of("damping_kind", self.damping_kind, ("relative", "absolute"))
-        check_float_dtype("factor_dtype", self.factor_dtype)
+        float_dtype("factor_dtype", self.factor_dtype)
         check_one_of("initial_subspace", self.initial_subspace, ("normal", "gradient"))
 
 
@@ -394,7 +395,7 @@ def factor_shapes(
       ((2, 12), (2, 8))
     """
     sides = (layout.column_axes, layout.row_axes)
-    left, right = (_factors.with_rank(shape_without(shape, axes), rank) for axes in sides)
+    left, right = (with_rank(shape_without(shape, axes), rank) for axes in sides)
     return left, right
 
 

@@ -15,6 +15,7 @@ from layout_optax.hyperparameters import (
     check_factor_decay,
     check_number,
     check_rate,
+    float_dtype,
     in_dtype,
 )
 from layout_optax.layout import LayoutLike, ParamLayout, PyTree
@@ -26,7 +27,7 @@ from lorapre_optax._factors import DampingKind
 from lorapre_optax._moment import InitialSubspace, LowRankState, MomentOptions, as_updates, init
 from lorapre_optax._momentum import step_trace
 from lorapre_optax._newton_schulz import orthogonalize
-from lorapre_optax._products import Narrow, float_dtype, narrow_operands
+from lorapre_optax._products import Narrow, narrow_operands
 from lorapre_optax._rank import RankLike
 from lorapre_optax._recommended import RECOMMENDED
 from lorapre_optax._routing import Others, route_matrices

@@ -10,6 +10,7 @@ from jax.lax import DotAlgorithmPreset
 from jax.sharding import NamedSharding
 
 from layout_optax.axes import compute_dtype
+from layout_optax.hyperparameters import float_dtype
 
 
 class Narrow(NamedTuple):
@@ -49,23 +50,6 @@ def narrow_operands(name: str, option: Any, dtype: Any) -> Narrow | None:
         return Narrow(bfloat16, False) if jnp.dtype(dtype) == bfloat16 else None
     wanted = float_dtype(name, option)
     return Narrow(wanted, True) if wanted.itemsize < compute_dtype(dtype).itemsize else None
-
-
-def float_dtype(name: str, option: Any) -> Any:
-    """The dtype that an option names; None for None.
-
-    Raises:
-      ValueError: if it is no float dtype.
-    """
-    if option is None:
-        return None
-    if not isinstance(option, jax.Array):  # what optax.inject_hyperparams makes of a class
-        found = jax.dtypes.canonicalize_dtype(option)
-        if jnp.issubdtype(found, jnp.floating):
-            return found
-    raise ValueError(
-        f"{name} must be None or a float dtype by its name, such as 'bfloat16', got {option!r}."
-    )
 
 
 def large_product(

@@ -23,15 +23,14 @@ from layout_optax.axes import (
 )
 from layout_optax.layout import LayoutLike, ParamLayout, PyTree, is_empty
 from layout_optax.leaves import flatten_with_layout
+from lorapre_optax._factor_sharding import factor_sharding, rank_whole
 from lorapre_optax._factors import (
     INIT_STD,
     broadcast,
     core_axes,
     einsum_axes,
-    factor_sharding,
     normal_factor,
     power_of_two,
-    rank_whole,
 )
 from lorapre_optax._moment import LowRankState
 from lorapre_optax._rank import RankLike, check_rule, leaf_rank

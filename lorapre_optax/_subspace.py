@@ -15,14 +15,8 @@ import jax.numpy as jnp
 
 from layout_optax.axes import explicit_sharding, placed, sharding_without
 from layout_optax.layout import ParamLayout
-from lorapre_optax._factors import (
-    broadcast,
-    einsum_axes,
-    factor_sharding,
-    gram,
-    normal_factor,
-    rank_whole,
-)
+from lorapre_optax._factor_sharding import factor_sharding, rank_whole
+from lorapre_optax._factors import broadcast, einsum_axes, gram, normal_factor
 from lorapre_optax._products import exact_product
 from lorapre_optax._solves import damped_inverse_roots
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from layout_optax.axes import shape_without
 from layout_optax.layout import ParamLayout
-from lorapre_optax._factors import INIT_STD, EinsumAxes, einsum_axes, power_of_two, with_rank
+from lorapre_optax._factor_sharding import with_rank
+from lorapre_optax._factors import INIT_STD, EinsumAxes, einsum_axes, power_of_two
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "shape"))

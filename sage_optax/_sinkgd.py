@@ -11,7 +11,13 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from layout_optax.hyperparameters import check_layout, check_mask, check_number, check_rate
+from layout_optax.hyperparameters import (
+    check_layout,
+    check_mask,
+    check_number,
+    check_rate,
+    float_dtype,
+)
 from layout_optax.layout import LayoutLike
 from layout_optax.leaves import flatten_with_layout
 from layout_optax.notes import note
@@ -87,7 +93,7 @@ def scale_by_sinkhorn(
       Array([1., 1.], dtype=float32)
     """
     _check(iterations, eps, variant)
-    narrow = _vectors_dtype(vectors_dtype)
+    narrow = float_dtype("scale_by_sinkhorn: vectors_dtype", vectors_dtype)
 
     def init_fn(params: Any) -> optax.EmptyState:
         check_layout(layout, params)
@@ -199,21 +205,3 @@ def _check(iterations: Any, eps: Any, variant: Any) -> None:
         )
     if known(eps) and not 0 <= float(eps) < math.inf:
         raise ValueError(f"scale_by_sinkhorn: eps must be finite and not negative, got {eps!r}.")
-
-
-def _vectors_dtype(dtype: Any) -> np.dtype | None:
-    """The dtype, None for the gradient's own.
-
-    Raises:
-      ValueError: if it is no float dtype.
-    """
-    if dtype is None:
-        return None
-    if not isinstance(dtype, jax.Array):  # what optax.inject_hyperparams makes of a class
-        found = jax.dtypes.canonicalize_dtype(dtype)
-        if jnp.issubdtype(found, jnp.floating):
-            return found
-    raise ValueError(
-        "scale_by_sinkhorn: vectors_dtype must be None or a float dtype by its name, such as "
-        f"'bfloat16', got {dtype!r}."
-    )

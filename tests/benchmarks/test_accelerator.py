@@ -75,7 +75,7 @@ def test_a_row_that_fails_is_named_and_the_next_is_measured(tmp_path, monkeypatc
     def first_fails(part, repeats):
         calls.append(part)
         if len(calls) == 1:
-            raise NotImplementedError("no such operation here")
+            raise ValueError("no such operation here")
         return milliseconds(part, repeats)
 
     monkeypatch.setattr(parts, "milliseconds", first_fails)

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from lorapre_optax import _products, _solves, scale_by_lorapre_adam, scale_by_lorapre_muon
+from layout_optax.hyperparameters import float_dtype
+from lorapre_optax import _solves, scale_by_lorapre_adam, scale_by_lorapre_muon
 from lorapre_optax._newton_schulz import orthogonalize
 from lorapre_optax._products import Narrow, large_product
 from tests.lorapre.common import KERNEL, apart, run, signal
@@ -140,4 +141,4 @@ def test_words_that_are_no_float_dtype_are_refused():
         for bad in ("int8", jnp.ones(())):
             with pytest.raises(ValueError, match=f"{name} must be None or a float dtype"):
                 scale_by_lorapre_muon(4, **{name: bad})
-    assert _products.float_dtype("x", "bfloat16") == jnp.bfloat16
+    assert float_dtype("x", "bfloat16") == jnp.bfloat16

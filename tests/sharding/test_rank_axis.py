@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import lorapre_optax as lorapre
 from layout_optax import ParamLayout, infer_layout, state_shardings
-from lorapre_optax._factors import factor_sharding
+from lorapre_optax._factor_sharding import factor_sharding
 
 RANK, STEPS = 8, 2
 MESHES = {"fsdp": (8, 1), "tensor": (1, 8), "both": (2, 4)}
