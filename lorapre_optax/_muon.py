@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, Literal, TypeAlias, Unpack
 
 import jax.numpy as jnp
 import optax
@@ -15,6 +15,7 @@ from layout_optax.hyperparameters import (
     check_factor_decay,
     check_number,
     check_rate,
+    choose,
     float_dtype,
     in_dtype,
 )
@@ -23,6 +24,7 @@ from layout_optax.leaves import LayoutLeaves, flatten_with_layout
 from layout_optax.routing import WholeModel, takes_whole_model
 from lorapre_optax._adam import full_adam, scale_by_lorapre_adam
 from lorapre_optax._distributed_newton_schulz import distributed_orthogonalize
+from lorapre_optax._factored_rms import scale_by_factored_rms
 from lorapre_optax._factors import DampingKind
 from lorapre_optax._moment import InitialSubspace, LowRankState, MomentOptions, as_updates, init
 from lorapre_optax._momentum import step_trace
@@ -31,6 +33,8 @@ from lorapre_optax._products import Narrow, narrow_operands
 from lorapre_optax._rank import RankLike
 from lorapre_optax._recommended import RECOMMENDED
 from lorapre_optax._routing import Others, route_matrices
+
+TableRule: TypeAlias = Literal["others", "factored_rms"]
 
 
 def scale_by_lorapre_muon(
@@ -215,6 +219,7 @@ def lorapre_muon(
     adam_b1: Number = 0.9,
     adam_b2: Number = 0.999,
     table_rank: RankLike = None,
+    table_rule: TableRule = "others",
     others: Others = "adamw",
     layout: LayoutLike = None,
     **whole_model: Unpack[WholeModel],
@@ -248,6 +253,9 @@ def lorapre_muon(
       adam_b2: b2 of AdamW on the rest.
       table_rank: if given, embedding and head get LoRA-Pre Adam at this rank with the options of
         `lorapre_optax.RECOMMENDED`: then no moment of a matrix or table is kept in full. Ours, not the paper's.
+      table_rule: ``"factored_rms"`` gives embedding and head Adafactor's direction (arXiv:1804.04235), the
+        gradient over a factored estimate of its rms, clipped to an rms of 1: V + d floats for a table of
+        V x d. ``"others"`` leaves tables to ``others``. Ours, not the paper's.
       others: ``"adamw"`` or ``"sage"``, see `lorapre_adamw`.
       layout: see `layout_optax.ParamLayout`; None infers it.
       **whole_model: see `layout_optax.by_role`.
@@ -256,7 +264,7 @@ def lorapre_muon(
       The transformation; with `optax.inject_hyperparams` pass ``static_args=STATIC_ARGS``.
 
     Raises:
-      ValueError: see `scale_by_lorapre_muon`.
+      ValueError: see `scale_by_lorapre_muon`; also for a ``table_rank`` beside a ``table_rule``.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -287,7 +295,14 @@ def lorapre_muon(
         layout=layout,
     )
     check_adam(adam_b1, adam_b2, eps, prefix="adam_")
-    table = None
+    table = choose(
+        "table_rule", table_rule, {"others": None, "factored_rms": scale_by_factored_rms(layout)}
+    )
+    if table_rank is not None and table is not None:
+        raise ValueError(
+            f"table_rank={table_rank!r} and table_rule={table_rule!r} both decide what embedding and head "
+            "keep; give one of them."
+        )
     if table_rank is not None:
         table = scale_by_lorapre_adam(
             table_rank,

@@ -15,7 +15,8 @@ where its search begins:
 A second rate is the tables': then each of the two is searched in turn, by factors of two, until neither moves.
 Every finished run is kept in OUT/recipes.json at once and not run again; several workers share the list through
 claims, so that commands can be stopped and started, also beside each other. `--trace sage_hybrid=5e-4` follows
-one optimizer over a run instead; `--report` writes the pages only.
+one optimizer over a run instead; `--report` writes the page of cells only. With `--name quality_long` the runs
+are rows of the long table, whose page `python -m benchmarks.quality --report` writes.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--force-claims", action="store_true", help="those of other hosts too")
     parser.add_argument("--report", action="store_true", help="write the page only")
+    parser.add_argument("--name", default=NAME, help="of the files of results")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/results"))
     return parser
 
@@ -139,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser()
     options = parser.parse_args(given)
-    store = SharedStore(options.out / f"{NAME}.json")
+    store = SharedStore(options.out / f"{options.name}.json")
     if not options.report:
         if options.file is None:
             parser.error("name a file of tokens; `python -m benchmarks.tokens.make` makes one")
@@ -155,7 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except ValueError as error:
             parser.error(str(error))
     store.refresh()
-    (options.out / f"{NAME}_cells.md").write_text(page(store.content))
+    if options.name == NAME:
+        (options.out / f"{NAME}_cells.md").write_text(page(store.content))
 
 
 def _protocol(options: argparse.Namespace) -> Protocol:
@@ -194,7 +197,7 @@ def _work(
     given: Sequence[str],
 ) -> None:
     keep_freed_memory()
-    claims = options.out / f".{NAME}_claims"
+    claims = options.out / f".{options.name}_claims"
     worker = _worker(options, store, given)
     lines = worker.work(searches, claims)
     if options.list == "issue" and not options.only:

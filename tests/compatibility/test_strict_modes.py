@@ -105,6 +105,7 @@ CALLS = {
         lambda number: lorapre_optax.lorapre_muon(
             number(1e-2), 2, table_rank=2, whole_matrices=True
         ),
+        lambda number: lorapre_optax.lorapre_muon(number(1e-2), 2, table_rule="factored_rms"),
     ],
     "lorapre_sgd": whole(lorapre_optax.lorapre_sgd, 2, momentum=0.9, **LOW_RANK),
     "lorapre_sinkgd": whole(lorapre_optax.lorapre_sinkgd, 2, b1=0.9, b2=0.95, eps=1e-8),

@@ -179,6 +179,8 @@ def test_no_state_is_left_unsharded(name):
         gone = {
             "left": layout.column_axes,
             "mu_row_max": layout.column_axes,
+            "row_square": layout.column_axes,
+            "column_square": layout.row_axes,
             "right": layout.row_axes,
             "magnitude": layout.row_axes,
         }.get(field, ())
