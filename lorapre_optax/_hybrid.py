@@ -1,4 +1,4 @@
-"""LoRA-Pre on the tables, SinkGD on the matrices: hardly any state at all."""
+"""LoRA-Pre on embedding and head, SinkGD on the matrices, for very little state."""
 
 from typing import Any, Literal, Unpack
 
@@ -50,44 +50,48 @@ def lorapre_sinkgd(
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoRA-Pre Adam on embedding and head, SinkGD on matrices, full AdamW on vectors.
 
-    A composite of two papers' methods that neither describes. Per parameter :math:`\theta` of role :math:`k`
+    This composite combines the methods of two papers; neither describes it. Per parameter :math:`\theta` of
+    role :math:`k`
 
     .. math::
       \theta \leftarrow \theta - \eta_k (u + \lambda \theta), \qquad
       u = \mathrm{table\_scale} \cdot \mathrm{LoRA\text{-}Pre}(g), \;
       \mathrm{scale} \cdot \mathrm{Sinkhorn}(g) \text{ or } \mathrm{Adam}(g)
 
-    State: four factors of r numbers a row or column of each table, two moments a vector, nothing for
-    matrices. In the 1.3B Llama of the SAGE paper at rank 64 that is 67.5 MB in float32 where AdamW keeps
-    10.6 GB.
+    The state holds four factors of r numbers per row or column of embedding and head, two moments per vector,
+    and nothing for matrices. In the 1.3B Llama of the SAGE paper at rank 64 it takes 67.5 MB in float32, where
+    AdamW's takes 10.6 GB.
 
-    Having no paper to follow, its defaults are the options of `lorapre_optax.RECOMMENDED`. For the paper's rule
-    on the tables give ``bias_correction="paper", bound=None, residual=None, initial_subspace="normal"``.
+    There is no paper to follow, so its defaults are the options of `lorapre_optax.RECOMMENDED`. For the paper's
+    rule on embedding and head give
+    ``bias_correction="paper", bound=None, residual=None, initial_subspace="normal"``.
 
     Args:
-      learning_rate: a number or schedule for every role that has no rate of its own.
-      rank: see `lorapre_optax.RankLike`, applied to embedding and head.
-      b1: of the tables and of AdamW on the rest. Every number here may be a schedule.
-      b2: of the tables and of AdamW on the rest.
-      eps: of the tables and of AdamW on the rest.
-      table_scale: multiplies the direction of tables with factors: ``scale`` of `scale_by_lorapre_adam`.
+      learning_rate: a number or schedule for every role without a learning rate of its own.
+      rank: rank of the factors of embedding and head; see `lorapre_optax.RankLike`.
+      b1: decay of the first moment, for LoRA-Pre and for AdamW. Every number except the rank may be a schedule.
+      b2: decay of the second moment, for LoRA-Pre and for AdamW.
+      eps: added to the denominator, for LoRA-Pre and for AdamW.
+      table_scale: multiplies the direction of embedding and head with factors; ``scale`` of
+        `scale_by_lorapre_adam`.
       bias_correction: see `scale_by_lorapre_adam`.
       bound: see `scale_by_lorapre_adam`.
-      residual: see `scale_by_lorapre_adam`; the recommended value goes with ``b1=0.9``.
+      residual: see `scale_by_lorapre_adam`; the recommended value is for ``b1=0.9``.
       second_moment: see `scale_by_lorapre_adam`.
       gamma1: see `scale_by_lorapre_adam`.
       gamma2: see `scale_by_lorapre_adam`.
       damping: see `low_rank_ema`.
       damping_kind: see `low_rank_ema`.
       initial_subspace: see `low_rank_ema`.
-      factor_dtype: see `low_rank_ema`; of the tables.
+      factor_dtype: see `low_rank_ema`; for embedding and head.
       full_rank_fallback: see `low_rank_ema`.
-      scale: multiplies the matrices' direction before weight decay is added.
+      scale: multiplies the direction of matrices before weight decay is added.
       iterations: see `sage_optax.scale_by_sinkhorn`.
-      sinkhorn_eps: eps of `sage_optax.scale_by_sinkhorn`.
+      sinkhorn_eps: ``eps`` of `sage_optax.scale_by_sinkhorn`.
       variant: see `sage_optax.scale_by_sinkhorn`.
       vector_rule: ``"adamw"`` or ``"sage"``.
-      head_rule: ``"table"`` (LoRA-Pre), ``"matrix"`` (SinkGD) or ``"adamw"`` with full moments.
+      head_rule: ``"table"`` (LoRA-Pre, as on the embedding), ``"matrix"`` (SinkGD) or ``"adamw"`` with full
+        moments.
       layout: see `layout_optax.ParamLayout`; None infers it.
       **whole_model: see `layout_optax.by_role`.
 

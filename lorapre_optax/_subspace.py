@@ -1,8 +1,8 @@
-"""The first subspace from the first gradient: a randomised range finder in the parameter's own axes.
+"""The initial subspace from the first gradient: a randomised range finder in the parameter's own axes.
 
-The paper starts the right factor at random; its span then has to be found over many steps. Here it starts
-as the leading row space of the first gradient (Halko, Martinsson and Tropp, 2011, algorithm 4.4 with one
-power iteration, https://arxiv.org/abs/0909.4061).
+The paper starts the right factor at random, and its span takes many steps to adapt. Here it starts as the
+leading row space of the first gradient (Halko, Martinsson and Tropp, 2011, algorithm 4.4 with one power
+iteration, https://arxiv.org/abs/0909.4061).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SEED = 7
 
 
 class Start(NamedTuple):
-    """A moment at its first step: whose it is, what it follows and the right factor from ``init``."""
+    """A moment at its first step: its parameter, its target and the right factor from ``init``."""
 
     path: str
     layout: ParamLayout
@@ -35,15 +35,15 @@ class Start(NamedTuple):
 
 
 def gradient_right(start: Start) -> jax.Array:
-    """A right factor whose rows span the leading row space of the target.
+    """Returns a right factor whose rows span the leading row space of the target.
 
-    Random combinations of the target's rows, made orthonormal by the Cholesky factor of their Gram matrix;
-    one power iteration; orthonormal again. A target that is zero or not finite keeps the right factor
-    it had, per batch index. The combinations are divided by the target's largest entry: the target itself,
-    which is large, stays as it is.
+    It takes random combinations of the target's rows and makes them orthonormal by the Cholesky factor of their
+    Gram matrix, before and after one power iteration. If the target is zero or not finite, the right factor
+    does not change, per batch index. The combinations are divided by the target's largest entry, which avoids
+    scaling the large target itself.
 
     Args:
-      start: a moment; its path seeds the combinations.
+      start: a moment; its path seeds the random combinations.
 
     Returns:
       An array like ``start.right``.
@@ -102,7 +102,7 @@ def columns_from(target: jax.Array, right: jax.Array, layout: ParamLayout) -> ja
 
 
 def _orthonormal(rows: jax.Array, start: Start, target: jax.Array) -> jax.Array:
-    """The same span with orthonormal rows, up to the damping."""
+    """Rows with the same span, orthonormal up to the damping."""
     names = einsum_axes(start.layout, target.ndim)
     root = damped_inverse_roots(gram(rows, names.right, names), _DAMPING)
     equation = f"{names.batch}zZ,{names.right.replace('z', 'Z')}->{names.right}"
@@ -110,7 +110,7 @@ def _orthonormal(rows: jax.Array, start: Start, target: jax.Array) -> jax.Array:
 
 
 def _or_old(rows: jax.Array, start: Start, ndim: int) -> jax.Array:
-    """The new rows where they are finite and not all zero, else the old right factor."""
+    """The new rows if they are finite and not all zero, else the old right factor."""
     names = einsum_axes(start.layout, ndim)
     axes = tuple(axis for axis, letter in enumerate(names.right) if letter not in names.batch)
     size = jnp.sum(jnp.abs(rows), axis=axes)
