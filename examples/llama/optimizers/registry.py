@@ -1,8 +1,8 @@
-"""The optimizers of the example by name: what each is, stores and accepts.
+"""The optimizers of the example by name, with their state and options.
 
-One peak learning rate drives an optimizer, also where its parts are different rules: the unit SinkGD of
-the hybrids carries its own `scale` (10), so that a rate that suits a sign or Adam rule on the tables
-suits the matrices too. Where that is not enough, `role_multipliers` gives a role another rate.
+One peak learning rate drives an optimizer, also if its parts use different rules. The unit SinkGD of the
+hybrids has its own `scale` (10), so that a learning rate for a sign or Adam rule on the embedding suits the
+matrices too. If that is not enough, `role_multipliers` gives a role another learning rate.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class OptimizerEntry:
     Attributes:
         label: Its name in tables and plots.
         factory: Makes the transformation from a learning rate and options.
-        state: What it stores for each parameter.
-        description: What it is, in a line.
-        options: The names of `OPTION_NAMES` it takes.
-        needs_unscanned: Whether it can only do without stacked layers.
+        state: The numbers that it stores for each parameter.
+        description: A one-line description.
+        options: The names of `OPTION_NAMES` that it takes.
+        needs_unscanned: Whether it fails on stacked layers.
         needs_auto_mesh: Whether it fails on a mesh of Explicit axes.
         has_rank: Whether it needs a rank; the preset gives one by default.
         int8_momentum: Whether its `mu_dtype` may be int8.
@@ -98,7 +98,7 @@ def optimizer_entry(name: str) -> OptimizerEntry:
 
 
 def register_optimizer(name: str, entry: OptimizerEntry) -> None:
-    """Adds an optimizer to the registry, for a benchmark's peers; again the same entry does nothing.
+    """Adds an optimizer to the registry, for a benchmark's peers; adding the same entry again does nothing.
 
     Raises:
         ValueError: The name is taken by another entry.
