@@ -1,9 +1,9 @@
-"""Exact match of generated answers: problems completed in batches, answers found, accuracy with its interval.
+"""Measures exact match of generated answers: completes problems in batches, finds answers, reports accuracy.
 
     python -m examples.llama.evaluate --model runs/metamath --task gsm8k --out runs/metamath/gsm8k
 
-MODEL is a Hugging Face folder or a run. The folder `out` gets items.jsonl, a line a problem, and summary.json.
-Answers are read as `examples.llama.finetuning.answers` says; a proportion comes with Wilson's 95 % interval.
+MODEL is a Hugging Face folder or a run. The folder `out` gets items.jsonl, with a line per problem, and
+summary.json. `examples.llama.finetuning.answers` finds the answers; accuracy has Wilson's 95 % interval.
 """
 
 from __future__ import annotations

@@ -31,11 +31,11 @@ class GenerateConfig:
     """Folder of a run, or a Hugging Face folder."""
     prompt: Annotated[list[str], tyro.conf.arg(help="One or more prompts.")]
     new_tokens: int = 64
-    """Most tokens to add."""
+    """Largest number of tokens to add."""
     temperature: float = 0.0
-    """0 for the most likely token, otherwise logits are divided by it."""
+    """0 takes the most likely token; otherwise logits are divided by this number."""
     top_p: float = 1.0
-    """Draw from the smallest set of tokens of at least this probability."""
+    """Draw from the smallest set of tokens with at least this probability."""
     seed: int = 0
     """Seed of the draws."""
     stop: list[str] | None = None

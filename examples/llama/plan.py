@@ -1,12 +1,12 @@
-"""Which optimizer fits: what a step holds on each device, in seconds, and the command that trains it.
+"""Plans which optimizer fits: the memory of a step on each device, and the command that trains it.
 
     python -m examples.llama.plan --preset sage_1.3b --optimizers adamw,lion,sinkgd_hybrid,sage_hybrid
     python -m examples.llama.plan --hf-config config.json --mesh fsdp=8 --batch-size 64 --seq-len 4096 --remat
     python -m examples.llama.plan --preset llama3.1_8b --finetune --rank 8 --device-gb 80 --remat
 
-Parameters, gradients and state come from abstract evaluation of the optimizers themselves, activations from
-the trace of the model: nothing is allocated, and the devices of the mesh need not exist. The optimizer's
-temporaries and what the runtime takes are NOT counted: `--margin` is for them.
+Parameters, gradients and state come from abstract evaluation of the optimizers, and activations from a trace
+of the model. Nothing is allocated, and the devices of the mesh need not exist. The optimizer's temporaries and
+the runtime's memory are NOT counted; `--margin` leaves room for them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(config: PlanConfig) -> int:
-    quiet_rank_warning()  # the marked rows say it
+    quiet_rank_warning()  # the marked rows show it
     plan = make_plan(config)
     if config.json == "-":
         print(json.dumps(plan.to_dict(), indent=2))

@@ -1,7 +1,8 @@
-"""The one palette of all pictures: a fixed colour for each optimizer, and who gets one where rows are many.
+"""The palette of all pictures: a fixed colour for each optimizer, and the choice of rows with a colour.
 
-Okabe and Ito's colours, which people with the common forms of colour blindness tell apart, without their yellow
-(too pale for lines), and five more. Rows of one optimizer share its colour and differ in marker and line.
+Okabe and Ito's colours, which people with the common forms of colour blindness can distinguish, without their
+yellow (too pale for lines), and five more. Rows of one optimizer share its colour and differ in marker and
+line.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ BLACK, BLUE, RED, GREEN, PINK, SKY, ORANGE = (
 )
 GREY, VIOLET, BROWN, OLIVE, WINE = "#7F7F7F", "#5B3A8C", "#8C5A2B", "#7A8B1F", "#882255"
 PALE = "#C4C4C4"
-"""Rows beyond those that get a colour."""
+"""Style of rows without a colour."""
 
 OPTIMIZERS = {
     "adamw": BLACK,
@@ -41,14 +42,14 @@ OPTIMIZERS = {
 """The colour of each optimizer in every picture; those that share one are rarely in one picture."""
 
 MOST_COLOURED = 10
-"""More rows than these cannot be told apart by colour; the rest is pale."""
+"""Colours cannot distinguish more rows than this; the rest is pale."""
 
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*", "h")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 
 def colour(optimizer: str) -> str:
-    """The colour of an optimizer, grey for one that has none of its own.
+    """The colour of an optimizer, or grey.
 
     >>> colour("sage_hybrid"), colour("another")
     ('#0072B2', '#7F7F7F')
@@ -57,7 +58,7 @@ def colour(optimizer: str) -> str:
 
 
 def coloured(rows: Sequence[Row], most: int = MOST_COLOURED) -> list[Row]:
-    """The rows that get a colour: all, or of too many the best of each optimizer, best ones first."""
+    """The rows with a colour: all, or among too many the best of each optimizer, best ones first."""
     if len(rows) <= most:
         return list(rows)
     best: dict[str, Row] = {}

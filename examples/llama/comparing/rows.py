@@ -1,4 +1,4 @@
-"""The rows of a comparison, and how they are shown: as a terminal table and as Markdown."""
+"""The rows of a comparison, as a terminal table and as Markdown."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Row:
 
     Attributes:
         optimizer: Its name.
-        label: Its name to read.
+        label: Its name for readers.
         status: `finished` or `non_finite`.
         learning_rate: Peak learning rate.
-        rate_source: Where that rate is from.
+        rate_source: The source of that learning rate.
         heldout_loss: Mean loss over the held-out tokens at the end; infinite if the run diverged.
-        heldout_perplexity: exp of it.
+        heldout_perplexity: exp of the held-out loss.
         train_loss: Mean training loss of the last log interval, or None.
         steps: Steps taken.
         tokens: Tokens trained on.
@@ -35,7 +35,7 @@ class Row:
         state_ratio: These bytes as a share of AdamW's.
         tokens_per_second: Over the run.
         median_step_seconds: Over the run.
-        step_time_ratio: Step time over AdamW's, taken in turns after the runs; None if not taken.
+        step_time_ratio: Step time over AdamW's, measured in turns after the runs; None without measurement.
         paired_step_seconds: Median step of that measurement.
         heldout_curve: Pairs of tokens and held-out loss.
         train_curve: Pairs of tokens and training loss.
@@ -69,7 +69,7 @@ class Row:
 
 
 def make_row(summary: RunSummary, rate_source: str, lines: Sequence[dict[str, Any]]) -> Row:
-    """A row from a run's summary, where its rate is from, and its metrics lines."""
+    """A row from a run's summary, the source of its learning rate, and its metrics lines."""
     finished = summary.status == "finished"
     loss, perplexity = summary.heldout_loss, summary.heldout_perplexity
     return Row(
@@ -94,14 +94,14 @@ def make_row(summary: RunSummary, rate_source: str, lines: Sequence[dict[str, An
 
 
 def with_times(row: Row, ratio: float, seconds: float) -> Row:
-    """The row with the step times that were taken in turns."""
+    """Adds the step times measured in turns."""
     return dataclasses.replace(row, step_time_ratio=ratio, paired_step_seconds=seconds)
 
 
 def family(row: Row) -> Variant:
-    """The row's optimizer and options without its rank: rows of a family differ in rank alone.
+    """The row's optimizer and options without its rank; the rows of a family differ only in rank.
 
-    The rank of tables goes with that of matrices; whether there is one tells families apart.
+    The rank of embedding and head goes with the rank of matrices; families differ in whether they have one.
     """
     options = {name: value for name, value in row.options.items() if name != "rank"}
     if "table_rank" in options:
@@ -110,8 +110,8 @@ def family(row: Row) -> Variant:
 
 
 HEADER = ("optimizer", "perplexity", "loss", "rate", "state", "state/AdamW", "step/AdamW")
-"""Held-out perplexity and loss, peak rate, optimizer state, and its bytes and the step's time over
-AdamW's; short enough for a terminal of 80 columns."""
+"""Held-out perplexity and loss, peak learning rate, optimizer state, and state bytes and step time over
+AdamW's; fits a terminal of 80 columns."""
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -144,7 +144,7 @@ def rich_table(rows: Sequence[Row], title: str) -> Table:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, with what each optimizer stores and where each rate is from."""
+    """The rows as a Markdown table, with the state of each optimizer and the source of each learning rate."""
     entries = [optimizer_entry(name) for name in dict.fromkeys(row.optimizer for row in rows)]
     lines = [
         "| " + " | ".join(HEADER) + " |",

@@ -1,4 +1,4 @@
-"""The LoRA-Pre optimizers as the example's settings make them."""
+"""The LoRA-Pre optimizers, made from the example's settings."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def lion(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransfo
 
 
 def sinkgd(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
-    """LoRA-Pre Adam on tables, SinkGD on matrices, AdamW on vectors; the recommended options."""
+    """LoRA-Pre Adam on embedding and head, SinkGD on matrices, AdamW on vectors; the recommended options."""
     return lorapre_optax.lorapre_sinkgd(
         learning_rate,
         **adam_options(options),
@@ -66,7 +66,7 @@ def sinkgd(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTrans
 
 
 def adam_options(options: OptimizerOptions) -> dict[str, Any]:
-    """The arguments of LoRA-Pre Adam: a named set of options under those that were given.
+    """The arguments of LoRA-Pre Adam: the given ones, then those of a named set of options.
 
     >>> adam_options(OptimizerOptions(rank=4, options="recommended", bound=math.inf))["bound"]
     >>> adam_options(OptimizerOptions(rank=4))
@@ -83,13 +83,13 @@ def adam_options(options: OptimizerOptions) -> dict[str, Any]:
 
 
 def _paper_options() -> dict[str, Any]:
-    """What the recommended options change, as the paper has it: the defaults of the direction."""
+    """The paper's values of the recommended options, which are the defaults of the direction."""
     defaults = inspect.signature(lorapre_optax.scale_by_lorapre_adam).parameters
     return {name: defaults[name].default for name in lorapre_optax.RECOMMENDED}
 
 
 def _switched_off(arguments: dict[str, Any]) -> dict[str, Any]:
-    """None for the values that stand for "none" where None already stands for "not given"."""
+    """None for the values that mean "none" where None already means "not given"."""
     none = {"residual": 0, "bound": math.inf}
     return {
         name: None if name in none and value == none[name] else value
@@ -98,7 +98,7 @@ def _switched_off(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _common(options: OptimizerOptions) -> dict[str, Any]:
-    """Decay and rates by role."""
+    """Decay and learning rates by role."""
     multipliers = options.role_multipliers
     return {
         "weight_decay": options.weight_decay,

@@ -1,4 +1,4 @@
-"""Settings of the example's optimizers, and what they come to as keyword arguments."""
+"""Settings of the example's optimizers, and their keyword arguments."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ class OptimizerOptions:
         decay_vectors: Whether weight decay also applies to vectors (norm scales).
         b1: Weight of the old momentum in the update's direction.
         b2: Decay of the momentum (sign rules) or of the second moment (Adam rules).
-        eps: Added to the denominators of the tables' and vectors' rule.
+        eps: Added to the denominators of the rule for embedding, head and vectors.
         damper: SAGE's damper: both terms, the averaged one alone, or none (Lion).
         eps_mode: Whether SAGE's eps is absolute or relative to the rms of the scale.
         mu_dtype: Storage of SAGE's momentum.
-        head_rule: What a hybrid does with an untied head: the tables' rule, the matrices', or AdamW.
-        vector_rule: What SAGE-Hybrid and LoRA-Pre SinkGD do with vectors.
+        head_rule: The rule of a hybrid for an untied head: the embedding's (`table`), the matrices', or AdamW.
+        vector_rule: The rule of SAGE-Hybrid and LoRA-Pre SinkGD for vectors.
         scale: Factor on the matrices' direction, before weight decay.
         sinkhorn_iterations: Iterations of SinkGD.
         sinkhorn_variant: Whether SinkGD's norms are 1 or the square roots of the dimensions.
         rank: Rank of low-rank projections and factors.
         table_rank: Rank of LoRA-Pre Adam on embedding and head; by default their moments are full.
         update_gap: Steps between two projections of GaLore.
-        options: The options of LoRA-Pre Adam that were not given: the paper's rule, or what
-            `lorapre_optax` recommends.
+        options: LoRA-Pre Adam's values for options that are not given: the paper's rule, or the
+            recommendation of `lorapre_optax`.
         bias_correction: Correction of LoRA-Pre's second moment: the paper's or the exact one.
         bound: Largest entry of LoRA-Pre's direction; infinite for none, also where `options` has one.
         residual: Weight of the gradient outside LoRA-Pre's subspace; 0 for none, likewise.
         second_moment: Whether LoRA-Pre Adam's second moment is low-rank too.
         initial_subspace: Whether LoRA-Pre's factors start at random or from the first gradient.
         factor_dtype: Storage of LoRA-Pre's factors.
-        damping: Of the inverses in LoRA-Pre's factor step.
+        damping: Damping of the inverses in LoRA-Pre's factor step.
         role_multipliers: Learning rate of a role as a multiple of the common one.
     """
 
@@ -84,7 +84,7 @@ class OptimizerOptions:
     role_multipliers: Mapping[str, float] | None = None
 
     def only(self, *names: str, prefix: str = "") -> dict[str, Any]:
-        """Those of the named settings that were given, under the names with a prefix.
+        """The named settings that were given, under names with a prefix.
 
         >>> OptimizerOptions(b1=0.95, eps=1e-6).only("b1", "b2", prefix="adam_")
         {'adam_b1': 0.95}

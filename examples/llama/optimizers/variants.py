@@ -1,7 +1,7 @@
 """Variants of the optimizers in a comparison: a name with options, `lorapre_adamw:rank=4:options=recommended`.
 
 The options are the fields of `OptimizerOptions` that the optimizer takes; `embedding_rate`, `head_rate`,
-`matrix_rate` and `vector_rate` are a role's rate as a multiple of the common one.
+`matrix_rate` and `vector_rate` give a role's learning rate as a multiple of the common one.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class Variant:
 
     @property
     def key(self) -> str:
-        """The variant as it is written, in one form only."""
+        """The variant's canonical text form."""
         return ":".join([self.optimizer, *(f"{k}={_text(v)}" for k, v in self.options.items())])
 
     @property
     def folder(self) -> str:
-        """The key as a file's name.
+        """The key as a file name.
 
         >>> parse_variant("galore:rank=16:scale=1").folder
         'galore__rank=16__scale=1'
@@ -66,7 +66,7 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """The variant to read.
+        """The variant's label for readers.
 
         >>> parse_variant("lorapre_adamw:rank=4:options=recommended:second_moment=full").label
         'LoRA-Pre Adam r=4 recommended second_moment=full'
@@ -169,7 +169,7 @@ def parse_variant_rates(rates: str | None) -> dict[str, float]:
 
 
 def nearest_rate(preset: str, variant: Variant) -> tuple[str, float] | None:
-    """The key and rate in the table of the variant with the most of these options and no other.
+    """The key and learning rate of the tuned variant with the most of these options and no others.
 
     >>> nearest_rate("demo", parse_variant("galore:rank=8"))
     ('galore', 0.01)
@@ -195,7 +195,7 @@ def _takes(options: Sequence[str], option: str) -> bool:
 
 
 def _value(option: str, text: str) -> Any:
-    """Reads an option's value; the message of its ValueError is what the value must be."""
+    """Reads an option's value; the message of its ValueError says what the value must be."""
     if option in _RATES:
         number = _number(text)
         if not 0 < number < math.inf:
@@ -240,7 +240,7 @@ def _number(text: str) -> float:
 
 
 def _text(value: Any) -> str:
-    """A value as it is written in a key: the shortest form that reads back as the same number.
+    """A value as written in a key: the shortest form that reads back as the same number.
 
     >>> _text(0.95), _text(4.0), _text(1e-8), _text(True)
     ('0.95', '4', '1e-08', 'true')

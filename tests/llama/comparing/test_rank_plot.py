@@ -130,8 +130,8 @@ def test_the_table_says_once_what_each_optimizer_stores():
     at = lines.index("What each stores:")
     assert lines[at + 2 : at + 5] == [
         "- GaLore: a projection of the larger side and two moments on the smaller, (max + 2 min) r "
-        "numbers a matrix; two moments for the rest",
-        "- LoRA-Pre Adam: two factor pairs, (2p + 2q) r numbers a p x q matrix; two moments for the rest",
+        "numbers per matrix; two moments for the rest",
+        "- LoRA-Pre Adam: two factor pairs, (2p + 2q) r numbers per p x q matrix; two moments for the rest",
         "",
     ]
     assert lines[at - 2].startswith("| LoRA-Pre Adam r=16 recommended | 30.00 |")
