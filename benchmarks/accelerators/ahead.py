@@ -1,11 +1,10 @@
-"""What XLA's own compilers for CUDA and TPU make of the updates, on a machine that has neither.
+"""Compiles the updates for CUDA and TPU with XLA's own compilers, on a machine that has neither.
 
     python -m benchmarks.accelerators.ahead --platform cuda
 
-JAX compiles ahead of time for a device that is only described. That needs the platform's plugin and nothing
-else: the packages jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12, or libtpu. Libraries cannot be
-tried out without a device, so XLA takes its default for each product. Rows are kept in ahead.json; started
-again it goes on.
+JAX compiles ahead of time for a device from its description. That needs only the platform's plugin: the
+packages jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12, or libtpu. Libraries cannot be tried out
+without a device, so XLA takes its default for each product. Rows are kept in ahead.json; a restart continues.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ dnn_version_info { major: 9 minor: 10 patch: 2 }
 runtime_version { major: 12 minor: 9 }
 device_description_str: "NVIDIA H200"
 """
-"""One H200 as XLA describes it."""
+"""XLA's description of one H200."""
 
 OPTIMIZERS = (
     *("adamw", "sage_hybrid", "sage_hybrid:sinkhorn_iterations=1", "lorapre_adamw"),
@@ -56,7 +55,7 @@ FIRST = ParamLayout("matrix", (2,), (1,))
 
 
 def target(platform: str) -> SingleDeviceSharding:
-    """A device that is described, not there."""
+    """A described device."""
     if platform == "cuda":
         options = {"target_config": H200, "topology": "1x1x1"}
         found = topologies.get_topology_desc("h200", "cuda", **options)
@@ -92,7 +91,7 @@ def measure_update(
 
 
 def measure_sinkhorn(where: SingleDeviceSharding, dtype: str, **options: Any) -> dict[str, Any]:
-    """Reads, writes and bytes an entry of five sweeps over a stack, and the sizes of its temporaries."""
+    """Reads, writes and bytes per entry of five sweeps over a stack, and the sizes of its temporaries."""
     shape = (24, 1024, 2736)
     size = 24 * 1024 * 2736
     tx = scale_by_sinkhorn(**options)
@@ -155,19 +154,19 @@ def page(content: dict[str, Any]) -> str:
     preset = next((c["preset"] for c in rows["update"]), "-")
     return f"""# Compiled for an accelerator without one
 
-XLA's compilers for CUDA (an H200 as it describes itself) and TPU (v5e), run ahead of time on a machine that has
-neither. So nothing here is a time on a device. Counted are arrays as large as the gradient, or as the smallest
-stack of matrices, that the compiled program reads and writes, and the temporaries that it allocates. A rule
-that does little arithmetic takes as long as its bytes do; AdamW ran at the memory's speed
-([measured](accelerator.md)). Where an optimizer multiplies matrices, bytes tell only a part.
+XLA's compilers for CUDA (an H200 as it describes itself) and TPU (v5e) run here ahead of time on a machine
+that has neither, so this page has no times on a device. It counts the arrays as large as the gradient, or as
+the smallest stack of matrices, that the compiled program reads and writes, and the temporaries that it
+allocates. A rule with little arithmetic takes as long as its memory traffic; AdamW ran at the memory's speed
+([measured](accelerator.md)). For an optimizer that multiplies matrices, bytes are only part of the cost.
 
 {describe_circumstances(content["circumstances"])}
 
 ## Sinkhorn
 
-One gradient of 24 x 1024 x 2736, bytes an entry; temporaries in gradients of float32. "Rows first" sums over
-the middle axis first, as for a Flax kernel. The least is 11 reads and one write for five sweeps; XLA:CUDA reads
-once more, since it makes three sums over an axis that is not the last in two kernels.
+One gradient of 24 x 1024 x 2736, in bytes per entry; temporaries in float32 gradients. "Rows first" sums over
+the middle axis first, as for a Flax kernel. The minimum is 11 reads and one write for five sweeps. XLA:CUDA
+reads once more, because it computes three sums over an axis that is not the last in two kernels.
 
 {
         table(
@@ -188,8 +187,8 @@ once more, since it makes three sums over an axis that is not the last in two ke
 
 `update` and `apply_updates` of {
         preset
-    }, donated. Bytes a parameter, of stacks alone; temporaries in largest
-leaves of float32.
+    }, donated. Bytes per parameter, for stacks only; temporaries in largest
+float32 leaves.
 
 {
         table(
@@ -200,14 +199,14 @@ leaves of float32.
 
 ## Compile seconds by number of shapes
 
-Sinkhorn, five sweeps, bfloat16. XLA optimizes the program of every leaf; equal kernels it generates once.
+Sinkhorn, five sweeps, bfloat16. XLA optimizes the program of every leaf, but generates equal kernels once.
 
 {table(["platform", "leaves", "distinct shapes", "compile, s"], shapes)}
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures what is missing and writes ``ahead.json`` and ``ahead.md``."""
+    """Measures the missing rows and writes ``ahead.json`` and ``ahead.md``."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.accelerators.ahead", description=__doc__

@@ -41,9 +41,9 @@ def scale_by_fira(
     eps: float = 1e-8,
     layout: Any = None,
 ) -> optax.GradientTransformation:
-    """Fira's direction of matrices; each matrix of a stack by itself.
+    """Fira's direction of matrices, each matrix of a stack separately.
 
-    With P the leading singular vectors of G's smaller side, taken anew every ``update_gap`` steps,
+    With P the leading singular vectors of G's smaller side, computed every ``update_gap`` steps,
     R = P' G and N Adam's direction of R::
 
         S = phi (G - P P' G),  phi = ||N|| / (||R|| + 1e-8) for each column (row, if R has more rows)
@@ -56,7 +56,7 @@ def scale_by_fira(
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to Adam's denominator.
-      layout: as every transformation of `layout_optax` takes it.
+      layout: see `layout_optax.LayoutLike`.
 
     Example:
       >>> tx = scale_by_fira(2)
@@ -113,7 +113,7 @@ class _Leaf(NamedTuple):
 
 
 def _split(found: Any) -> list[Any]:
-    """A tree of `_Leaf` as one tree a field."""
+    """A tree of `_Leaf` as one tree per field."""
     return [
         jax.tree.map(
             lambda x, i=i: x[i] if isinstance(x, _Leaf) else x,
@@ -144,7 +144,7 @@ def _down(g: jax.Array, p: jax.Array) -> jax.Array:
 
 
 def _up(r: jax.Array, p: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """From the small space back to matrices of a shape."""
+    """Maps from the low-rank space back to matrices of a shape."""
     if projects_columns(*shape[-2:]):
         return jnp.einsum("...pr,...qr->...pq", r, p)
     return jnp.einsum("...rq,...pr->...pq", r, p)
@@ -162,7 +162,7 @@ def fira(
     weight_decay: float = 0.0,
     weight_decay_mask: Any = None,
 ) -> optax.GradientTransformation:
-    """Fira on matrices, AdamW on everything else, at one rate; see `scale_by_fira`.
+    """Fira on matrices, AdamW on everything else, at one learning rate; see `scale_by_fira`.
 
     Example:
       >>> state = fira(1e-2, rank=4).init({"up": {"kernel": jnp.ones((8, 12))}})

@@ -24,7 +24,7 @@ def middles(results: Mapping[str, Any], ranks: Sequence[int], moment: str, what:
 
 
 def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Two panels: cosine and ratio of norms against rank, a line a moment."""
+    """Two panels: cosine and ratio of norms against rank, one line per moment."""
     figure, axes = panels(2)
     ranks = sorted(map(int, results["ranks"]))
     for panel, what in zip(axes, ("cosine", "ratio"), strict=True):

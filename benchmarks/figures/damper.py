@@ -1,4 +1,4 @@
-"""SAGE's damper on the gradients of a real run: how often it damps, how much, and which term does it."""
+"""SAGE's damper on the gradients of a real run: how often and how much it damps, and by which term."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _relative(gradient: jax.Array, layout: ParamLayout) -> np.ndarray:
 
 
 def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
-    """H over the run for tables and vectors, and H against s at one step."""
+    """H over the run for embedding, head and vectors, and H against s at one step."""
     figure, axes = panels(3)
     for panel, (role, title) in zip(axes, ROLES.items(), strict=False):
         least, low, middle, high = np.array(results["roles"][role]["quantiles"]).T
@@ -138,7 +138,7 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def summary(results: Mapping[str, Any]) -> list[list[str]]:
-    """A row a role: medians over the second half of the run."""
+    """One row per role: medians over the second half of the run."""
     rows = []
     for role, title in ROLES.items():
         found = results["roles"][role]

@@ -1,4 +1,4 @@
-"""What Sinkhorn's sweeps do to real gradients: norms of rows and columns, and singular values."""
+"""The effect of Sinkhorn's sweeps on real gradients: norms of rows and columns, and singular values."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def measure(run: Iterable[Seen], chosen: int) -> dict[str, Any]:
 
 @jax.jit
 def normalised(gradients: Any, sweeps: int) -> Any:
-    """SinkGD's direction after some sweeps, whose number is no constant of the program."""
+    """SinkGD's direction after some sweeps, whose number is not a constant of the program."""
     return scale_by_sinkhorn(sweeps).update(gradients, optax.EmptyState())[0]
 
 
@@ -76,7 +76,7 @@ def _spreads(tree: Any, side: str) -> np.ndarray:
 
 
 def _spectra(tree: Any) -> np.ndarray:
-    """Singular values over the largest, one row a matrix, as many as the smallest matrix has."""
+    """Singular values over the largest, one row per matrix, as many as the smallest matrix has."""
     values = _every(tree, lambda stack, _: np.linalg.svd(stack, compute_uv=False))
     few = min(each.shape[1] for each in values)
     return np.concatenate([each[:, :few] / each[:, :1] for each in values])

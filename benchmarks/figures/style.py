@@ -1,4 +1,4 @@
-"""What the pictures share: sizes, grids, and where they are written."""
+"""Common parts of the pictures: sizes, grids, and their output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from examples.llama.comparing.plots import WIDTH
 
 
 def panels(columns: int, height: float = 4.2, **options: Any) -> tuple[Figure, Any]:
-    """Two panels in a row or three in a column: letters can be read where the picture is 700 pixels wide."""
+    """Two panels in a row or three in a column; letters are readable at a width of 700 pixels."""
     if columns > 2:
         size = (WIDTH, 3.4 * columns)
         return plt.subplots(columns, 1, figsize=size, layout="constrained", **options)
