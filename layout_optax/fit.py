@@ -12,9 +12,7 @@ import optax
 
 from layout_optax.layout import PyTree, is_empty, path_string
 
-WAY_OUT = (
-    "Start the state anew with init(params); docs/compatibility.md shows how to keep the rest."
-)
+WAY_OUT = "Make a new state with init(params); docs/compatibility.md shows how to keep the rest."
 
 
 def check_transformation(caller: str, tx: Any) -> None:

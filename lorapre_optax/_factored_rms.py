@@ -1,4 +1,4 @@
-"""Adafactor's direction for tables: the gradient over a factored estimate of its rms, V + d floats of state."""
+"""Adafactor's direction for embedding and head: the gradient over a factored rms, V + d floats of state."""
 
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ class FactoredRmsState(NamedTuple):
     """State of `scale_by_factored_rms`; trees are shaped like the parameters.
 
     Attributes:
-      count: int32 scalar, updates so far.
+      count: int32 scalar, the number of updates so far.
       row_square: running mean of g^2 over a row's columns: the parameter's shape without column axes, float32
         (float64 for float64 parameters); ``optax.MaskedNode()`` at unmanaged leaves.
       column_square: the same over a column's rows: the parameter's shape without row axes.
@@ -46,7 +46,7 @@ class _Leaf(NamedTuple):
 def scale_by_factored_rms(layout: LayoutLike = None) -> optax.GradientTransformationExtraArgs:
     r"""Adafactor's direction without a first moment (arXiv:1804.04235, algorithm 4), clipped to an rms of 1.
 
-    For a table of V x d with gradient :math:`G` in step :math:`t` from 1, and :math:`\beta = 1 - t^{-0.8}`:
+    For an embedding of V x d with gradient :math:`G` in step :math:`t` (from 1), and :math:`\beta = 1 - t^{-0.8}`:
 
     .. math::
       R &\leftarrow \beta R + (1 - \beta) \, \mathrm{mean}_{columns}(G^2 + 10^{-30}), \qquad
@@ -54,8 +54,8 @@ def scale_by_factored_rms(layout: LayoutLike = None) -> optax.GradientTransforma
       U &= G \, / \sqrt{R \, C \, / \, \mathrm{mean}(R)}, \qquad
         \mathrm{direction} = U / \max(1, \mathrm{rms}(U))
 
-    `optax.scale_by_factored_rms` keeps the averages in the parameters' dtype, where a bfloat16 average stands
-    still as soon as its decay comes near 1, and it takes the two largest axes for rows and columns.
+    `optax.scale_by_factored_rms` keeps the averages in the parameters' dtype, in which a bfloat16 average stops
+    changing once its decay is near 1, and it uses the two largest axes as rows and columns.
 
     Args:
       layout: see `layout_optax.LayoutLike`.

@@ -254,8 +254,8 @@ def lorapre_muon(
       table_rank: if given, embedding and head use LoRA-Pre Adam at this rank with the options of
         `lorapre_optax.RECOMMENDED`, and no matrix, embedding or head keeps a full moment. Not in the paper.
       table_rule: ``"factored_rms"`` gives embedding and head Adafactor's direction (arXiv:1804.04235): the
-        gradient over a factored estimate of its rms, clipped to an rms of 1. A table of V x d then keeps
-        V + d floats. ``"others"`` leaves tables to ``others``. Not in the paper.
+        gradient over a factored estimate of its rms, clipped to an rms of 1. An embedding of V x d then keeps
+        V + d floats. ``"others"`` uses the rule of ``others``. Not in the paper.
       others: ``"adamw"`` or ``"sage"``; see `lorapre_adamw`.
       layout: see `layout_optax.ParamLayout`; None infers it.
       **whole_model: see `layout_optax.by_role`.
@@ -264,7 +264,7 @@ def lorapre_muon(
       The transformation; with `optax.inject_hyperparams` pass ``static_args=STATIC_ARGS``.
 
     Raises:
-      ValueError: see `scale_by_lorapre_muon`; also for a ``table_rank`` beside a ``table_rule``.
+      ValueError: see `scale_by_lorapre_muon`; also for both a ``table_rank`` and a ``table_rule``.
 
     Example:
       >>> import jax, jax.numpy as jnp
