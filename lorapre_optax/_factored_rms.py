@@ -46,7 +46,7 @@ class _Leaf(NamedTuple):
 def scale_by_factored_rms(layout: LayoutLike = None) -> optax.GradientTransformationExtraArgs:
     r"""Adafactor's direction without a first moment (arXiv:1804.04235, algorithm 4), clipped to an rms of 1.
 
-    For an embedding of V x d with gradient :math:`G` in step :math:`t` from 1, with :math:`\beta = 1 - t^{-0.8}`:
+    For a V x d embedding with gradient :math:`G` in step :math:`t` from 1, with :math:`\beta = 1 - t^{-0.8}`:
 
     .. math::
       R &\leftarrow \beta R + (1 - \beta) \, \mathrm{mean}_{columns}(G^2 + 10^{-30}), \qquad
