@@ -65,4 +65,4 @@ def test_descriptions_are_joined():
     text = descriptions(TrainConfig)["checkpoint_every"]
     assert "\n" not in text
     assert text.startswith("Steps between checkpoints, written to the folder")
-    assert descriptions(TrainConfig)["simulate_devices"].startswith("Act as if")
+    assert descriptions(TrainConfig)["simulate_devices"].startswith("Number of devices")
