@@ -381,6 +381,11 @@ def _ones(factor: jax.Array, side: str, batch: str) -> jax.Array:
 def power_of_two(factor: jax.Array, side: str, batch: str) -> jax.Array:
     """The power of two just above a factor's largest entry per batch index; 1 for a zero factor."""
     largest = jnp.max(jnp.abs(factor), axis=core_axes(side, batch))
-    exponent = jnp.clip(jnp.frexp(largest)[1], -120, 120)
-    power = jnp.ldexp(jnp.ones_like(largest), exponent)
+    # From the exponent's bits: frexp and ldexp take five times as many operations to compile.
+    info = jnp.finfo(largest.dtype)
+    integer = jnp.int64 if info.bits == 64 else jnp.int32
+    field = jax.lax.bitcast_convert_type(largest, integer) >> info.nmant
+    one = 1 - int(info.minexp)  # the field of 1, and of numbers below 2
+    power = (jnp.clip(field + 1, one - 120, one + 120) << info.nmant).astype(integer)
+    power = jax.lax.bitcast_convert_type(power, largest.dtype)
     return jnp.where((largest > 0) & jnp.isfinite(largest), power, 1)

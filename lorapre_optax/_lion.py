@@ -49,6 +49,7 @@ def scale_by_lorapre_lion(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
+    product_dtype: Any = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Computes Lion's direction from a low-rank momentum: factors decay with b2, the sign mixes with b1.
@@ -80,6 +81,7 @@ def scale_by_lorapre_lion(
       initial_subspace: see `low_rank_ema`.
       factor_dtype: see `low_rank_ema`.
       full_rank_fallback: see `low_rank_ema`.
+      product_dtype: see `scale_by_lorapre_adam`; static.
       layout: see `layout_optax.ParamLayout`; None infers it. Unmanaged leaves pass through.
 
     Returns:
@@ -102,7 +104,13 @@ def scale_by_lorapre_lion(
     check_number("gamma", gamma, 0, 1)
     check_rate("scale", scale)
     options = MomentOptions(
-        rank, damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback
+        rank,
+        damping,
+        damping_kind,
+        initial_subspace,
+        factor_dtype,
+        full_rank_fallback,
+        product_dtype,
     )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -152,6 +160,7 @@ def lorapre_lion(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
+    product_dtype: Any = None,
     others: Literal["lion", "sage"] = "lion",
     layout: LayoutLike = None,
     **whole_model: Unpack[WholeModel],
@@ -174,6 +183,7 @@ def lorapre_lion(
       initial_subspace: see `low_rank_ema`.
       factor_dtype: see `low_rank_ema`; for the matrices.
       full_rank_fallback: see `low_rank_ema`.
+      product_dtype: see `scale_by_lorapre_adam`; static.
       others: ``"lion"`` or ``"sage"`` for embedding, head and vectors. Leaves excluded by a layout rule use
         Lion.
       layout: see `layout_optax.ParamLayout`; None infers it.
@@ -205,6 +215,7 @@ def lorapre_lion(
         initial_subspace=initial_subspace,
         factor_dtype=factor_dtype,
         full_rank_fallback=full_rank_fallback,
+        product_dtype=product_dtype,
         layout=layout,
     )
     return route_matrices(

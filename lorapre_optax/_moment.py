@@ -31,7 +31,7 @@ from lorapre_optax._factor_sharding import with_rank
 from lorapre_optax._factors import DampingKind
 from lorapre_optax._products import Narrow, narrow_operands
 from lorapre_optax._rank import RankLike, check_rule, leaf_rank, look_up, warn_of_full_ranks
-from lorapre_optax._subspace import Start, gradient_right
+from lorapre_optax._subspace import Start, gradient_rights
 
 InitialSubspace: TypeAlias = Literal["normal", "gradient"]
 Value: TypeAlias = jax.Array | float
@@ -277,18 +277,26 @@ def _open(
     factored = [each for each in flat if not isinstance(each[2], optax.MaskedNode)]
     kind = options.damping_kind
 
-    def prepare(i: int, target: Target, left: jax.Array, right: jax.Array) -> _factors.Prepared:
+    def start(i: int, target: Target, left: jax.Array, right: jax.Array) -> Start:
         leaf, layout = leaves.leaves[i], leaves.layouts[i]
         assert layout is not None
-        dtype = compute_dtype(leaf.dtype)
-        right = right.astype(dtype)
-        if options.initial_subspace == "gradient":
-            start = Start(leaves.paths[i], layout, leaf, target, right)
-            # Compute the target in the branch: inputs of a branch have to be written.
-            right = jax.lax.cond(count == 0, lambda: gradient_right(start), lambda: start.right)
-        return _factors.prepare(left.astype(dtype), right, layout, jnp.ndim(leaf), kind)
+        return Start(leaves.paths[i], layout, leaf, target, right.astype(compute_dtype(leaf.dtype)))
 
-    prepared = [prepare(*each) for each in factored]
+    starts = [start(*each) for each in factored]
+    rights = [each.right for each in starts]
+    if options.initial_subspace == "gradient" and starts:
+        # Compute the targets in the branch: inputs of a branch have to be written. One branch serves the group.
+        rights = jax.lax.cond(count == 0, lambda: gradient_rights(starts), lambda: rights)
+    prepared = [
+        _factors.prepare(
+            left.astype(compute_dtype(each.leaf.dtype)),
+            right,
+            each.layout,
+            jnp.ndim(each.leaf),
+            kind,
+        )
+        for each, (_, _, left, _), right in zip(starts, factored, rights, strict=True)
+    ]
     inverses = _solves.damped_inverses(
         [(old.left_gram, old.right_gram) for old in prepared], at(options.damping, count), kind
     )

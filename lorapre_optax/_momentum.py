@@ -50,6 +50,7 @@ def low_rank_ema(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
+    product_dtype: Any = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An exponential moving average of the updates with a history of two thin factors.
@@ -78,6 +79,7 @@ def low_rank_ema(
       initial_subspace: ``"normal"`` (paper), or ``"gradient"`` to start from the first update's row space.
       factor_dtype: storage dtype of the state; None for float32 (float64 for float64 parameters).
       full_rank_fallback: whether to keep a full moment where factors would not be smaller.
+      product_dtype: see `scale_by_lorapre_adam`; static.
       layout: see `layout_optax.ParamLayout`; None infers it.
 
     Returns:
@@ -100,7 +102,13 @@ def low_rank_ema(
     check_number("gamma", gamma, 0, 1)
     check_number("residual", residual, 0, 1)
     options = MomentOptions(
-        rank, damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback
+        rank,
+        damping,
+        damping_kind,
+        initial_subspace,
+        factor_dtype,
+        full_rank_fallback,
+        product_dtype,
     )
 
     map_target = jnp.asarray if target is None else target
@@ -145,6 +153,7 @@ def low_rank_trace(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
+    product_dtype: Any = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The accumulator ``m = mu m + G`` (heavy ball, Muon) with a history of two thin factors.
@@ -166,6 +175,7 @@ def low_rank_trace(
       initial_subspace: see `low_rank_ema`.
       factor_dtype: see `low_rank_ema`.
       full_rank_fallback: see `low_rank_ema`.
+      product_dtype: see `scale_by_lorapre_adam`; static.
       layout: see `low_rank_ema`.
 
     Returns:
@@ -181,7 +191,13 @@ def low_rank_trace(
     check_number("gamma", gamma, 0, 1)
     check_number("residual", residual, 0, 1)
     options = MomentOptions(
-        rank, damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback
+        rank,
+        damping,
+        damping_kind,
+        initial_subspace,
+        factor_dtype,
+        full_rank_fallback,
+        product_dtype,
     )
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -29,6 +29,7 @@ def lorapre_sgd(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
+    product_dtype: Any = None,
     others: Literal["sgd", "sage"] = "sgd",
     layout: LayoutLike = None,
     **whole_model: Unpack[WholeModel],
@@ -56,6 +57,7 @@ def lorapre_sgd(
       initial_subspace: see `low_rank_ema`.
       factor_dtype: see `low_rank_ema`; for the matrices.
       full_rank_fallback: see `low_rank_ema`.
+      product_dtype: see `scale_by_lorapre_adam`; static.
       others: ``"sgd"`` or ``"sage"`` for embedding, head and vectors. Leaves excluded by a layout rule use SGD.
         SAGE's updates have entries of about 1, so give those roles their own learning rate with ``"sage"``.
       layout: see `layout_optax.ParamLayout`; None infers it.
@@ -88,6 +90,7 @@ def lorapre_sgd(
         initial_subspace=initial_subspace,
         factor_dtype=factor_dtype,
         full_rank_fallback=full_rank_fallback,
+        product_dtype=product_dtype,
         layout=layout,
     )
     return route_matrices(

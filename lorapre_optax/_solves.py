@@ -54,9 +54,13 @@ def damped_inverses(
 
 
 def damped_inverse_roots(grams: PyTree, damping: float) -> PyTree:
-    """L^-1 of the damped Cholesky factors L L^T; it makes rows with these Gram matrices orthonormal."""
+    """L^-1 of the damped Cholesky factors L L^T; it makes rows with these Gram matrices orthonormal.
+
+    Every platform uses solves here: only a first step and the metrics need roots, and the products that would
+    save their time have to be compiled with every step.
+    """
     return _in_groups(
-        lambda stack, invert_lower: invert_lower(_cholesky(stack, damping, "relative")), grams
+        lambda stack, _: _solve_identity(_cholesky(stack, damping, "relative")), grams
     )
 
 

@@ -7,7 +7,7 @@ iteration, https://arxiv.org/abs/0909.4061).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from layout_optax.axes import explicit_sharding, placed, sharding_without
 from layout_optax.layout import ParamLayout
 from lorapre_optax._factor_sharding import factor_sharding, rank_whole
-from lorapre_optax._factors import broadcast, einsum_axes, gram, normal_factor
+from lorapre_optax._factors import EinsumAxes, broadcast, einsum_axes, gram, normal_factor
 from lorapre_optax._products import exact_product
 from lorapre_optax._solves import damped_inverse_roots
 
@@ -34,49 +34,56 @@ class Start(NamedTuple):
     right: jax.Array
 
 
-def gradient_right(start: Start) -> jax.Array:
-    """Returns a right factor whose rows span the leading row space of the target.
+def gradient_rights(starts: Sequence[Start]) -> list[jax.Array]:
+    """Returns right factors whose rows span the leading row spaces of the targets.
 
-    It takes random combinations of the target's rows and makes them orthonormal by the Cholesky factor of their
-    Gram matrix, before and after one power iteration. If the target is zero or not finite, the right factor
+    It takes random combinations of a target's rows and makes them orthonormal by the Cholesky factor of their
+    Gram matrix, before and after one power iteration. If a target is zero or not finite, its right factor
     does not change, per batch index. The combinations are divided by the target's largest entry, which avoids
     scaling the large target itself.
 
     Args:
-      start: a moment; its path seeds the random combinations.
+      starts: moments; their paths seed the random combinations. One call factorises all Gram matrices of a rank.
 
     Returns:
-      An array like ``start.right``.
+      An array like ``start.right`` for each.
     """
-    layout, right = start.layout, start.right
-    target = start.target(start.leaf.astype(right.dtype))
-    names = einsum_axes(layout, target.ndim)
-    core = layout.row_axes + layout.column_axes
-    largest = jnp.max(jnp.abs(target), axis=core, keepdims=True)
-    unit = jnp.where(largest > 0, largest, 1)
+    opened = [_Open(start) for start in starts]
+    found = _orthonormal([each.rows(each.noise()) for each in opened], opened)
+    powers = [each.rows(each.columns(right)) for each, right in zip(opened, found, strict=True)]
+    found = _orthonormal(powers, opened)
+    return [_or_old(*each) for each in zip(found, starts, strict=True)]
 
-    def rows(left: jax.Array) -> jax.Array:
+
+class _Open:
+    """A target with its largest entry per batch index; products of its quotient with factors."""
+
+    def __init__(self, start: Start):
+        self.start, self.layout = start, start.layout
+        self.target = start.target(start.leaf.astype(start.right.dtype))
+        self.names = einsum_axes(self.layout, self.target.ndim)
+        self.core = self.layout.row_axes + self.layout.column_axes
+        largest = jnp.max(jnp.abs(self.target), axis=self.core, keepdims=True)
+        self.unit = jnp.squeeze(jnp.where(largest > 0, largest, 1), self.core)
+
+    def noise(self) -> jax.Array:
+        """A left factor of normal numbers."""
+        start, target = self.start, self.target
+        rank = start.right.shape[-2]
+        noise = normal_factor(start.path, target, self.layout, rank, "left", _SEED)
+        own = explicit_sharding(target)
+        sharding = factor_sharding(own, target.ndim, self.layout.column_axes)
+        return placed(noise, sharding).astype(target.dtype)
+
+    def rows(self, left: jax.Array) -> jax.Array:
         """B^T G over the largest entry."""
-        scale = jnp.squeeze(unit, core)
-        return rows_from(target, left / broadcast(scale, names.left, names.batch), layout)
+        unit = broadcast(self.unit, self.names.left, self.names.batch)
+        return rows_from(self.target, left / unit, self.layout)
 
-    noise = normal_factor(start.path, target, layout, right.shape[-2], "left", _SEED)
-    own = explicit_sharding(target)
-    noise = placed(noise, factor_sharding(own, target.ndim, layout.column_axes))
-    found = _orthonormal(rows(noise.astype(target.dtype)), start, target)
-    found = _orthonormal(rows(_columns(target, found, unit, layout)), start, target)
-    return _or_old(found, start, target.ndim)
-
-
-def _columns(
-    target: jax.Array, right: jax.Array, unit: jax.Array, layout: ParamLayout
-) -> jax.Array:
-    """G A^T over the largest entry of G."""
-    names = einsum_axes(layout, target.ndim)
-    scale = broadcast(
-        jnp.squeeze(unit, layout.row_axes + layout.column_axes), names.right, names.batch
-    )
-    return columns_from(target, right / scale, layout)
+    def columns(self, right: jax.Array) -> jax.Array:
+        """G A^T over the largest entry."""
+        unit = broadcast(self.unit, self.names.right, self.names.batch)
+        return columns_from(self.target, right / unit, self.layout)
 
 
 def normalised(target: jax.Array, layout: ParamLayout) -> jax.Array:
@@ -101,17 +108,22 @@ def columns_from(target: jax.Array, right: jax.Array, layout: ParamLayout) -> ja
     return rank_whole(jnp.einsum(equation, target, right, out_sharding=sharding))
 
 
-def _orthonormal(rows: jax.Array, start: Start, target: jax.Array) -> jax.Array:
-    """Rows with the same span, orthonormal up to the damping."""
-    names = einsum_axes(start.layout, target.ndim)
-    root = damped_inverse_roots(gram(rows, names.right, names), _DAMPING)
-    equation = f"{names.batch}zZ,{names.right.replace('z', 'Z')}->{names.right}"
-    return exact_product(equation, root, rows, sharding_without(rows, ()))
+def _orthonormal(rows: Sequence[jax.Array], opened: Sequence[_Open]) -> list[jax.Array]:
+    """Rows with the same spans, orthonormal up to the damping."""
+    grams = [gram(x, each.names.right, each.names) for x, each in zip(rows, opened, strict=True)]
+    roots = damped_inverse_roots(grams, _DAMPING)
+
+    def product(root: jax.Array, rows: jax.Array, names: EinsumAxes) -> jax.Array:
+        equation = f"{names.batch}zZ,{names.right.replace('z', 'Z')}->{names.right}"
+        return exact_product(equation, root, rows, sharding_without(rows, ()))
+
+    names = [each.names for each in opened]
+    return [product(*each) for each in zip(roots, rows, names, strict=True)]
 
 
-def _or_old(rows: jax.Array, start: Start, ndim: int) -> jax.Array:
+def _or_old(rows: jax.Array, start: Start) -> jax.Array:
     """The new rows if they are finite and not all zero, else the old right factor."""
-    names = einsum_axes(start.layout, ndim)
+    names = einsum_axes(start.layout, start.leaf.ndim)
     axes = tuple(axis for axis, letter in enumerate(names.right) if letter not in names.batch)
     size = jnp.sum(jnp.abs(rows), axis=axes)
     usable = broadcast(jnp.isfinite(size) & (size > 0), names.right, names.batch)

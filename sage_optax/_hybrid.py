@@ -52,6 +52,9 @@ def sage_hybrid(
     Llama it takes 0.979 GiB in float32, where AdamW's takes 9.832. With ``mu_dtype="int8"`` it takes a quarter
     of that.
 
+    It is a call of `layout_optax.by_role`. For another option of `scale_by_sinkhorn`, such as
+    ``vectors_dtype``, write that call; the second example does.
+
     Args:
       learning_rate: a number or schedule for every role without a learning rate of its own.
       b1: see `scale_by_sage`.
@@ -88,6 +91,16 @@ def sage_hybrid(
       >>> updates, state = tx.update(params, tx.init(params), params)
       >>> float(updates["embed"][0, 0]), round(float(updates["up"]["kernel"][0, 0]), 6)
       (-0.0010000000474974513, -0.001768)
+
+      >>> from layout_optax import by_role  # other options of SinkGD: its sweeps read a copy in bfloat16
+      >>> from sage_optax import scale_by_sage, scale_by_sinkhorn
+      >>> matrix = optax.chain(scale_by_sinkhorn(vectors_dtype="bfloat16"), optax.scale(10.0))
+      >>> rules = dict.fromkeys(("embedding", "head", "vector"), scale_by_sage())
+      >>> tx = by_role({**rules, "matrix": matrix}, 1e-3, weight_decay=0.01)
+      >>> found = tx.update(params, tx.init(params), params)[0]["up"]["kernel"]
+      >>> tx = sage_hybrid(1e-3)  # on a CPU, which makes no copy, the same bits
+      >>> bool((found == tx.update(params, tx.init(params), params)[0]["up"]["kernel"]).all())
+      True
     """
     sage = scale_by_sage(
         b1, b2, eps, damper=damper, eps_mode=eps_mode, mu_dtype=mu_dtype, layout=layout

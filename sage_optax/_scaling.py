@@ -49,7 +49,7 @@ def total(a: Scaling, b: Scaling) -> Scaling:
 
 
 def divided(
-    factors: Scaling, norms: Scaling, eps: jax.Array, gain: jax.Array | float = 1.0
+    factors: Scaling, norms: Scaling, eps: Scaling, gain: jax.Array | float = 1.0
 ) -> Scaling:
     """``gain * factors / (factors * norms + eps)``; a divisor of 0 counts as 1.
 
@@ -57,11 +57,12 @@ def divided(
     columns. An empty row or column keeps the factor 0.
 
     Example:
-      >>> float(divided(scaling(jnp.float32(2)), scaling(jnp.float32(3)), jnp.float32(2)).mantissa)
+      >>> two, three = scaling(jnp.float32(2)), scaling(jnp.float32(3))
+      >>> float(divided(two, three, eps=two).mantissa)
       0.5
     """
     current = Scaling(factors.mantissa * norms.mantissa, factors.exponent + norms.exponent)
-    divisor = total(current, scaling(eps))
+    divisor = total(current, eps)
     zero = divisor.mantissa == 0
     return scaling(
         factors.mantissa * gain / jnp.where(zero, 1, divisor.mantissa),

@@ -19,6 +19,7 @@ in range:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -51,10 +52,10 @@ _UNROLLED = 8
 class _Rule(NamedTuple):
     """The two divisions of a sweep; eps is scaled for norms of an iterate with columns of norm 1."""
 
-    first_eps: jax.Array  # for rows, in the first sweep
-    row_eps: jax.Array
-    column_eps: jax.Array
-    row_gain: jax.Array | float
+    first_eps: Scaling  # for rows, in the first sweep
+    row_eps: Scaling
+    column_eps: Scaling
+    row_gain: jax.Array | float = 1.0
 
     def gauged(self, rows: Scaling, columns: Scaling, layout: ParamLayout) -> _Rule:
         """Keeps rows ``sqrt(columns / rows)`` larger after dividing, counting only those that are not empty.
@@ -64,14 +65,20 @@ class _Rule(NamedTuple):
         gain = jnp.sqrt(
             _count(columns.mantissa, layout.column_axes) / _count(rows.mantissa, layout.row_axes)
         )
-        return self._replace(row_gain=gain, column_eps=self.column_eps * gain)
+        eps = scaling(self.column_eps.mantissa * gain, self.column_eps.exponent)
+        return self._replace(row_gain=gain, column_eps=eps)
 
-    def sweep(self, norms: Callable[..., Scaling]):
-        """Returns the loop body over (rows, columns); ``norms`` computes those of G diag(c) or diag(r) G."""
+    def sweep(self, norms: Callable[..., Scaling], *, later: bool = False):
+        """Returns the loop body over (rows, columns); ``norms`` computes those of G diag(c) or diag(r) G.
+
+        ``later`` says that the loop does not take the first sweep.
+        """
 
         def body(step, factors: tuple[Scaling, Scaling]) -> tuple[Scaling, Scaling]:
             rows, columns = factors
-            eps = jnp.where(step == 0, self.first_eps, self.row_eps)
+            eps = self.row_eps
+            if not later:
+                eps = jax.tree.map(lambda a, b: jnp.where(step == 0, a, b), self.first_eps, eps)
             rows = divided(rows, norms(rows, columns, "columns"), eps, self.row_gain)
             return rows, divided(columns, norms(rows, columns, "rows"), self.column_eps)
 
@@ -105,18 +112,35 @@ def sinkhorn(
     Returns:
       ``diag(r) G diag(c)``, shape of ``g``, float32 or wider. Subnormal numbers count as zero.
     """
-    dtype = compute_dtype(g.dtype)
-    eps = jnp.asarray(eps, dtype)
+    options = {"layout": layout, "variant": variant, "vectors_dtype": vectors_dtype}
     if isinstance(iterations, Tracer):
-        iterations = jnp.maximum(jnp.rint(iterations).astype(jnp.int32), 1)
-    else:
-        iterations = round(float(iterations))
+        traced = jnp.maximum(jnp.rint(iterations).astype(jnp.int32), 1)
+        return _direction(g, eps, traced, **options)
+    return _direction(g, eps, known=round(float(iterations)), **options)
+
+
+@functools.partial(jax.jit, static_argnames=("known", "layout", "variant", "vectors_dtype"))
+def _direction(
+    g: jax.Array,
+    eps: jax.Array | float,
+    traced: jax.Array | None = None,
+    *,
+    known: int | None = None,
+    layout: ParamLayout,
+    variant: Variant,
+    vectors_dtype: Any,
+) -> jax.Array:
+    """The direction; traced and lowered once for all gradients of one shape."""
+    dtype = compute_dtype(g.dtype)
+    iterations = traced if known is None else known
     n_rows, n_columns = (
         math.prod(g.shape[axis] for axis in axes) for axes in (layout.row_axes, layout.column_axes)
     )
-    rule, gain = _Rule(eps, eps, eps, 1.0), 1.0
+    roots, gain = (1.0, 1.0, 1.0), 1.0
     if variant == "sqrt":  # the loop's iterate is n^(1/2) times this one, except the gradient
-        rule, gain = _Rule(eps, eps / n_rows**0.5, eps / n_columns**0.5, 1.0), n_rows**0.5
+        roots, gain = (1.0, n_rows**0.5, n_columns**0.5), n_rows**0.5
+    first, row, column = (scaling(jnp.asarray(eps, dtype) / root) for root in roots)
+    rule = _Rule(first, row, column)
 
     def by_products(g: jax.Array) -> tuple[Scaling, Scaling]:
         return _by_products(g, layout, iterations, rule)
@@ -221,7 +245,7 @@ def _sweeps(g: jax.Array, copy: jax.Array, layout: ParamLayout, iterations: Any,
         def norms(rows: Scaling, columns: Scaling, over: str) -> Scaling:
             return _norms(source, rows, columns, lift, layout, over)
 
-        body = rule.sweep(norms)
+        body = rule.sweep(norms, later=True)
         if known and iterations <= _UNROLLED:
             once = jax.jit(body)  # traced once for all sweeps
             for step in range(start, stop):

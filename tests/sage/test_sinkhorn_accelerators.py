@@ -18,9 +18,11 @@ def _accelerators_form(monkeypatch):
     """Runs the other platforms' form where a CPU would run its own."""
 
     monkeypatch.setattr(_sinkhorn, "_by_products", _sinkhorn._by_sums)
-    directions.compiled.cache_clear()
+    for cached in (directions.compiled.cache_clear, _sinkhorn._direction.clear_cache):
+        cached()
     yield
-    directions.compiled.cache_clear()
+    for cached in (directions.compiled.cache_clear, _sinkhorn._direction.clear_cache):
+        cached()
 
 
 # Single numbers take the CPU's form everywhere.
@@ -66,7 +68,7 @@ def test_a_narrow_copy_costs_two_ten_thousandths_of_the_direction():
         "rows and columns of every size": normal(96, 160)
         * np.exp(4 * normal(96, 1, seed=1) + 4 * normal(1, 160, seed=2)),
     }
-    rule = _sinkhorn._Rule(*(jnp.float32(1e-8),) * 3, 1.0)
+    rule = _sinkhorn._Rule(*(_sinkhorn.scaling(jnp.float32(1e-8)),) * 3)
 
     @jax.jit
     def found_from(g):
