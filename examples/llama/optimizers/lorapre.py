@@ -68,15 +68,15 @@ def sinkgd(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTrans
 def adam_options(options: OptimizerOptions) -> dict[str, Any]:
     """The arguments of LoRA-Pre Adam: the given ones, then those of a named set of options.
 
-    >>> adam_options(OptimizerOptions(rank=4, options="recommended", bound=math.inf))["bound"]
+    >>> adam_options(OptimizerOptions(rank=4, option_set="recommended", bound=math.inf))["bound"]
     >>> adam_options(OptimizerOptions(rank=4))
     {'rank': 4}
     """
     base = {}
-    if options.options is not None:
+    if options.option_set is not None:
         base = (
             dict(lorapre_optax.RECOMMENDED)
-            if options.options == "recommended"
+            if options.option_set == "recommended"
             else _paper_options()
         )
     return _switched_off({**base, **options.only(*_ADAM)})
