@@ -1,7 +1,7 @@
 """Variants of the optimizers in a comparison: a name with options, `lorapre_adamw:rank=4:options=recommended`.
 
-The options are the fields of `OptimizerOptions` that the optimizer takes, by the names of `WRITTEN`; `embedding_rate`,
-`head_rate`, `matrix_rate` and `vector_rate` give a role's learning rate as a multiple of the common one.
+The options are the fields of `OptimizerOptions` that the optimizer takes, by the names of `WRITTEN`;
+`embedding_rate`, `head_rate`, `matrix_rate` and `vector_rate` are multiples of the common learning rate.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class Variant:
         {'optimizer': 'adamw', 'b2': 0.95, 'role_multipliers': 'matrix=0.25'}
         """
         found: dict[str, Any] = {"optimizer": self.optimizer}
-        found |= {WRITTEN[name]: value for name, value in self.options.items() if name not in _RATES}
+        found |= {
+            WRITTEN[name]: value for name, value in self.options.items() if name not in _RATES
+        }
         roles = [
             f"{role}={_text(self.options[name])}"
             for name, role in _RATES.items()

@@ -298,6 +298,8 @@ def test_lorapre_sinkgd_is_recommended_unless_told_otherwise():
         tx = make_optimizer("lorapre_sinkgd", 0.1, rank=2, **fields)
         return str(jax.make_jaxpr(lambda p: tx.update(p, tx.init(p), p))(params))
 
+    own = lorapre_optax.lorapre_sinkgd(0.1, 2, weight_decay=0.0)
+    assert traced() == str(jax.make_jaxpr(lambda p: own.update(p, own.init(p), p))(params))
     assert traced() == traced(option_set="recommended") != traced(option_set="paper")
     paper = lorapre_optax.lorapre_sinkgd(
         0.1,
