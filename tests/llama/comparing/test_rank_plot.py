@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from benchmarks.peers import PEERS
 from examples.llama.comparing import palette
 from examples.llama.comparing.labels import spread
 from examples.llama.comparing.palette import MOST_COLOURED, PALE, coloured, row_styles
@@ -89,13 +90,11 @@ def test_of_many_rows_the_best_of_ten_optimizers_have_colour():
     assert sum(style["color"] != PALE for style in styles) == MOST_COLOURED
 
 
-def test_colours_of_the_main_optimizers_are_not_shared():
-    main = (
-        *("adamw", "adafactor", "muon", "galore", "sage_hybrid", "sage_hybrid_int8", "lion"),
-        *("lion_hybrid", "sinkgd_hybrid", "lorapre_adamw", "lorapre_muon", "lorapre_sinkgd"),
-    )
-    assert len({palette.colour(name) for name in main}) == len(main)
-    assert set(palette.OPTIMIZERS) - {"fira", "apollo"} <= set(OPTIMIZERS)
+def test_no_two_optimizers_share_a_colour():
+    assert set(palette.OPTIMIZERS) == {*OPTIMIZERS, *PEERS}
+    colours = {palette.colour(name) for name in palette.OPTIMIZERS}
+    assert len(colours) == len(palette.OPTIMIZERS)
+    assert palette.PALE not in colours
 
 
 @pytest.mark.parametrize("copies", [1, 3])
