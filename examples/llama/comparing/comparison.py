@@ -151,9 +151,9 @@ class Comparison:
         command = command_line("examples.llama.compare")
         picture = out / "comparison.png"
         result = {
-            "rows": rows,
+            "rows": [row.to_dict() for row in rows],
             "config": config,
-            "steps": rows[0].steps,
+            "steps": rows[0].summary.steps,
             "data": self.dataset.describe(),
             "versions": versions(),
             "command": command,
@@ -163,7 +163,7 @@ class Comparison:
         # The more tokens a step has, the less the time of an update counts: state the step with the table.
         settings = resolve(self._train_config(self.names[0]), self.model)
         title = (
-            f"{config.preset}: held-out text after {max(row.tokens for row in rows):,} tokens, "
+            f"{config.preset}: held-out text after {max(row.summary.tokens for row in rows):,} tokens, "
             f"steps of {settings.batch_size} x {settings.seq_len}"
         )
         plot_comparison(rows, picture, title, f"{command}   corpus {self._corpus()}")

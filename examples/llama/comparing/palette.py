@@ -1,8 +1,8 @@
 """The palette of all pictures: a fixed colour for each optimizer, and the choice of rows with a colour.
 
 Okabe and Ito's colours, which people with the common forms of colour blindness can distinguish, without their
-yellow (too pale for lines), and others far from them. Rows of one optimizer share its colour and differ in marker
-and line.
+yellow (too pale for lines), and others far from them. Rows of one optimizer share its colour and differ in
+marker and line.
 """
 
 from __future__ import annotations

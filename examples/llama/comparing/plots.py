@@ -60,7 +60,7 @@ def plot_comparison(rows: Sequence[Row], path: Path, title: str, footer: str) ->
     points = [
         (_share(row), row.heldout_perplexity, row, style)
         for row, style in zip(rows, styles, strict=True)
-        if row.status == "finished"
+        if row.finished
     ]
     texts = {id(row): f"{row.label}  {row.heldout_perplexity:.1f}" for row in shown}
     if others:
@@ -125,10 +125,10 @@ def _perplexity_against_state(
     axes.set_title("Held-out perplexity at the end against optimizer state", fontsize=10)
     axes.margins(x=0.12, y=0.15)
     for row, style in zip(rows, styles, strict=True):
-        if row.status == "finished":
+        if row.finished:
             point = {**style, "linestyle": "none"}
             axes.plot(_share(row), row.heldout_perplexity, markersize=8, **point)
-    if not any(row.status == "finished" for row in rows):
+    if not any(row.finished for row in rows):
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no row has finished", transform=axes.transAxes, ha="center")
         return
@@ -164,7 +164,7 @@ def round_ticks(axis: Axis, low: float, high: float) -> None:
 
 def _share(row: Row) -> float:
     """The position on the axis of shares, where an optimizer without state has none on a logarithmic scale."""
-    return max(row.state_ratio, SMALLEST_SHARE)
+    return max(row.summary.state_ratio, SMALLEST_SHARE)
 
 
 def _share_text(value: float, _: object) -> str:

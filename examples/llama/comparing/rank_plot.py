@@ -78,7 +78,7 @@ def plot_ranks(rows: Sequence[Row], path: Path, title: str, footer: str) -> None
 
 
 def _groups(rows: Sequence[Row]) -> list[_Group]:
-    finished = [row for row in rows if row.status == "finished"]
+    finished = [row for row in rows if row.finished]
     groups: dict[str, _Group] = {}
     for row, style in zip(finished, row_styles(finished), strict=True):
         found = family(row)
@@ -145,4 +145,4 @@ def _rank_texts(rows: Sequence[Row]) -> list[str]:
 
 
 def _share(row: Row) -> float:
-    return max(row.state_ratio, SMALLEST_SHARE)
+    return max(row.summary.state_ratio, SMALLEST_SHARE)
