@@ -43,7 +43,7 @@ from examples.llama.reporting.files import (
 from examples.llama.reporting.folders import check_output
 from examples.llama.reporting.locks import FolderLock
 from examples.llama.reporting.metrics import read_metrics
-from examples.llama.reporting.progress import duration
+from examples.llama.reporting.progress import duration, say
 from examples.llama.reporting.summary import RunSummary
 from examples.llama.training.config import JobConfig, TrainConfig, data_config, resolve
 from examples.llama.training.program import Program
@@ -403,4 +403,4 @@ class Comparison:
         return self.dataset.corpus_sha256[:12]
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)

@@ -280,6 +280,11 @@ def dimension_names(path: str, dimensions: int) -> tuple[str, ...]:
     raise ValueError(f"{path}: no rule says how to split it; add one to sharding.DIMENSIONS")
 
 
+def with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a leaf, placed."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
 def _make_mesh(shape: tuple[int, ...], kind: AxisType, devices: Sequence[Any]) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(kind,) * len(AXES), devices=devices)
 
