@@ -83,7 +83,7 @@ def test_the_option_set_is_called_options_outside():
             "--options wants one of paper, recommended, got 'x'"
         )
         assert flags_named("option_set is odd", kind) == "--options is odd"
-    assert descriptions(TrainConfig)["option_set"].startswith("LoRA-Pre Adam's options that are")
+    assert descriptions(TrainConfig)["option_set"].startswith("LoRA-Pre Adam's values for options")
 
 
 def test_descriptions_are_joined():
