@@ -62,7 +62,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], float]] = {
     "AdamW, all matrices": ("adamw", {}, 1e-3),
     "SinkGD, all matrices (sage_hybrid)": ("sage_hybrid", {}, 1e-3),
     "LoRA-Pre Adam r=8, paper": ("lorapre_adamw", {}, 1e-3),
-    "LoRA-Pre Adam r=8, recommended": ("lorapre_adamw", {"options": "recommended"}, 1e-3),
+    "LoRA-Pre Adam r=8, recommended": ("lorapre_adamw", {"option_set": "recommended"}, 1e-3),
     "LoRA-Pre Muon r=8": ("lorapre_muon", {}, 3e-3),
     "GaLore r=8": ("galore", {}, 3e-3),
     "LoRA r=8": ("lora", {}, 3e-3),

@@ -25,7 +25,9 @@ from lorapre_optax._suggest import suggest_ranks as suggest_ranks
 STATIC_ARGS: tuple[str, ...] = ("rank", "layout", "factor_dtype", "weight_decay_mask")
 """Arguments that `optax.inject_hyperparams` must not turn into numbers or schedules. optax accepts only names
 that the factory has: leave out ``"weight_decay_mask"`` for the ``scale_by_`` and ``low_rank_`` functions, and
-add ``"target"`` for a `low_rank_ema` and ``"table_rank"`` for a `lorapre_muon` that has one."""
+add ``"target"`` for a `low_rank_ema` and ``"table_rank"`` for a `lorapre_muon` that has one. Inside
+`optax.MultiSteps` also add ``"ns_steps"``, or give it as a float: an injected int is weakly typed at init and
+no longer after a step, and JAX compiles the step twice."""
 
 __all__ = [
     "RECOMMENDED",

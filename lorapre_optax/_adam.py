@@ -296,7 +296,11 @@ def lorapre_adamw(
 
 
 def full_adam(b1: Number, b2: Number, eps: Number) -> optax.GradientTransformationExtraArgs:
-    """Adam's direction with full moments on every leaf, whatever its role, in float32 arithmetic."""
+    """Adam's direction with full moments on every leaf, whatever its role.
+
+    Moments are float32 whatever the parameter's dtype, and the state is a `LorapreAdamState`.
+    `layout_optax.adam_direction` has the dtypes and the state of optax.
+    """
     return scale_by_lorapre_adam(None, b1, b2, eps, layout=ANY_LEAF)
 
 

@@ -8,7 +8,9 @@ import numpy as np
 
 STATIC_ARGS: tuple[str, ...] = ("layout", "mu_dtype", "weight_decay_mask")
 """Arguments that `optax.inject_hyperparams` must not turn into numbers or schedules. optax accepts only names
-that the factory has: `sinkgd` has no momentum, so leave out ``"mu_dtype"`` there."""
+that the factory has: `sinkgd` has no momentum, so leave out ``"mu_dtype"`` there. Inside `optax.MultiSteps` add
+``"iterations"`` where the factory has it, or give it as a float: an injected int is weakly typed at init and
+no longer after a step, and JAX compiles the step twice."""
 
 
 def check_options(damper: Any, eps_mode: Any) -> None:

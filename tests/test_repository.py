@@ -113,6 +113,16 @@ def test_nothing_imports_a_command():
         assert not found, f"{path.relative_to(ROOT)} imports {found}"
 
 
+def test_a_command_ends_in_one_way():
+    """`reporting/command.py` says a user's mistake; `data/arithmetic.py` may not import it, being ground."""
+    said = {
+        path.relative_to(EXAMPLE).as_posix()
+        for path in EXAMPLE.rglob("*.py")
+        if re.search(r"""["']error: |USAGE_EXIT = |\breturn 2\b|exit\(2\)""", path.read_text())
+    }
+    assert said == {"reporting/command.py", "data/arithmetic.py"}
+
+
 def test_the_example_is_its_folders_and_its_commands():
     inside = [path for path in EXAMPLE.rglob("*.py") if path.name != "__init__.py"]
     assert {path.stem for path in inside if path.parent == EXAMPLE} == COMMANDS

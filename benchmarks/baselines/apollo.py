@@ -15,8 +15,8 @@ from benchmarks.baselines.common import (
     channel_scale,
     from_matrices,
     limit_growth,
+    project,
     projected_shape,
-    projects_columns,
     to_matrices,
     with_adamw,
 )
@@ -124,13 +124,6 @@ class _Leaf(NamedTuple):
     mu: jax.Array
     nu: jax.Array
     norm: jax.Array
-
-
-def project(g: jax.Array, matrix: jax.Array) -> jax.Array:
-    """R: the smaller side of matrices (batch..., rows, columns) by matrices (batch..., side, rank)."""
-    if projects_columns(*g.shape[-2:]):
-        return jnp.einsum("...pq,...qr->...pr", g, matrix)
-    return jnp.einsum("...pq,...pr->...rq", g, matrix)
 
 
 def projection(

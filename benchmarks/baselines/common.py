@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from layout_optax import ParamLayout, resolve_layout
+from examples.llama.optimizers.baselines import matrix_or_other
+from layout_optax import ParamLayout
 
 GROWTH = 1.01
 """Factor by which the norm of an update may grow in one step."""
@@ -78,6 +79,13 @@ def limit_growth(
     return x / limiter[..., None, None], norm / limiter
 
 
+def project(g: jax.Array, matrix: jax.Array) -> jax.Array:
+    """R: the smaller side of matrices (batch..., rows, columns) by matrices (batch..., side, rank)."""
+    if projects_columns(*g.shape[-2:]):
+        return jnp.einsum("...pq,...qr->...pr", g, matrix)
+    return jnp.einsum("...pq,...pr->...rq", g, matrix)
+
+
 def with_adamw(
     matrices: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
@@ -89,16 +97,9 @@ def with_adamw(
     weight_decay_mask: Any = None,
 ) -> optax.GradientTransformation:
     """A direction on matrices, Adam's on all else, then decoupled weight decay and the learning rate."""
-
-    def kind(params: Any) -> Any:
-        return jax.tree.map(
-            lambda layout: "matrix" if layout.role == "matrix" else "other",
-            resolve_layout(None, params),
-        )
-
     rules = {"matrix": matrices, "other": optax.scale_by_adam(b1=b1, b2=b2, eps=eps)}
     return optax.chain(
-        optax.partition({**rules}, kind),
+        optax.partition({**rules}, matrix_or_other),
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -13,6 +13,7 @@ from benchmarks.baselines.common import (
     channel_scale,
     from_matrices,
     limit_growth,
+    project,
     projected_shape,
     projects_columns,
     to_matrices,
@@ -90,7 +91,7 @@ def scale_by_fira(
             g = to_matrices(leaf, layout, path)
             anew = state.count % update_gap == 0
             p = jax.lax.cond(anew, lambda: _singular_vectors(g, p.shape[-1]), lambda: p)
-            r = _down(g, p)
+            r = project(g, p)
             direction, mu, nu = adam(r, mu, nu, count, b1, b2, eps)
             residual = channel_scale(direction, r) * (g - _up(r, p, g.shape))
             residual, norm = limit_growth(residual, norm, state.count == 0)
@@ -134,13 +135,6 @@ def _singular_vectors(g: jax.Array, rank: int) -> jax.Array:
 
     found = jax.lax.map(vectors, tall.reshape(-1, *tall.shape[-2:]))
     return found.reshape(*batch, *found.shape[-2:])
-
-
-def _down(g: jax.Array, p: jax.Array) -> jax.Array:
-    """R: the smaller side of G projected."""
-    if projects_columns(*g.shape[-2:]):
-        return jnp.einsum("...pq,...qr->...pr", g, p)
-    return jnp.einsum("...pq,...pr->...rq", g, p)
 
 
 def _up(r: jax.Array, p: jax.Array, shape: tuple[int, ...]) -> jax.Array:

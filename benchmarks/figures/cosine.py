@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.faithfulness import MOMENTS
-from benchmarks.figures.style import finish, panels, save
+from benchmarks.figures.style import finish, panels
 from examples.llama.comparing.palette import BLUE, GREEN, RED
+from examples.llama.comparing.plots import save
 
 
 def middles(results: Mapping[str, Any], ranks: Sequence[int], moment: str, what: str) -> np.ndarray:

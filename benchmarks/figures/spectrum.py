@@ -13,8 +13,9 @@ import numpy as np
 
 from benchmarks.faithfulness import matrices_of
 from benchmarks.figures.observe import Seen
-from benchmarks.figures.style import finish, panels, save, whole_numbers
+from benchmarks.figures.style import finish, panels, whole_numbers
 from examples.llama.comparing.palette import BLUE, GREEN, ORANGE, PINK, RED, SKY
+from examples.llama.comparing.plots import save
 
 B1, B2 = 0.9, 0.95
 SHARES = (0.5, 0.9, 0.99)

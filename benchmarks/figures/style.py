@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import matplotlib
@@ -40,8 +40,6 @@ def whole_numbers(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def save(figure: Figure, path: pathlib.Path) -> None:
-    """Writes the picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def short(values: Iterable[float]) -> list[float]:
+    """Numbers with four significant digits, for JSON."""
+    return [float(f"{value:.4g}") for value in values]

@@ -25,6 +25,7 @@ import lorapre_optax as lorapre
 import sage_optax as sage
 from benchmarks.common import circumstances, describe_circumstances, table, write_results
 from benchmarks.meshes.hlo import Collective, collectives
+from examples.llama.devices.mesh import with_sharding
 from layout_optax import state_shardings
 
 RANK = 16
@@ -113,9 +114,9 @@ def program(case: Case, kind: AxisType) -> str:
     placed = {name: {"kernel": NamedSharding(mesh, case.spec)}}
     tx = case.make()
     plain = {name: {"kernel": jax.ShapeDtypeStruct(case.shape, jnp.float32)}}
-    params = jax.tree.map(_with_sharding, plain, placed)
+    params = jax.tree.map(with_sharding, plain, placed)
     shardings = state_shardings(tx, plain, placed)
-    state = jax.tree.map(_with_sharding, jax.eval_shape(tx.init, plain), shardings)
+    state = jax.tree.map(with_sharding, jax.eval_shape(tx.init, plain), shardings)
     update: Any = tx.update
     out = (placed, shardings)
     wrapped = kind == AxisType.Explicit and not case.on_explicit
@@ -127,10 +128,6 @@ def program(case: Case, kind: AxisType) -> str:
     if text is None:
         raise RuntimeError("program: this backend does not give the text of a compiled program.")
     return text
-
-
-def _with_sharding(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def measure(case: Case, kind: AxisType) -> dict[str, Any]:

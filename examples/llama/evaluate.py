@@ -15,6 +15,7 @@ from rich.console import Console
 
 from examples.llama.finetuning.evaluation import EvaluateConfig, run
 from examples.llama.reporting.command import command
+from examples.llama.reporting.progress import say
 from examples.llama.training.orbax_noise import quiet_orbax
 
 
@@ -35,7 +36,7 @@ def _evaluate(config: EvaluateConfig) -> int:
         "the limit (--new-tokens)",
         f"Written to {config.out}",
     ):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
     return 0
 
 

@@ -24,7 +24,7 @@ from examples.llama.model.hf_write import TOKENIZER_FILES, Dtype, save_folder
 from examples.llama.reporting.command import command
 from examples.llama.reporting.files import write_json, write_text
 from examples.llama.reporting.folders import check_output
-from examples.llama.reporting.progress import waiting
+from examples.llama.reporting.progress import say, waiting
 from examples.llama.training.orbax_noise import quiet_orbax
 
 
@@ -127,7 +127,7 @@ def _export(config: ExportConfig) -> int:
     with waiting(console, "reading and writing"):
         written = export(config)
     for path in written:
-        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+        say(console, str(path))
     return 0
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from examples.llama.finetuning.loading import load_model
 from examples.llama.model.generation import Generator, Sampling
 from examples.llama.reporting.command import command
-from examples.llama.reporting.progress import waiting
+from examples.llama.reporting.progress import say, waiting
 from examples.llama.training.orbax_noise import quiet_orbax
 
 
@@ -68,8 +68,7 @@ def _generate(config: GenerateConfig) -> int:
         completions = generator(prompts, sampling)
     for text, completion in zip(config.prompt, completions, strict=True):
         console.print(text, style="bold", end="", markup=False, soft_wrap=True, highlight=False)
-        answer = model.decode(completion.tokens)
-        console.print(answer, markup=False, soft_wrap=True, highlight=False)
+        say(console, model.decode(completion.tokens))
     return 0
 
 

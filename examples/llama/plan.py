@@ -22,6 +22,7 @@ from examples.llama.comparing.plan import PlanConfig, make_plan
 from examples.llama.comparing.plan_text import answer, plan_tables, title
 from examples.llama.reporting.command import command
 from examples.llama.reporting.files import write_json
+from examples.llama.reporting.progress import say
 from examples.llama.training.notes import quiet_rank_warning
 
 
@@ -40,20 +41,17 @@ def _plan(config: PlanConfig) -> int:
     if not console.is_terminal:  # a file or a pipe has no width of its own
         console = Console(width=200)
 
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
     for line in title(plan):
-        say(line)
+        say(console, line)
     for table in plan_tables(plan, console.width):
-        say("")
+        say(console, "")
         console.print(table)
-    say("")
+    say(console, "")
     for line in answer(plan):
-        say(line)
+        say(console, line)
     if config.json is not None:
         write_json(Path(config.json), plan.to_dict())
-        say(f"Written to {config.json}")
+        say(console, f"Written to {config.json}")
     return 0
 
 

@@ -43,7 +43,7 @@ from examples.llama.reporting.files import (
 from examples.llama.reporting.folders import check_output
 from examples.llama.reporting.locks import FolderLock
 from examples.llama.reporting.metrics import read_metrics
-from examples.llama.reporting.progress import duration
+from examples.llama.reporting.progress import duration, say
 from examples.llama.reporting.summary import RunSummary
 from examples.llama.training.config import JobConfig, TrainConfig, data_config, resolve
 from examples.llama.training.program import Program
@@ -151,9 +151,9 @@ class Comparison:
         command = command_line("examples.llama.compare")
         picture = out / "comparison.png"
         result = {
-            "rows": rows,
+            "rows": [row.to_dict() for row in rows],
             "config": config,
-            "steps": rows[0].steps,
+            "steps": rows[0].summary.steps,
             "data": self.dataset.describe(),
             "versions": versions(),
             "command": command,
@@ -163,7 +163,7 @@ class Comparison:
         # The more tokens a step has, the less the time of an update counts: state the step with the table.
         settings = resolve(self._train_config(self.names[0]), self.model)
         title = (
-            f"{config.preset}: held-out text after {max(row.tokens for row in rows):,} tokens, "
+            f"{config.preset}: held-out text after {max(row.summary.tokens for row in rows):,} tokens, "
             f"steps of {settings.batch_size} x {settings.seq_len}"
         )
         plot_comparison(rows, picture, title, f"{command}   corpus {self._corpus()}")
@@ -403,4 +403,4 @@ class Comparison:
         return self.dataset.corpus_sha256[:12]
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)

@@ -1,8 +1,8 @@
 """The palette of all pictures: a fixed colour for each optimizer, and the choice of rows with a colour.
 
 Okabe and Ito's colours, which people with the common forms of colour blindness can distinguish, without their
-yellow (too pale for lines), and five more. Rows of one optimizer share its colour and differ in marker and
-line.
+yellow (too pale for lines), and others far from them. Rows of one optimizer share its colour and differ in
+marker and line.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ BLACK, BLUE, RED, GREEN, PINK, SKY, ORANGE = (
     *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"),
 )
 GREY, VIOLET, BROWN, OLIVE, WINE = "#7F7F7F", "#5B3A8C", "#8C5A2B", "#7A8B1F", "#882255"
+INDIGO, MAGENTA, LIME, CORAL, CRIMSON = "#2A2AE0", "#D63AD6", "#34C234", "#FF8778", "#F0145A"
+LAVENDER, FOREST, TEAL, MAROON = "#A47BFF", "#2D4B1E", "#00C4C0", "#6E0F0F"
 PALE = "#C4C4C4"
 """Style of rows without a colour."""
 
@@ -27,19 +29,22 @@ OPTIMIZERS = {
     "galore": VIOLET,
     "sage_hybrid": BLUE,
     "sage_hybrid_int8": SKY,
-    "sage": SKY,
+    "sage": INDIGO,
     "lion_hybrid": RED,
     "sinkgd_hybrid": OLIVE,
-    "sinkgd": OLIVE,
+    "sinkgd": LIME,
     "lorapre_adamw": PINK,
     "lorapre_muon": GREEN,
     "lorapre_sinkgd": WINE,
-    "lorapre_lion": GREY,
-    "lorapre_sgd": GREY,
-    "fira": SKY,
-    "apollo": OLIVE,
+    "lorapre_lion": LAVENDER,
+    "lorapre_sgd": FOREST,
+    "fira": MAGENTA,
+    "apollo": CORAL,
+    "apollo_mini": CRIMSON,
+    "factored_tables": TEAL,
+    "products": MAROON,
 }
-"""The colour of each optimizer in every picture; those that share one are rarely in one picture."""
+"""The colour of each optimizer in every picture, the benchmarks' peers among them; no two share one."""
 
 MOST_COLOURED = 10
 """Colours cannot distinguish more rows than this; the rest is pale."""

@@ -58,9 +58,9 @@ def plot_comparison(rows: Sequence[Row], path: Path, title: str, footer: str) ->
         ],
     )
     points = [
-        (_share(row), row.heldout_perplexity, row, style)
+        (share(row), row.heldout_perplexity, row, style)
         for row, style in zip(rows, styles, strict=True)
-        if row.status == "finished"
+        if row.finished
     ]
     texts = {id(row): f"{row.label}  {row.heldout_perplexity:.1f}" for row in shown}
     if others:
@@ -95,6 +95,11 @@ def keep_room(figure: Figure, room: float) -> None:
     figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))  # type: ignore[union-attr]
 
 
+def share(row: Row) -> float:
+    """The position on the axis of shares, where an optimizer without state has none on a logarithmic scale."""
+    return max(row.summary.state_ratio, SMALLEST_SHARE)
+
+
 def save(figure: Figure, path: Path) -> None:
     """Writes a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,10 +130,10 @@ def _perplexity_against_state(
     axes.set_title("Held-out perplexity at the end against optimizer state", fontsize=10)
     axes.margins(x=0.12, y=0.15)
     for row, style in zip(rows, styles, strict=True):
-        if row.status == "finished":
+        if row.finished:
             point = {**style, "linestyle": "none"}
-            axes.plot(_share(row), row.heldout_perplexity, markersize=8, **point)
-    if not any(row.status == "finished" for row in rows):
+            axes.plot(share(row), row.heldout_perplexity, markersize=8, **point)
+    if not any(row.finished for row in rows):
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no row has finished", transform=axes.transAxes, ha="center")
         return
@@ -160,11 +165,6 @@ def round_ticks(axis: Axis, low: float, high: float) -> None:
     else:
         axis.set_major_locator(LogLocator(subs=(1.0,) if high > 200 * low else (1.0, 2.0, 5.0)))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _share(row: Row) -> float:
-    """The position on the axis of shares, where an optimizer without state has none on a logarithmic scale."""
-    return max(row.state_ratio, SMALLEST_SHARE)
 
 
 def _share_text(value: float, _: object) -> str:

@@ -14,11 +14,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from examples.llama.comparing.labels import label_points, name_at_the_right
 from examples.llama.comparing.palette import row_styles
 from examples.llama.comparing.plots import (
-    SMALLEST_SHARE,
     WIDTH,
     keep_room,
     perplexity_axis,
     save,
+    share,
     share_axis,
     write_footer,
 )
@@ -78,7 +78,7 @@ def plot_ranks(rows: Sequence[Row], path: Path, title: str, footer: str) -> None
 
 
 def _groups(rows: Sequence[Row]) -> list[_Group]:
-    finished = [row for row in rows if row.status == "finished"]
+    finished = [row for row in rows if row.finished]
     groups: dict[str, _Group] = {}
     for row, style in zip(finished, row_styles(finished), strict=True):
         found = family(row)
@@ -110,7 +110,7 @@ def _perplexity_against_rank(axes: Axes, groups: Sequence[_Group]) -> None:
 
 def _perplexity_against_share(axes: Axes, groups: Sequence[_Group]) -> None:
     for group in groups:
-        shares = [_share(row) for row in group.rows]
+        shares = [share(row) for row in group.rows]
         perplexities = [row.heldout_perplexity for row in group.rows]
         axes.plot(shares, perplexities, linewidth=1.0, markersize=8, **group.style)
     axes.set_title("Held-out perplexity against optimizer state", fontsize=10)
@@ -125,7 +125,7 @@ def _rank_labels(axes: Axes, groups: Sequence[_Group]) -> None:
     label_points(
         axes,
         [
-            (_share(row), row.heldout_perplexity, text, colour)
+            (share(row), row.heldout_perplexity, text, colour)
             for (row, colour), text in zip(pairs, texts, strict=True)
         ],
     )
@@ -142,7 +142,3 @@ def _rank_texts(rows: Sequence[Row]) -> list[str]:
         end = len(own) > 1 and row.rank in (min(own), max(own))
         texts.append(f"r={row.rank}" if end else "")
     return texts
-
-
-def _share(row: Row) -> float:
-    return max(row.state_ratio, SMALLEST_SHARE)

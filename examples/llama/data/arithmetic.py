@@ -160,10 +160,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problems = arithmetic_problems(
             config.seed, config.count, steps=config.steps, largest=config.largest
         )
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
         write_problems(config.out, problems)
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

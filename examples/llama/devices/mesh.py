@@ -277,7 +277,12 @@ def dimension_names(path: str, dimensions: int) -> tuple[str, ...]:
             if len(names) == dimensions:
                 return names
             raise ValueError(f"{path}: expected the dimensions {names}, got {dimensions}")
-    raise ValueError(f"{path}: no rule says how to split it; add one to sharding.DIMENSIONS")
+    raise ValueError(f"{path}: no rule says how to split it; add one to mesh.DIMENSIONS")
+
+
+def with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a leaf, placed."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _make_mesh(shape: tuple[int, ...], kind: AxisType, devices: Sequence[Any]) -> Mesh:

@@ -78,7 +78,9 @@ class FinetuneConfig(StepConfig, RecordConfig, CheckpointConfig, ClusterConfig):
     """Peak learning rate; by default the paper's 2e-5 for the methods that the paper fine-tuned with."""
     scale: float | None = None
     """Factor on the matrices' direction, for optimizers with this option."""
-    options: OptionSet | None = None
+    option_set: Annotated[OptionSet | None, tyro.conf.arg(name="options")] = dataclasses.field(
+        default=None, metadata={"name": "options"}
+    )
     """LoRA-Pre Adam's options: the paper's (the default) or the recommended ones."""
     update_gap: int | None = None
     """Steps between two projections of GaLore."""
@@ -272,7 +274,7 @@ def trainer_config(config: FinetuneConfig, steps: int) -> TrainConfig:
     """The trainer's configuration; AdamW trains adapters."""
     optimizer = "adamw" if config.method in ADAPTERS else config.method
     entry = optimizer_entry(optimizer)
-    given = {name: getattr(config, name) for name in ("scale", "options", "update_gap")}
+    given = {name: getattr(config, name) for name in ("scale", "option_set", "update_gap")}
     given["rank"] = config.rank if entry.has_rank else None
     given["learning_rate"] = peak_rate(config)[0]
     same = [

@@ -100,10 +100,11 @@ def galore(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTrans
         weight_decay=options.weight_decay,
     )
     others = adamw(learning_rate, options)
-    return optax.partition({"matrix": matrices, "other": others}, _matrix_or_other)
+    return optax.partition({"matrix": matrices, "other": others}, matrix_or_other)
 
 
-def _matrix_or_other(params: Any) -> Any:
+def matrix_or_other(params: Any) -> Any:
+    """Labels for `optax.partition`: matrices, and all else."""
     return jax.tree.map(
         lambda layout: "matrix" if layout.role == "matrix" else "other",
         resolve_layout(None, params),

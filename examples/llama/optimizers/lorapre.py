@@ -10,6 +10,9 @@ import optax
 
 import lorapre_optax
 from examples.llama.optimizers.options import OptimizerOptions
+from layout_optax import by_role
+from lorapre_optax import RECOMMENDED, scale_by_lorapre_adam
+from sage_optax import scale_by_sage, scale_by_sinkhorn
 
 _FACTORS = ("rank", "residual", "initial_subspace", "factor_dtype", "damping")
 _ADAM = ("b1", "b2", "eps", "bias_correction", "bound", "second_moment", *_FACTORS)
@@ -56,36 +59,44 @@ def lion(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransfo
 
 
 def sinkgd(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
-    """LoRA-Pre Adam on embedding and head, SinkGD on matrices, AdamW on vectors; the recommended options."""
-    return lorapre_optax.lorapre_sinkgd(
-        learning_rate,
-        **adam_options(options),
-        **options.only("scale", "head_rule", "vector_rule"),
-        **_common(options),
+    """LoRA-Pre Adam on embedding and head, SinkGD on matrices, AdamW on vectors; the recommended options.
+
+    Without `head_rule` and `vector_rule` this is `lorapre_optax.lorapre_sinkgd`.
+    """
+    table = scale_by_lorapre_adam(**{**RECOMMENDED, **adam_options(options)})
+    matrix = optax.chain(
+        scale_by_sinkhorn(), optax.scale(10.0 if options.scale is None else options.scale)
     )
+    full = scale_by_lorapre_adam(None, **options.only("b1", "b2", "eps"))
+    heads = {"table": table, "matrix": matrix, "adamw": full}
+    vectors = {"adamw": full, "sage": scale_by_sage()}
+    directions = {
+        "embedding": table,
+        "head": heads[options.head_rule or "table"],
+        "vector": vectors[options.vector_rule or "adamw"],
+        "matrix": matrix,
+        "other": full,
+    }
+    return by_role(directions, learning_rate, **_common(options))
 
 
 def adam_options(options: OptimizerOptions) -> dict[str, Any]:
     """The arguments of LoRA-Pre Adam: the given ones, then those of a named set of options.
 
-    >>> adam_options(OptimizerOptions(rank=4, options="recommended", bound=math.inf))["bound"]
+    >>> adam_options(OptimizerOptions(rank=4, option_set="recommended", bound=math.inf))["bound"]
     >>> adam_options(OptimizerOptions(rank=4))
     {'rank': 4}
     """
     base = {}
-    if options.options is not None:
-        base = (
-            dict(lorapre_optax.RECOMMENDED)
-            if options.options == "recommended"
-            else _paper_options()
-        )
+    if options.option_set is not None:
+        base = dict(RECOMMENDED) if options.option_set == "recommended" else _paper_options()
     return _switched_off({**base, **options.only(*_ADAM)})
 
 
 def _paper_options() -> dict[str, Any]:
     """The paper's values of the recommended options, which are the defaults of the direction."""
-    defaults = inspect.signature(lorapre_optax.scale_by_lorapre_adam).parameters
-    return {name: defaults[name].default for name in lorapre_optax.RECOMMENDED}
+    defaults = inspect.signature(scale_by_lorapre_adam).parameters
+    return {name: defaults[name].default for name in RECOMMENDED}
 
 
 def _switched_off(arguments: dict[str, Any]) -> dict[str, Any]:

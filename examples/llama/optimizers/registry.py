@@ -118,7 +118,7 @@ _LORAPRE_ADAM = (
     "b1",
     "b2",
     "eps",
-    "options",
+    "option_set",
     "bias_correction",
     "bound",
     "second_moment",

@@ -1,7 +1,7 @@
 """Variants of the optimizers in a comparison: a name with options, `lorapre_adamw:rank=4:options=recommended`.
 
-The options are the fields of `OptimizerOptions` that the optimizer takes; `embedding_rate`, `head_rate`,
-`matrix_rate` and `vector_rate` give a role's learning rate as a multiple of the common one.
+The options are the fields of `OptimizerOptions` that the optimizer takes, by the names of `WRITTEN`;
+`embedding_rate`, `head_rate`, `matrix_rate` and `vector_rate` are multiples of the common learning rate.
 """
 
 from __future__ import annotations
@@ -15,23 +15,15 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union
 
-from examples.llama.optimizers.options import OptimizerOptions
+from examples.llama.optimizers.options import WRITTEN, OptimizerOptions
 from examples.llama.optimizers.rates import TUNED_RATES, parse_rate
 from examples.llama.optimizers.registry import OPTIMIZERS, optimizer_entry
 from layout_optax.layout import ROLES
 
 _MULTIPLIERS = "role_multipliers"
 _RATES = {f"{role}_rate": role for role in ROLES}
-_FIRST = ("rank", "table_rank", "options")
-_ORDER = (
-    *_FIRST,
-    *(
-        field.name
-        for field in dataclasses.fields(OptimizerOptions)
-        if field.name not in (*_FIRST, _MULTIPLIERS)
-    ),
-    *_RATES,
-)
+_FIRST = ("rank", "table_rank", "options", "weight_decay", "decay_vectors")
+_ORDER = (*_FIRST, *(name for name in WRITTEN if name not in (*_FIRST, _MULTIPLIERS)), *_RATES)
 """The order of options in a key."""
 
 
@@ -84,7 +76,9 @@ class Variant:
         {'optimizer': 'adamw', 'b2': 0.95, 'role_multipliers': 'matrix=0.25'}
         """
         found: dict[str, Any] = {"optimizer": self.optimizer}
-        found |= {name: value for name, value in self.options.items() if name not in _RATES}
+        found |= {
+            WRITTEN[name]: value for name, value in self.options.items() if name not in _RATES
+        }
         roles = [
             f"{role}={_text(self.options[name])}"
             for name, role in _RATES.items()
@@ -191,7 +185,7 @@ def _takes(options: Sequence[str], option: str) -> bool:
     """Whether an entry with these options takes an option of a variant; all take weight decay."""
     if option in _RATES:
         return _MULTIPLIERS in options
-    return option in options or option in ("weight_decay", "decay_vectors")
+    return WRITTEN[option] in (*options, "weight_decay", "decay_vectors")
 
 
 def _value(option: str, text: str) -> Any:
@@ -201,7 +195,7 @@ def _value(option: str, text: str) -> Any:
         if not 0 < number < math.inf:
             raise ValueError("a positive number")
         return number
-    kind = _kinds()[option]
+    kind = _kinds()[WRITTEN[option]]
     if typing.get_origin(kind) is Literal:
         if text not in typing.get_args(kind):
             raise ValueError(f"one of {', '.join(typing.get_args(kind))}")

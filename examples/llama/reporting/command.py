@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 from rich.console import Console
 
+from examples.llama.reporting.files import written
 from examples.llama.reporting.help import help_class
 
 T = TypeVar("T")
@@ -131,7 +132,7 @@ def flags_named(text: str, kind: Any) -> str:
     ('--batch-size 3 is odd', '--steps must be 1')
     """
     for option in dataclasses.fields(kind):
-        flag = f"--{option.name.replace('_', '-')}"
+        flag = f"--{written(option).replace('_', '-')}"
         if "_" in option.name:
             text = re.sub(rf"(?<![\w./'\"-]){option.name}(?![\w/'\"=.])", flag, text)
         else:
@@ -165,7 +166,7 @@ def closest(name: str, names: Sequence[str]) -> str | None:
 def explain(kind: Any, arguments: Sequence[str]) -> str | None:
     """The reason in one line why a command line cannot be read; None for uncommon reasons."""
     hints = typing.get_type_hints(kind)
-    options = {option.name: option for option in dataclasses.fields(kind)}
+    options = {written(option): option for option in dataclasses.fields(kind)}
     seen = set()
     for position, argument in enumerate(arguments):
         if not argument.startswith("--") or argument == "--":
@@ -182,7 +183,7 @@ def explain(kind: Any, arguments: Sequence[str]) -> str | None:
         following = arguments[position + 1 :]
         if not equals:
             value = following[0] if following and not following[0].startswith("--") else None
-        problem = _wrong_value(hints[name], value)
+        problem = _wrong_value(hints[options[name].name], value)
         if problem:
             return f"--{name.replace('_', '-')} wants {problem}"
     for name, option in options.items():

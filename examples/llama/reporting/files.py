@@ -51,7 +51,7 @@ def jsonable(value: Any) -> Any:
     {'rate': 0.5, 'loss': 'NaN', 'out': 'runs'}
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        value = {written(field): getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -63,6 +63,14 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return str(value) if isinstance(value, Path) else value
+
+
+def written(field: dataclasses.Field[Any]) -> str:
+    """The name of a dataclass's field in files and, with dashes, on the command line.
+
+    It is the field's own, unless its metadata have another `name`.
+    """
+    return field.metadata.get("name", field.name)
 
 
 def same_json(stored: Any, value: Any) -> bool:

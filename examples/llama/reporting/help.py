@@ -20,6 +20,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from examples.llama.reporting.files import written
+
 FIRST = (
     *("preset", "model", "hf_config", "prompt", "optimizer", "optimizers", "method", "finetune"),
     *("data", "task", "learning_rate", "tune", "device_gb", "out"),
@@ -106,7 +108,7 @@ def help_class(kind: type) -> Any:
             member = dataclasses.field(
                 default=fields[name].default, default_factory=fields[name].default_factory
             )
-            members.append((name, hint, member))
+            members.append((written(fields[name]), hint, member))
         box = dataclasses.make_dataclass(group, members, kw_only=True)
         box.__doc__ = ""
         boxes.append((group, tyro.conf.OmitArgPrefixes[box]))

@@ -87,14 +87,14 @@ def counting(console: Console, label: str, total: int) -> Iterator[Callable[[int
         return
     said = 0
 
-    def say(done: int) -> None:
+    def tell(done: int) -> None:
         nonlocal said
         if done == total or 10 * (done - said) >= total:
             said = done
             text = f"{label} {done}/{total}, {_left(started, done, total)} left"
             console.print(escape(text), highlight=False, soft_wrap=True)
 
-    yield say
+    yield tell
 
 
 def _left(started: float, done: int, total: int) -> str:
@@ -158,6 +158,11 @@ class PlainProgress(Progress):
     def note(self, text: str) -> None:
         """Prints a line."""
         self._console.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def say(console: Console, text: str) -> None:
+    """Prints a line as it is: no markup, no colours, no line breaks at the edge."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

@@ -13,21 +13,7 @@ from examples.llama.data.dataset import DataConfig
 from examples.llama.devices.mesh import MeshMode, parse_mesh
 from examples.llama.devices.processes import ClusterConfig, DeviceConfig
 from examples.llama.model.config import PRESETS, LlamaConfig, preset
-from examples.llama.optimizers.options import (
-    OPTION_NAMES,
-    BiasCorrection,
-    Damper,
-    EpsMode,
-    FactorDtype,
-    HeadRule,
-    InitialSubspace,
-    MuDtype,
-    OptimizerOptions,
-    OptionSet,
-    SecondMoment,
-    SinkhornVariant,
-    VectorRule,
-)
+from examples.llama.optimizers.options import RULE_OPTIONS, OptimizerOptions, RuleOptions
 from examples.llama.optimizers.rates import default_rank, parse_rates, tuned_rate
 from examples.llama.optimizers.registry import OPTIMIZERS, optimizer_entry
 from examples.llama.reporting.wandb_run import WandbMode
@@ -170,7 +156,7 @@ class RecordConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(JobConfig, RecordConfig, CheckpointConfig, ClusterConfig):
+class TrainConfig(JobConfig, RuleOptions, RecordConfig, CheckpointConfig, ClusterConfig):
     """Trains a Llama with one optimizer. The protocol and the preset give the defaults."""
 
     optimizer: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(OPTIMIZERS)}.")] = (
@@ -182,50 +168,6 @@ class TrainConfig(JobConfig, RecordConfig, CheckpointConfig, ClusterConfig):
     """Peak learning rates of single roles: embedding=1e-3,vector=2e-3."""
     role_multipliers: str | None = None
     """The same as multiples of the common learning rate: matrix=0.25."""
-    b1: float | None = None
-    """Weight of the old momentum in the update."""
-    b2: float | None = None
-    """Decay of the momentum (sign rules) or of the second moment (Adam rules)."""
-    eps: float | None = None
-    """Added to denominators (SAGE's damper, Adam)."""
-    damper: Damper | None = None
-    """SAGE's damper: both terms, the averaged one only, or none (which is Lion)."""
-    eps_mode: EpsMode | None = None
-    """Whether SAGE's eps is absolute or relative to the scale's rms."""
-    mu_dtype: MuDtype | None = None
-    """Storage of the momentum."""
-    head_rule: HeadRule | None = None
-    """The rule of a hybrid for an untied head: the embedding's (table), the matrices' or AdamW."""
-    vector_rule: VectorRule | None = None
-    """The rule of SAGE-Hybrid and LoRA-Pre SinkGD for vectors."""
-    scale: float | None = None
-    """Factor on the matrices' direction."""
-    sinkhorn_iterations: int | None = None
-    """Iterations of SinkGD."""
-    sinkhorn_variant: SinkhornVariant | None = None
-    """Whether SinkGD's norms are 1 or the square roots of the dimensions."""
-    rank: int | None = None
-    """Rank of low-rank projections and factors."""
-    table_rank: int | None = None
-    """Rank of LoRA-Pre Adam on embedding and head, in LoRA-Pre Muon."""
-    update_gap: int | None = None
-    """Steps between two projections of GaLore."""
-    options: OptionSet | None = None
-    """LoRA-Pre Adam's values for options that are not given: the paper's or the recommended ones."""
-    bias_correction: BiasCorrection | None = None
-    """Bias correction of LoRA-Pre's second moment."""
-    bound: float | None = None
-    """Largest entry of LoRA-Pre Adam's direction; inf for none."""
-    residual: float | None = None
-    """Weight of the gradient outside LoRA-Pre's subspace; 0 for none."""
-    second_moment: SecondMoment | None = None
-    """Whether LoRA-Pre Adam's second moment is low-rank too."""
-    initial_subspace: InitialSubspace | None = None
-    """Initial factors of LoRA-Pre: random, or from the first gradient."""
-    factor_dtype: FactorDtype | None = None
-    """Storage of LoRA-Pre's factors."""
-    damping: float | None = None
-    """Damping of the inverses in LoRA-Pre's factor step."""
 
 
 def resolve(config: TrainConfig, model: LlamaConfig | None = None) -> Settings:
@@ -329,7 +271,7 @@ def data_config(config: TrainConfig, settings: Settings) -> DataConfig:
 def _options(
     config: TrainConfig, model: LlamaConfig, rate: float, weight_decay: float
 ) -> OptimizerOptions:
-    given = {name: getattr(config, name) for name in OPTION_NAMES}
+    given = {name: getattr(config, name) for name in RULE_OPTIONS}
     if optimizer_entry(config.optimizer).has_rank and given["rank"] is None:
         given["rank"] = default_rank(config.preset, model.hidden_size)
     if config.role_rates and config.role_multipliers:

@@ -52,7 +52,7 @@ def rule_notes(settings: Settings) -> list[str]:
     changed = (options.bias_correction, options.bound, options.residual, options.initial_subspace)
     if (
         settings.optimizer != "lorapre_adamw"
-        or options.options
+        or options.option_set
         or any(x is not None for x in changed)
     ):
         return []

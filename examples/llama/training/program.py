@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from examples.llama.data.checks import check_batch
-from examples.llama.devices.mesh import Placement, parse_mesh
+from examples.llama.devices.mesh import Placement, parse_mesh, with_sharding
 from examples.llama.devices.processes import share_of_batch
 from examples.llama.model.blocks import unconstrained
 from examples.llama.model.llama import apply
@@ -252,9 +252,9 @@ class Program:
         state, frozen, batch = self.abstract_state, self.abstract_frozen, self._abstract_batch()
         options: dict[str, Any] = {"donate_argnums": 0}
         if placement is not None:
-            state = jax.tree.map(_with_sharding, state, self.state_shardings)
-            frozen = jax.tree.map(_with_sharding, frozen, placement.params(frozen))
-            batch = {name: _with_sharding(leaf, placement.batch) for name, leaf in batch.items()}
+            state = jax.tree.map(with_sharding, state, self.state_shardings)
+            frozen = jax.tree.map(with_sharding, frozen, placement.params(frozen))
+            batch = {name: with_sharding(leaf, placement.batch) for name, leaf in batch.items()}
             replicated = placement.replicated
             options["out_shardings"] = (self.state_shardings, replicated, replicated)
         peak = jax.ShapeDtypeStruct((), jnp.float32)
@@ -316,10 +316,6 @@ def _placement(settings: Settings) -> Placement | None:
         mode=settings.mesh_mode or "auto",
         strict=settings.mesh_strict or False,
     )
-
-
-def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _add_evaluation(loss_fn: LossFn, trained: Params, frozen: Params, batch: Any, sums: Any) -> Any:

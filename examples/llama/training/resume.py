@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from examples.llama.devices.mesh import with_sharding
 from examples.llama.reporting.files import jsonable, versions
 from examples.llama.training.checkpoints import CheckpointError, Checkpoints, checkpoint_steps
 from examples.llama.training.config import TrainConfig
@@ -277,11 +278,7 @@ def target(program: Program) -> TrainState:
     """Shapes, dtypes and, on a mesh, shardings of a program's train state."""
     if program.state_shardings is None:
         return program.abstract_state
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        program.abstract_state,
-        program.state_shardings,
-    )
+    return jax.tree.map(with_sharding, program.abstract_state, program.state_shardings)
 
 
 def _restored(

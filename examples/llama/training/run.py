@@ -34,7 +34,7 @@ from examples.llama.reporting.files import (
     write_json,
 )
 from examples.llama.reporting.metrics import MetricsWriter
-from examples.llama.reporting.progress import make_progress
+from examples.llama.reporting.progress import make_progress, say
 from examples.llama.reporting.summary import RunSummary, summary_table
 from examples.llama.reporting.wandb_run import check_wandb
 from examples.llama.training.checkpoints import SaveError, checkpoint_steps
@@ -150,7 +150,7 @@ def run_command(
             abort()
         raise
     console.print(summary_table(summary))
-    console.print(f"Written to {run.config.out}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"Written to {run.config.out}")
     if summary.message:
         errors.print(summary.message, markup=False, soft_wrap=True)
     return EXIT_CODES[summary.status]
@@ -396,7 +396,7 @@ class Run:
             summary.message = f"Interrupted after step {summary.steps}{saved}."
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
     def _facts(self) -> dict[str, Any]:
         """The description of the run for config.json and every checkpoint."""

@@ -9,7 +9,7 @@ from typing import Any
 from examples.llama.data.checks import check_batch
 from examples.llama.devices.mesh import MeshMode
 from examples.llama.model.config import LlamaConfig, RopeScaling
-from examples.llama.optimizers.options import OptimizerOptions
+from examples.llama.optimizers.options import WRITTEN, OptimizerOptions
 from examples.llama.optimizers.registry import make_optimizer
 
 
@@ -167,7 +167,7 @@ def settings_from_json(fields: dict[str, Any]) -> Settings:
         if model["rope_scaling"] is not None:
             model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
         options: dict[str, Any] = {
-            name: float(value) if value in ("Infinity", "-Infinity", "NaN") else value
+            WRITTEN[name]: float(value) if value in ("Infinity", "-Infinity", "NaN") else value
             for name, value in fields["options"].items()
         }
         parts = {"model": LlamaConfig(**model), "options": OptimizerOptions(**options)}

@@ -206,7 +206,7 @@ def test_every_option_of_an_entry_changes_what_is_computed(name):
         "rank": 2,
         "table_rank": 3,
         "update_gap": 3,
-        "options": "recommended",
+        "option_set": "recommended",
         "bias_correction": "exact",
         "bound": 2.0,
         "residual": 0.5,
@@ -217,7 +217,7 @@ def test_every_option_of_an_entry_changes_what_is_computed(name):
         "role_multipliers": {"matrix": 2.0},
     }
     if name == "lorapre_sinkgd":  # whose own defaults these are
-        values |= {"options": "paper", "bias_correction": "paper", "vector_rule": "sage"}
+        values |= {"option_set": "paper", "bias_correction": "paper", "vector_rule": "sage"}
         values["initial_subspace"] = "normal"
     if name == "sinkgd":
         values["sinkhorn_variant"] = "unit"
@@ -262,20 +262,20 @@ def test_a_rate_for_a_role_scales_adamw_and_one_for_none_is_optax_adamw():
 
 
 def test_recommended_options_yield_to_those_given_and_can_be_switched_off():
-    assert adam_options(OptimizerOptions(options="recommended")) == lorapre_optax.RECOMMENDED
+    assert adam_options(OptimizerOptions(option_set="recommended")) == lorapre_optax.RECOMMENDED
     off = OptimizerOptions(
-        options="recommended",
+        option_set="recommended",
         bias_correction="paper",
         bound=math.inf,
         residual=0.0,
         initial_subspace="normal",
     )
-    paper = OptimizerOptions(options="paper")
+    paper = OptimizerOptions(option_set="paper")
     nothing = {"bias_correction": "paper", "bound": None, "residual": None}
     nothing["initial_subspace"] = "normal"
     assert adam_options(off) == {**adam_options(paper), **nothing}
     assert adam_options(OptimizerOptions()) == {}
-    with_rank = adam_options(OptimizerOptions(options="recommended", bound=3.0, rank=2))
+    with_rank = adam_options(OptimizerOptions(option_set="recommended", bound=3.0, rank=2))
     assert with_rank == {**lorapre_optax.RECOMMENDED, "bound": 3.0, "rank": 2}
 
 
@@ -286,9 +286,9 @@ def test_the_default_of_lorapre_is_the_papers_rule():
         return str(jax.make_jaxpr(lambda p: tx.update(p, tx.init(p), p))(params))
 
     plain = traced(make_optimizer("lorapre_adamw", 0.1, rank=3))
-    assert plain == traced(make_optimizer("lorapre_adamw", 0.1, rank=3, options="paper"))
+    assert plain == traced(make_optimizer("lorapre_adamw", 0.1, rank=3, option_set="paper"))
     assert plain == traced(lorapre_optax.lorapre_adamw(0.1, 3))
-    assert plain != traced(make_optimizer("lorapre_adamw", 0.1, rank=3, options="recommended"))
+    assert plain != traced(make_optimizer("lorapre_adamw", 0.1, rank=3, option_set="recommended"))
 
 
 def test_lorapre_sinkgd_is_recommended_unless_told_otherwise():
@@ -298,7 +298,9 @@ def test_lorapre_sinkgd_is_recommended_unless_told_otherwise():
         tx = make_optimizer("lorapre_sinkgd", 0.1, rank=2, **fields)
         return str(jax.make_jaxpr(lambda p: tx.update(p, tx.init(p), p))(params))
 
-    assert traced() == traced(options="recommended") != traced(options="paper")
+    own = lorapre_optax.lorapre_sinkgd(0.1, 2, weight_decay=0.0)
+    assert traced() == str(jax.make_jaxpr(lambda p: own.update(p, own.init(p), p))(params))
+    assert traced() == traced(option_set="recommended") != traced(option_set="paper")
     paper = lorapre_optax.lorapre_sinkgd(
         0.1,
         2,
@@ -308,7 +310,7 @@ def test_lorapre_sinkgd_is_recommended_unless_told_otherwise():
         initial_subspace="normal",
         weight_decay=0.0,
     )
-    assert traced(options="paper") == str(
+    assert traced(option_set="paper") == str(
         jax.make_jaxpr(lambda p: paper.update(p, paper.init(p), p))(params)
     )
 
