@@ -18,6 +18,7 @@ from lorapre_optax._momentum import low_rank_trace as low_rank_trace
 from lorapre_optax._muon import lorapre_muon as lorapre_muon
 from lorapre_optax._muon import scale_by_lorapre_muon as scale_by_lorapre_muon
 from lorapre_optax._recommended import RECOMMENDED as RECOMMENDED
+from lorapre_optax._recommended import RECOMMENDED_MUON as RECOMMENDED_MUON
 from lorapre_optax._resize import resize_ranks as resize_ranks
 from lorapre_optax._sgd import lorapre_sgd as lorapre_sgd
 from lorapre_optax._suggest import suggest_ranks as suggest_ranks
@@ -31,6 +32,7 @@ no longer after a step, and JAX compiles the step twice."""
 
 __all__ = [
     "RECOMMENDED",
+    "RECOMMENDED_MUON",
     "STATIC_ARGS",
     "LorapreAdamState",
     "LowRankState",

@@ -98,3 +98,15 @@ def test_two_rules_for_tables_are_refused():
         lorapre_optax.lorapre_muon(1e-2, 2, table_rank=4, table_rule="factored_rms")
     with pytest.raises(ValueError, match="table_rule"):
         lorapre_optax.lorapre_muon(1e-2, 2, table_rule="adafactor")  # type: ignore[arg-type]
+
+
+def test_the_recommended_options_move_tables_four_times_as_far():
+    params, gradients = as_float32(draw(1)), as_float32(draw(2))
+    recommended = {**lorapre_optax.RECOMMENDED_MUON, "rank": 2}
+    tx = lorapre_optax.lorapre_muon(1e-2, layout=NOT_OURS, **recommended)
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    for name in ("embed", "lm_head"):
+        (g,), (u,) = jax.tree.leaves(gradients[name]), jax.tree.leaves(updates[name])
+        np.testing.assert_allclose(u, -4e-2 * reference(g[None])[0], 1e-5, 1e-7)
+    matrix = np.asarray(updates["up"]["kernel"])
+    assert np.sqrt(np.mean(matrix**2)) == pytest.approx(2e-3, rel=0.2)

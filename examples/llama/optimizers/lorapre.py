@@ -11,7 +11,7 @@ import optax
 import lorapre_optax
 from examples.llama.optimizers.options import OptimizerOptions
 from layout_optax import by_role
-from lorapre_optax import RECOMMENDED, scale_by_lorapre_adam
+from lorapre_optax import RECOMMENDED, RECOMMENDED_MUON, scale_by_lorapre_adam
 from sage_optax import scale_by_sage, scale_by_sinkhorn
 
 _FACTORS = ("rank", "residual", "initial_subspace", "factor_dtype", "damping")
@@ -26,14 +26,23 @@ def adamw(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransf
 
 
 def muon(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
-    """LoRA-Pre Muon on matrices, AdamW on the rest, at one rate as in the Muon baseline."""
-    return lorapre_optax.lorapre_muon(
-        learning_rate,
-        consistent_rms=0.2 if options.scale is None else options.scale,
-        **_switched_off(options.only(*_FACTORS, "table_rank")),
+    """LoRA-Pre Muon on matrices, AdamW on the rest, at one rate as in the Muon baseline.
+
+    The recommended options have another rule and rate for embedding and head.
+    """
+    base = dict(RECOMMENDED_MUON) if options.option_set == "recommended" else {}
+    if options.table_rank is not None:
+        base.pop("table_rule", None)
+    common = _common(options)
+    if common["learning_rate_multipliers"] is None:
+        common.pop("learning_rate_multipliers")
+    given = {
+        "consistent_rms": 0.2 if options.scale is None else options.scale,
+        **_switched_off(options.only(*_FACTORS, "table_rank", "table_rule")),
         **options.only("b1", "b2", prefix="adam_"),
-        **_common(options),
-    )
+        **common,
+    }
+    return lorapre_optax.lorapre_muon(learning_rate, **{**base, **given})
 
 
 def sgd(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:

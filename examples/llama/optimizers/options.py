@@ -22,6 +22,7 @@ OptionSet = Literal["paper", "recommended"]
 BiasCorrection = Literal["paper", "exact"]
 SecondMoment = Literal["low_rank", "full"]
 InitialSubspace = Literal["normal", "gradient"]
+TableRule = Literal["others", "factored_rms"]
 FactorDtype = Literal["float32", "bfloat16"]
 
 
@@ -55,13 +56,15 @@ class RuleOptions:
     """Rank of low-rank projections and factors."""
     table_rank: int | None = None
     """Rank of LoRA-Pre Adam on embedding and head, in LoRA-Pre Muon."""
+    table_rule: TableRule | None = None
+    """LoRA-Pre Muon's rule for embedding and head: AdamW's or Adafactor's, V + d numbers."""
     update_gap: int | None = None
     """Steps between two projections of GaLore."""
     # Files and the command line say `options`; here that is the whole of an optimizer's settings.
     option_set: Annotated[OptionSet | None, tyro.conf.arg(name="options")] = dataclasses.field(
         default=None, metadata={"name": "options"}
     )
-    """LoRA-Pre Adam's values for options that are not given: the paper's or the recommended ones."""
+    """Values of LoRA-Pre Adam and Muon for options that are not given: the paper's or the recommended ones."""
     bias_correction: BiasCorrection | None = None
     """Bias correction of LoRA-Pre's second moment."""
     bound: float | None = None

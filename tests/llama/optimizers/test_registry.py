@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ from examples.llama.optimizers.registry import OPTIMIZERS, make_optimizer, optim
 from examples.llama.optimizers.sage import damper_arguments
 from layout_optax import resolve_layout, state_bytes
 from tests.llama import tiny
+from tests.llama.random_params import random_params
 
 NAMES = tuple(OPTIMIZERS)
 
@@ -205,6 +207,7 @@ def test_every_option_of_an_entry_changes_what_is_computed(name):
         "sinkhorn_variant": "sqrt",
         "rank": 2,
         "table_rank": 3,
+        "table_rule": "factored_rms",
         "update_gap": 3,
         "option_set": "recommended",
         "bias_correction": "exact",
@@ -354,3 +357,15 @@ def test_int8_by_name_and_by_option_are_one():
 def test_damper_arguments_are_those_of_the_damper():
     options = OptimizerOptions(b1=0.8, b2=0.95, eps=1e-6, damper="ema", scale=3.0)
     assert damper_arguments(options) == {"b2": 0.95, "eps": 1e-6, "damper": "ema"}
+
+
+def test_the_recommended_lorapre_muon_is_that_of_the_package():
+    params = random_params(tiny.MODEL)
+    for given, own in (({}, {}), ({"table_rank": 2}, {"table_rule": "others", "table_rank": 2})):
+        theirs = make_optimizer("lorapre_muon", 1e-2, option_set="recommended", rank=2, **given)
+        recommended = {**lorapre_optax.RECOMMENDED_MUON, "rank": 2, **own}
+        ours = lorapre_optax.lorapre_muon(1e-2, **recommended)
+        found, wanted = (
+            jax.jit(one.update)(params, one.init(params), params)[0] for one in (theirs, ours)
+        )
+        chex.assert_trees_all_equal(found, wanted)
