@@ -43,8 +43,8 @@ def gradient_rights(starts: Sequence[Start]) -> list[jax.Array]:
     scaling the large target itself.
 
     Args:
-      starts: moments; their paths seed the random combinations. One call factorises all Gram matrices of a
-        rank.
+      starts: moments; their paths seed the random combinations. All Gram matrices of a rank are factorised at
+        once.
 
     Returns:
       An array like ``start.right`` for each.
