@@ -190,7 +190,7 @@ iteration is compared with five).
 {table(["stack", "dtype", "form", "ms", "error"], sinkhorn)}
 
 The package has no kernel of its own (Pallas): one is worth its code only where it wins a measurement, and the
-trial above, in blocks of 16 columns, lost to sums that XLA compiles. No GPU was at hand to measure another form.
+trial above, in blocks of 16 columns, lost to sums that XLA compiles. No other form has been measured.
 """
 
 
