@@ -94,7 +94,13 @@ def test_of_many_rows_the_best_of_ten_optimizers_have_colour():
 
 
 def test_no_two_optimizers_share_a_colour():
-    assert set(palette.OPTIMIZERS) == {*OPTIMIZERS, *PEERS}
+    # Other tests of this process may have registered crossings of rules, which are grey.
+    own = {
+        name
+        for name, entry in OPTIMIZERS.items()
+        if entry.factory.__module__.startswith("examples.")
+    }
+    assert set(palette.OPTIMIZERS) == own | set(PEERS)
     colours = {palette.colour(name) for name in palette.OPTIMIZERS}
     assert len(colours) == len(palette.OPTIMIZERS)
     assert palette.PALE not in colours
