@@ -13,16 +13,17 @@ from tests.sage.directions import KERNEL, WEIGHT, check, normal
 from tests.sage.test_sinkhorn import EXTREMES, SETTINGS
 
 
-@pytest.fixture(autouse=True)
-def _accelerators_form(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def _accelerators_form():
     """Runs the other platforms' form where a CPU would run its own."""
-
-    monkeypatch.setattr(_sinkhorn, "_by_products", _sinkhorn._by_sums)
-    for cached in (directions.compiled.cache_clear, _sinkhorn._direction.clear_cache):
-        cached()
-    yield
-    for cached in (directions.compiled.cache_clear, _sinkhorn._direction.clear_cache):
-        cached()
+    caches = (directions.compiled.cache_clear, _sinkhorn._direction.clear_cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_sinkhorn, "_by_products", _sinkhorn._by_sums)
+        for clear in caches:
+            clear()
+        yield
+    for clear in caches:
+        clear()
 
 
 # Single numbers take the CPU's form everywhere.

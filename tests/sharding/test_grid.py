@@ -28,13 +28,26 @@ FLIPS = {
     "sage_hybrid",
     "lion_hybrid",
 }
+# Compositions that other tests of `make test` compare with one device too, as they are (LoRA-Pre's in
+# tests/lorapre/test_contract.py, the moment in test_rank_axis.py) or as their directions here.
+REPEATED = {
+    "sage",
+    "sinkgd",
+    "lion_hybrid",
+    "low_rank_ema",
+    "lorapre_muon",
+    "lorapre_sgd",
+    "lorapre_lion",
+    "lorapre_sinkgd",
+}
 
 
 def cases():
     """Each transformation in its modes: mesh axes, under `jax.set_mesh` or not, and the turn of the specs.
 
     The four modes of a direction see the four turns, so that together they see every cell; of the compositions
-    two modes are enough. The first mode of a composition and two modes of a direction are no extended tests.
+    two modes are enough. Two modes of a direction and the first one of a composition, if it is not in
+    `REPEATED`, are no extended tests.
     ``SHARDING_GRID=full`` gives every mode of a direction every cell.
     """
     modes = [("explicit", False), ("auto", True), ("explicit", True), ("auto", False)]
@@ -42,7 +55,7 @@ def cases():
         for turn, (kind, in_context) in enumerate(modes):
             if turn < 2 or FULL or name in grid.DIRECTIONS:
                 where = kind + ("-set_mesh" if in_context else "")
-                once = turn < (2 if name in grid.DIRECTIONS else 1)
+                once = turn < (2 if name in grid.DIRECTIONS else 1) and name not in REPEATED
                 marks = [] if once else [pytest.mark.extended]
                 yield pytest.param(name, kind, in_context, turn, id=f"{name}-{where}", marks=marks)
 
