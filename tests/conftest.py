@@ -84,8 +84,10 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
+gc.disable()  # nothing that the collection of tests makes is garbage
 QUICK_CODEGEN = os.environ.get("TEST_CODEGEN") == "quick"
 PART = os.environ.get("TEST_PART", "")
 
