@@ -54,7 +54,7 @@ def shardings(mesh):
     return {path: of(*each) for path, each in PARAMETERS.items()}
 
 
-# Adam's two moments on every Explicit mesh and on an Auto one, one moment on one mesh; the rest is for test-all.
+# Two moments on every Explicit mesh and on an Auto one, one moment on one mesh; the rest is for test-all.
 CASES = [
     pytest.param(
         *(name, sizes, kind),
