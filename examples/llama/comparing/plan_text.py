@@ -13,6 +13,7 @@ from examples.llama.comparing.memory import PlanRow
 from examples.llama.comparing.order import LONG, names_in_order
 from examples.llama.comparing.plan import GIB, Plan, make_plan
 from examples.llama.model.llama import parameter_count
+from examples.llama.optimizers.options import WRITTEN
 from examples.llama.optimizers.rates import TUNED_RATES, rate_to_begin_with
 from examples.llama.optimizers.variants import parse_variant
 from examples.llama.reporting.summary import size
@@ -261,7 +262,10 @@ def _command(plan: Plan, row: PlanRow, rate: float) -> list[str]:
         first = ["--model", str(folder or "MODEL_FOLDER"), "--data", "DATA.jsonl"]
     else:
         first = ["--preset", str(config.preset)]
-    flags = [text for n, v in given.items() for text in (f"--{n.replace('_', '-')}", str(v))]
+    written = {field: name for name, field in WRITTEN.items()}
+    flags = []
+    for name, value in given.items():
+        flags += [f"--{written.get(name, name).replace('_', '-')}", str(value)]
     module = f"examples.llama.{'finetune' if config.finetune else 'train'}"
     return ["python", "-m", module, *first, *flags, *(["--remat"] if config.remat else [])]
 
