@@ -224,6 +224,13 @@ compiled again before each row, for the ratio of the seconds.
 Sinkhorn, five sweeps, bfloat16. XLA optimizes the program of every leaf, but generates equal kernels once.
 
 {table(["platform", "leaves", "distinct shapes", "compile, s"], shapes)}
+
+The target for an update is twice AdamW's compile seconds. It is missed; the last column of the table of updates
+shows by how much. XLA:CUDA spends most of its passes' time on choosing fusions for the arithmetic of each
+leaf's vectors, and it inlines a function that is called once per leaf before those passes. Two forms with
+shorter programs were compiled and not adopted, because a step runs far more often than it compiles. A loop over
+the sweeps launches 42 kernels for a leaf of five sweeps instead of 27. Stacks of equal leaves' vectors add a
+kernel for most slices.
 """
 
 
