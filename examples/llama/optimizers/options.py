@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
-import tyro
 
 from layout_optax import resolve_layout
 
@@ -61,9 +60,7 @@ class RuleOptions:
     update_gap: int | None = None
     """Steps between two projections of GaLore."""
     # Files and the command line say `options`; here that is the whole of an optimizer's settings.
-    option_set: Annotated[OptionSet | None, tyro.conf.arg(name="options")] = dataclasses.field(
-        default=None, metadata={"name": "options"}
-    )
+    option_set: OptionSet | None = dataclasses.field(default=None, metadata={"name": "options"})
     """Values of LoRA-Pre Adam and Muon for options that are not given: the paper's or the recommended ones."""
     bias_correction: BiasCorrection | None = None
     """Bias correction of LoRA-Pre's second moment."""

@@ -13,7 +13,12 @@ from examples.llama.data.dataset import DataConfig
 from examples.llama.devices.mesh import MeshMode, parse_mesh
 from examples.llama.devices.processes import ClusterConfig, DeviceConfig
 from examples.llama.model.config import PRESETS, LlamaConfig, preset
-from examples.llama.optimizers.options import RULE_OPTIONS, OptimizerOptions, RuleOptions
+from examples.llama.optimizers.options import (
+    RULE_OPTIONS,
+    OptimizerOptions,
+    OptionSet,
+    RuleOptions,
+)
 from examples.llama.optimizers.rates import default_rank, parse_rates, tuned_rate
 from examples.llama.optimizers.registry import OPTIMIZERS, optimizer_entry
 from examples.llama.reporting.wandb_run import WandbMode
@@ -156,7 +161,16 @@ class RecordConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(JobConfig, RuleOptions, RecordConfig, CheckpointConfig, ClusterConfig):
+class RuleFlags(RuleOptions):
+    """The settings of optimizers as flags; `RuleOptions` itself is read where tyro is missing."""
+
+    option_set: Annotated[OptionSet | None, tyro.conf.arg(name="options")] = dataclasses.field(
+        default=None, metadata={"name": "options"}
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig(JobConfig, RuleFlags, RecordConfig, CheckpointConfig, ClusterConfig):
     """Trains a Llama with one optimizer. The protocol and the preset give the defaults."""
 
     optimizer: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(OPTIMIZERS)}.")] = (
