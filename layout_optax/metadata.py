@@ -1,4 +1,4 @@
-"""Partition metadata for an optimizer's state: what NNX's trainers read to place it, from the parameters'."""
+"""Names for the axes of an optimizer's state, by which trainers place it, from those of the parameters."""
 
 from __future__ import annotations
 
@@ -21,19 +21,26 @@ _NAMES = ("out_sharding", "sharding_names", "sharding")
 
 
 class Owner(NamedTuple):
-    """A parameter with metadata: the box it lies in, its array, and the names on its axes."""
+    """A parameter with names: the box it lies in, its array, and the names on its axes."""
 
     box: Any
     value: Any
     names: tuple[Any, ...]
 
 
+def is_named_array(node: Any) -> bool:
+    """Whether a node is a Haliax ``NamedArray``, told by its class: an array with a name for each axis."""
+    return {"array", "axis_names"} <= getattr(type(node), "__dataclass_fields__", {}).keys()
+
+
 def partition_names(box: Any, ndim: int) -> tuple[Any, ...] | None:
-    """The names that an NNX variable has for the axes of its array; None where it has none.
+    """The names that an NNX variable or a Haliax array has for its axes; None where it has none.
 
     Names are mesh axes, or logical ones that rules turn into mesh axes later. What MaxText says apart of a
     scanned axis is put in its place.
     """
+    if is_named_array(box):
+        return tuple(box.axis_names) if len(box.axis_names) == ndim else None
     if not hasattr(type(box), "get_metadata"):
         return None
     metadata, names = box.get_metadata(), _names(box)
@@ -124,8 +131,13 @@ def _mesh(owner: Owner) -> Mesh | AbstractMesh | None:
     sharding = named_sharding(owner.value)
     if sharding is not None:
         return sharding.mesh
-    mesh = owner.box.get_metadata().get("mesh") or jax.sharding.get_abstract_mesh()
+    mesh = _metadata(owner.box).get("mesh") or jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
+
+
+def _metadata(box: Any) -> Mapping[str, Any]:
+    """What an NNX variable knows beside its value; a Haliax array knows names alone."""
+    return {} if is_named_array(box) else box.get_metadata()
 
 
 def _shards(owner: Owner, axis: int) -> int:
@@ -135,7 +147,7 @@ def _shards(owner: Owner, axis: int) -> int:
     stands for the number of parts: what it divides, any mesh of them divides.
     """
     size, mesh = jnp.shape(owner.value)[axis], _mesh(owner)
-    rules = dict(owner.box.get_metadata().get("sharding_rules") or ())
+    rules = dict(_metadata(owner.box).get("sharding_rules") or ())
     names = [
         name for each in mesh_axes(owner.names[axis]) for name in mesh_axes(rules.get(each, each))
     ]
@@ -178,6 +190,9 @@ def _axis(token: str) -> int:
 
 def _boxed(value: Any, box: Any, names: tuple[Any, ...]) -> Any:
     """A value in a variable of a parameter's kind and metadata, with names of its own."""
+    if is_named_array(box):  # each axis has one name, and no two the same
+        single = (next(iter(mesh_axes(entry)), f"state_{i}") for i, entry in enumerate(names))
+        return type(box)(value, tuple(single))
     dropped = (*_NAMES, "optimizer_sharding", "partition_name", "param_scan_axis")
     metadata = {
         key: item
