@@ -22,7 +22,7 @@ import numpy as np
 
 import lorapre_optax
 import sage_optax
-from layout_optax.layout import path_string
+from layout_optax.layout import is_empty, path_string
 from layout_optax.leaves import flatten_with_layout
 from layout_optax.memory import leaf_bytes, state_leaves
 from tests.snippets import snippets
@@ -124,14 +124,19 @@ def check_roles(params: Any, expected: Mapping[str, tuple[str, tuple, tuple]]) -
     """
     flat = flatten_with_layout(None, params)
     used = set()
-    for path, layout in zip(flat.paths, flat.layouts, strict=True):
+    present = [
+        (path, layout)
+        for path, layout, leaf in zip(flat.paths, flat.layouts, flat.leaves, strict=True)
+        if not is_empty(leaf)
+    ]
+    for path, layout in present:
         fitting = [pattern for pattern in expected if re.search(pattern, path)]
         assert len(fitting) == 1, f"{path}: {fitting}"
         used.update(fitting)
         found = (layout.role, layout.row_axes, layout.column_axes)
         assert found == expected[fitting[0]], path
     assert used == set(expected), f"no leaf for {set(expected) - used}"
-    return len(flat.paths)
+    return len(present)
 
 
 def check_places(trained: Trained) -> dict[str, int]:

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import sage_optax
 from tests.frameworks import harness
 
 VOCABULARY, WIDTH, HIDDEN = 128, 32, 64
@@ -158,3 +159,11 @@ def test_modules(framework, optimizer, tmp_path):
     resumed = train(optimizer, tmp_path, resume=True)
     mesh = {"Equinox": "fsdp 4 x tensor 2", "Haliax": "data 4 x model 2"}[framework]
     harness.check(framework, optimizer, f"the page's loop, {mesh}", whole, resumed, ROLES)
+
+
+def test_haliax_needs_unboxed_where_names_make_shardings():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh), hax.axis_mapping({"embed": "data"}):
+        model = hax.named_jit(NamedModel)(jax.random.key(0))
+        with pytest.raises(ValueError, match="rank"):
+            hax.named_jit(sage_optax.sage_hybrid(1e-2).init)(model)

@@ -40,8 +40,8 @@ ROLES = {
 }
 
 
-def train(optimizer, folder, steps):
-    """Trains up to a step, from the folder's newest checkpoint if there is one."""
+def train(optimizer, folder):
+    """Trains to the last step, from the folder's newest checkpoint if there is one."""
     registry = OptimizerConfig._choice_registry
     registry.pop("sage_hybrid", None)  # the page's section registers it anew
     found = harness.run_section("Levanter", optimizer, {})
@@ -50,7 +50,7 @@ def train(optimizer, folder, steps):
         tracker=NoopConfig(),
         mesh=MeshConfig(axes={"data": 4, "model": 2}),
         train_batch_size=16,
-        num_train_steps=steps,
+        num_train_steps=harness.STEPS,
         log_jaxprs=False,
         log_xla_hlo=False,
         checkpointer=CheckpointerConfig(
@@ -59,18 +59,18 @@ def train(optimizer, folder, steps):
     )
     kind = OptimizerConfig.get_choice_class("sage_hybrid")
     assert kind is found["SageHybridConfig"]
-    tx = kind(learning_rate=1e-2, warmup=0, lr_schedule="constant").build(steps)
+    tx = kind(learning_rate=1e-2, warmup=0, lr_schedule="constant").build(harness.STEPS)
 
     def loss(model, example, *, key=None):
         return model.compute_next_token_loss(example, key=key)
 
-    losses = []
+    losses = {}  # hooks run once more at the end
     with (
         harness.compilations(".*_train_step.*") as count,
         Trainer(config, tx, loss) as trainer,
         levanter.tracker.current_tracker(trainer.tracker),
     ):
-        trainer.add_hook(lambda info: losses.append(info.loss), every=1)
+        trainer.add_hook(lambda info: losses.update({int(info.step): info.loss}), every=1)
         model_key, data_key, key = jax.random.split(jax.random.PRNGKey(0), 3)
         state = trainer.initial_state(
             key, model_init=lambda: CONFIG.build(VOCABULARY, key=model_key)
@@ -80,15 +80,16 @@ def train(optimizer, folder, steps):
         )
         batch = hax.vmap(LmExample.causal, config.TrainBatch)(tokens)
         batch = hax.shard(batch, trainer.compute_axis_mapping)
-        state = trainer.train(state, [batch] * (steps - int(state.step))).state
+        state = trainer.train(state, [batch] * harness.STEPS).state
         compilations = count()
-    return harness.Trained(losses, state.trainable_model, state.opt_state, compilations, tx)
+    found_losses = list(losses.values())
+    return harness.Trained(found_losses, state.trainable_model, state.opt_state, compilations, tx)
 
 
 @pytest.mark.parametrize("optimizer", harness.OPTIMIZERS)
 def test_trainer(optimizer, tmp_path):
-    whole = train(optimizer, tmp_path / "whole", harness.STEPS)
+    whole = train(optimizer, tmp_path / "whole")
     saved = tmp_path / "whole" / "run" / f"step-{harness.SAVED}"
     shutil.copytree(saved, tmp_path / "stopped" / "run" / saved.name)
-    resumed = train(optimizer, tmp_path / "stopped", harness.STEPS)
+    resumed = train(optimizer, tmp_path / "stopped")
     harness.check("Levanter", optimizer, "`Trainer`, data 4 x model 2", whole, resumed, ROLES)

@@ -72,18 +72,27 @@ def model_input(batch):
     }
 
 
-def train(optimizer, folder, steps):
-    """Trains up to a step, from the folder's newest checkpoint if there is one."""
+@nnx.jit
+def make_model():
+    """The model, its parameters sharded from the start, as Tunix's guides make it."""
+    model = llama3.Llama3(CONFIG, rngs=nnx.Rngs(0))
+    state = nnx.state(model)
+    nnx.update(model, jax.lax.with_sharding_constraint(state, nnx.get_partition_spec(state)))
+    return model
+
+
+def train(optimizer, folder):
+    """Trains to the last step, from the folder's newest checkpoint if there is one."""
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
     config = peft_trainer.TrainingConfig(
         eval_every_n_steps=100,
-        max_steps=steps,
+        max_steps=harness.STEPS,
         checkpoint_root_directory=str(folder),
         checkpointing_options=ocp.CheckpointManagerOptions(save_interval_steps=harness.SAVED),
     )
     losses = Losses()
     with jax.set_mesh(mesh), harness.compilations("_train_step") as count:
-        model = llama3.Llama3(CONFIG, rngs=nnx.Rngs(0))
+        model = make_model()
         found = harness.run_section("Tunix", optimizer, {"model": model, "config": config})
         trainer = found["trainer"].with_gen_model_input_fn(model_input)
         trainer.with_training_hooks(losses)
@@ -95,10 +104,10 @@ def train(optimizer, folder, steps):
 
 @pytest.mark.parametrize("optimizer", harness.OPTIMIZERS)
 def test_peft_trainer(optimizer, tmp_path):
-    whole = train(optimizer, tmp_path / "whole", harness.STEPS)
+    whole = train(optimizer, tmp_path / "whole")
     (tmp_path / "stopped").mkdir()
     shutil.copytree(
         tmp_path / "whole" / str(harness.SAVED), tmp_path / "stopped" / str(harness.SAVED)
     )
-    resumed = train(optimizer, tmp_path / "stopped", harness.STEPS)
+    resumed = train(optimizer, tmp_path / "stopped")
     harness.check("Tunix", optimizer, "`PeftTrainer`, fsdp 4 x tp 2", whole, resumed, ROLES)

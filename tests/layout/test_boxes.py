@@ -42,6 +42,10 @@ INNER = {
 }
 
 
+OLD_OPTAX = tuple(map(int, optax.__version__.split(".")[:3])) < (0, 2, 7)
+"""Its adafactor's statistics have no sharding on Explicit axes."""
+
+
 def is_shape(node):
     return isinstance(node, tuple)
 
@@ -93,8 +97,10 @@ def test_boxes_change_neither_state_nor_numbers(inner, kind):
     params, boxes = draw(0), boxed(draw(0), box)
     plain_state, state = plain.init(params), wrapped.init(boxes)
     for seed in (1, 2):
-        # Of NNX variables the state has metadata too.
-        assert any(map(is_box, jax.tree.leaves(state, is_leaf=is_box))) == (kind == "Param")
+        # Of NNX variables the state has metadata too, unless init makes it of bare shapes.
+        assert any(map(is_box, jax.tree.leaves(state, is_leaf=is_box))) == (
+            kind == "Param" and not (inner == "adafactor" and OLD_OPTAX)
+        )
         chex.assert_trees_all_equal(nnx.as_pure(state), plain_state)
         updates, plain_state = plain.update(draw(seed), plain_state, params)
         box_updates, state = wrapped.update(boxed(draw(seed), box), state, boxes)
