@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -104,7 +105,8 @@ def with_metadata(
         for leaf, spec in zip(leaves, specs, strict=True)
     ]
     try:
-        shardings = state_shardings(tx, treedef.unflatten(shapes))
+        with _axes_of_one_device():
+            shardings = state_shardings(tx, treedef.unflatten(shapes))
     except Exception as error:  # whatever an init of somebody else's raises on Explicit axes
         warnings.warn(
             "unboxed: the state gets no sharding metadata, since init does not run on a mesh of Explicit "
@@ -124,6 +126,20 @@ def with_metadata(
         return _boxed(leaf, found[0][0].box, names) if any(names) else leaf
 
     return jax.tree.map(box, state, shardings)
+
+
+@contextlib.contextmanager
+def _axes_of_one_device() -> Iterator[None]:
+    """Has types keep mesh axes of one device, as all are here; MaxText has JAX drop them."""
+    flag = "jax_remove_size_one_mesh_axis_from_type"
+    before = getattr(jax.config, flag, False)
+    if before:
+        jax.config.update(flag, False)
+    try:
+        yield
+    finally:
+        if before:
+            jax.config.update(flag, before)
 
 
 def _mesh(owner: Owner) -> Mesh | AbstractMesh | None:
