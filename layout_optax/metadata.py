@@ -183,8 +183,9 @@ def _entry(
     It keeps the name of an axis of its own size. The others are those of axes that it lacks (a rank's,
     a large statistic's): as many as divide it.
     """
-    own = tuple(token for token in tokens if named[token][0].value.shape[_axis(token)] == size)[:1]
-    others = [token for token in tokens if token not in own]
+    # First comes the name of a kept axis: a rank may be as long as an axis that the factor lacks.
+    own = tuple(t for t in tokens[:1] if named[t][0].value.shape[_axis(t)] == size)
+    others = tokens[len(own) :]
     left = size // math.prod(sizes[token] for token in own)
     mesh = _mesh(named[tokens[0]][0]) if tokens else None
     if mesh is not None and all(

@@ -37,7 +37,7 @@ class Named:
 
 LEAVES = {
     "token_embeddings": ((16, 8), ("vocab", "embed")),
-    "o_proj": ((8, 4, 16), ("embed", "heads", "head_size")),  # (out, in, in) of Haliax alone
+    "o_proj": ((8, 4, 8), ("embed", "heads", "head_size")),  # (out, in, in) of Haliax alone
     "norm": ((8,), ("embed",)),
 }
 
@@ -65,7 +65,7 @@ OPTIMIZERS = {
         lambda: lorapre_optax.lorapre_adamw(1e-2, 2, full_rank_fallback=False),
         {
             (2, 8): ("state_0", "embed"),  # eight devices: a rank of two is not cut
-            (4, 2, 16): ("heads", "state_1", "head_size"),
+            (4, 2, 8): ("heads", "state_1", "head_size"),
             (16, 8): ("vocab", "embed"),
             (8,): ("embed",),
         },
@@ -73,8 +73,11 @@ OPTIMIZERS = {
     "lorapre_muon": (
         lambda: lorapre_optax.lorapre_muon(1e-2, 8, full_rank_fallback=False),
         {
-            (8, 8): ("heads", "embed"),  # of the axes that the factor lacks the first that can
-            (4, 8, 16): ("heads", "embed", "head_size"),
+            (8, 8): (
+                "heads",
+                "embed",
+            ),  # the first axis that the factor lacks, not the one as long as the rank
+            (4, 8, 8): ("heads", "embed", "head_size"),
             (16, 8): ("vocab", "embed"),
             (8,): ("embed",),
         },
