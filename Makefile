@@ -62,7 +62,7 @@ test-library: $(READY) ## Run the tests of the three packages only
 	@echo "== Running the packages' tests on Python $(VERSION)"
 	@TEST_CODEGEN=quick $(PYTEST) -m "not extended" $(LIBRARY_TESTS) $(ARGS)
 
-test-frameworks: ## Train inside Tunix, MaxText, Levanter and EasyDeL, each in its own environment (ARGS=tunix: one; Python >= 3.12)
+test-frameworks: ## Train inside Tunix, MaxText and Levanter, each in its own environment (ARGS=tunix: one; Python >= 3.12)
 	@echo "== Each framework has a gigabyte of its own under .venv-frameworks, made the first time"
 	@$$(tools/find-python $(or $(FRAMEWORKS_PYTHON),python3.12)) tools/frameworks/run.py $(ARGS)
 
