@@ -123,7 +123,7 @@ def train_equinox(optimizer, folder, resume):
     def place(leaf):
         if not eqx.is_inexact_array(leaf):
             return leaf
-        return jax.device_put(leaf, NamedSharding(mesh, P("fsdp", "tensor")[: leaf.ndim]))
+        return jax.device_put(leaf, NamedSharding(mesh, P(*("fsdp", "tensor")[: leaf.ndim])))
 
     def loss_fn(model, tokens):
         return cross_entropy(jax.vmap(jax.vmap(model))(tokens), tokens)
@@ -139,16 +139,19 @@ def train_haliax(optimizer, folder, resume):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     batch, position = hax.Axis("batch", 16), hax.Axis("position", 16)
 
+    shared = {"mlp": "model", "vocab": "model"}
+
     def loss_fn(model, tokens):
-        logits = model(tokens).rearrange(("batch", "position", "vocab")).array
+        with hax.axis_mapping({**shared, "batch": "data"}):  # activations are not split by embed
+            logits = model(tokens).rearrange(("batch", "position", "vocab")).array
         return cross_entropy(logits, tokens.array)
 
-    mapping = {"embed": "data", "mlp": "model", "vocab": "model", "batch": "data"}
-    with jax.set_mesh(mesh), hax.axis_mapping(mapping):
+    with jax.set_mesh(mesh), hax.axis_mapping({**shared, "embed": "data"}):
         model = hax.named_jit(NamedModel)(jax.random.key(0))
         tokens = hax.random.randint(jax.random.key(1), (batch, position), 0, VOCABULARY)
+        tokens = hax.shard(tokens, {"batch": "data"})
         found = harness.run_section("Haliax", optimizer, {"model": model, "loss_fn": loss_fn})
-        return loop(found, model, hax.shard(tokens), folder, resume)
+        return loop(found, model, tokens, folder, resume)
 
 
 @pytest.mark.parametrize("optimizer", harness.OPTIMIZERS)
