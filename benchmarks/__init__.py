@@ -1,1 +1,1 @@
-"""One script a question; each writes its numbers and a page about them under ``docs/results``."""
+"""One script per question; each writes its numbers and a page about them under ``docs/results``."""

@@ -1,10 +1,10 @@
-"""One command for a machine with a GPU or TPU: the most wanted figures first, within a budget.
+"""Measures on a machine with a GPU or TPU, in one command: the most wanted figures first, within a budget.
 
     python -m benchmarks.accelerator --budget 350
 
-Needs JAX, optax, Flax and matplotlib alone. Every row is written to measured.json as soon as it is there, and
-is not measured again when the command is started again. Updates and steps compile ahead in threads. At the end,
-or with `--report` alone, the page accelerator.md is written from all that has been measured.
+It needs only JAX, optax, Flax and matplotlib. Every row is written to measured.json at once and not measured
+again when the command is restarted. Updates and steps compile ahead in threads. At the end, or with `--report`
+alone, the command writes the page accelerator.md from all measurements.
 
 The scripts that took the figures of 2026-11-27 (docs/results/accelerator/h200_*.json) became this command.
 """
@@ -44,7 +44,7 @@ OTHERS = (
     "lorapre_lion",
 )
 RESERVE = 8.0
-"""Seconds that are left for the page."""
+"""Seconds reserved for the page."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Job:
     name: str
 
     def fields(self) -> dict[str, Any]:
-        """What the row is found by."""
+        """The row's key."""
         return {**vars(self), "device": device_name()}
 
 
@@ -95,7 +95,7 @@ def jobs(sizes: Sizes) -> list[Job]:
 
 
 class Session:
-    """The rows of one call: what is compiled ahead, and the time that is left.
+    """The rows of one call: compilation ahead, and the remaining time.
 
     Args:
         sizes: Presets and shapes.
@@ -123,7 +123,7 @@ class Session:
         self._baseline: tuple[Any, ...] | None = None
 
     def left(self) -> float:
-        """Seconds until rows must end."""
+        """Seconds left for rows."""
         return self._deadline - time.monotonic()
 
     def compile_ahead(self, wanted: Sequence[Job]) -> None:
@@ -136,14 +136,14 @@ class Session:
                 self._submit(("mfu", job.preset, job.dtype, job.name), self._step)
 
     def close(self) -> None:
-        """Starts nothing more; what compiles now is not waited for."""
+        """Starts no more compilations and does not wait for running ones."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def measure(self, job: Job) -> dict[str, Any]:
         """Measures a row.
 
         Raises:
-            TimeoutError: It did not compile in the time that is left.
+            TimeoutError: It did not compile in the remaining time.
         """
         if job.kind == "part":
             found = {"milliseconds": parts.milliseconds(self._parts[job.name], self.repeats)}
@@ -174,7 +174,7 @@ class Session:
         return step, step.compile()
 
     def _ratio(self, job: Job) -> dict[str, Any]:
-        """An update and apply beside AdamW's, in turns, on the same parameters."""
+        """Times an update and apply in turns with AdamW's, on the same parameters."""
         where = ("update", job.preset, job.dtype)
         base, base_function, base_compile = self._result((*where, "adamw"))
         update, function, compile_seconds = self._result((*where, job.name))
@@ -221,10 +221,10 @@ class Session:
 def measure_all(
     session: Session, store: Store, wanted: Sequence[Job], facts: dict[str, Any]
 ) -> Iterator[str]:
-    """Measures what is missing while there is time; a line of text a row.
+    """Measures the missing rows while there is time; yields a line of text per row.
 
-    A row that fails (memory, an operation that the device lacks) is left out with its reason, and tried
-    again at the next start.
+    A row that fails (memory, an unsupported operation) is skipped with its reason, and tried again at the
+    next start.
     """
     missing = [job for job in wanted if store.find(**job.fields()) is None]
     if session.peak is None:
@@ -249,7 +249,7 @@ def measure_all(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures what is missing within the budget and writes measured.json and accelerator.md.
+    """Measures the missing rows within the budget and writes measured.json and accelerator.md.
 
     Args:
         arguments: command line, without the program's name.
@@ -291,5 +291,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
-    # Threads that still compile would be waited for, beyond the budget; everything is on the disk.
+    # Exit at once: threads that still compile would exceed the budget, and everything is on disk.
     os._exit(0)

@@ -1,4 +1,4 @@
-"""What every benchmark needs: times taken in turns, XLA's own counts, and results with their circumstances."""
+"""Common parts of the benchmarks: times taken in turns, XLA's counts, and results with their circumstances."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Paired:
 
     @property
     def ratio(self) -> float:
-        """Median of the ratios: a disturbance that hits single runs does not move it."""
+        """Median of the ratios, which is robust to disturbances of single runs."""
         return statistics.median(self.ratios)
 
     @property
@@ -51,7 +51,7 @@ class Paired:
         return low, high
 
     def summary(self) -> dict[str, Any]:
-        """The figures to report."""
+        """The figures for the report."""
         return {
             "pairs": len(self.seconds),
             "median_seconds": statistics.median(self.seconds),
@@ -64,12 +64,12 @@ class Paired:
 def paired_times(
     function: Callable[..., Any], baseline: Callable[..., Any], *args: Any, pairs: int = 20
 ) -> Paired:
-    """Times two functions of the same arguments in turns, each run waited for.
+    """Times two functions of the same arguments in turns and waits for each run.
 
-    Which of the two goes first changes from pair to pair. The first pair compiles and is not counted.
+    The function that goes first alternates between pairs. The first pair compiles and is not counted.
 
     Raises:
-      ValueError: for less than two pairs, which have no spread.
+      ValueError: for fewer than two pairs, which have no spread.
     """
     if pairs < 2:
         raise ValueError(f"paired_times: at least 2 pairs, got {pairs}.")
@@ -85,10 +85,10 @@ def paired_times(
 
 
 def temporary_bytes(function: Callable[..., Any], *args: Any) -> int:
-    """Bytes that the compiled function allocates beside its arguments and results.
+    """Bytes that the compiled function allocates besides its arguments and results.
 
     Raises:
-      RuntimeError: if the backend does not tell.
+      RuntimeError: if the backend does not report them.
     """
     analysis = jax.jit(function).lower(*args).compile().memory_analysis()
     if analysis is None:
@@ -99,17 +99,18 @@ def temporary_bytes(function: Callable[..., Any], *args: Any) -> int:
 def bytes_accessed(function: Callable[..., Any], *args: Any, library_fusions: bool = True) -> float:
     """Bytes that all operations read and write by XLA's cost analysis, loops unrolled.
 
-    XLA counts a loop's body once, whatever its number of iterations. So `jax.lax.fori_loop` with a
-    fixed number of iterations is replaced by a Python loop here; ``function`` must not be jitted already.
+    XLA counts a loop's body once for any number of iterations. This function therefore replaces
+    `jax.lax.fori_loop` with a fixed number of iterations by a Python loop; ``function`` must not be jitted
+    already.
 
     Args:
-      function: what is counted.
+      function: the function to count.
       *args: its arguments.
-      library_fusions: False compiles without the fusions that XLA:CPU leaves to a library. What such a
-        fusion writes and reads again inside is not counted.
+      library_fusions: False compiles without the fusions that XLA:CPU leaves to a library, whose internal reads
+        and writes are not counted.
 
     Raises:
-      RuntimeError: if the backend does not tell.
+      RuntimeError: if the backend does not report them.
 
     Example:
       >>> def twice_doubled(x):
@@ -128,7 +129,7 @@ def bytes_accessed(function: Callable[..., Any], *args: Any, library_fusions: bo
     if not library_fusions and jax.default_backend() == "cpu":
         options = {"xla_cpu_experimental_ynn_fusion_type": ""}
     with mock.patch("jax.lax.fori_loop", unrolled):
-        # A new function, or jit would find the one with the loop in its cache.
+        # A new function, because jit would find the one with the loop in its cache.
         lowered = jax.jit(lambda *args: function(*args)).lower(*args)
         analysis = lowered.compile(compiler_options=options).cost_analysis()
     if analysis is None:
@@ -137,7 +138,7 @@ def bytes_accessed(function: Callable[..., Any], *args: Any, library_fusions: bo
 
 
 def circumstances(command: str) -> dict[str, Any]:
-    """Versions, hardware and command, so that numbers can be judged and taken again."""
+    """Versions, hardware and command, so that the numbers can be judged and reproduced."""
     return {
         "command": command,
         "versions": {

@@ -1,9 +1,9 @@
-"""How faithful low-rank momentum is: beside the exact one, over a real training run of the demo model.
+"""Compares low-rank momentum with the exact one, over a real training run of the demo model.
 
     python -m benchmarks.faithfulness
 
-trains the demo Llama with AdamW and shows each gradient of its matrices to the factors of every rank, which
-change nothing in the run. It writes faithfulness.json, faithfulness.md and two pictures.
+trains the demo Llama with AdamW and feeds each gradient of its matrices to the factors of every rank, which do
+not affect the run. It writes faithfulness.json, faithfulness.md and two pictures.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ def remember(old: Exact, gradients: Any) -> Exact:
 def observer(rank: int) -> tuple[Callable[[Any], Tracked], Callable[..., Any]]:
     """The functions ``init(matrices)`` and ``observe(tracked, gradients, exact)`` of one rank.
 
-    ``observe`` takes the exact momenta after the gradient and returns the next factors and arrays of one
-    number a matrix: ``cosine`` and ``ratio`` of norms between the stored product and the exact
-    momentum for each of `MOMENTS`, the same of the applied momentum (product of the previous factors
-    plus the fresh gradient), and the share of the gradient's energy outside the tracked subspace. The
-    second moment's product is squared.
+    ``observe`` takes the exact momenta after the gradient and returns the next factors and arrays with one
+    number per matrix: for each of `MOMENTS` ``cosine`` and ``ratio`` of norms between the stored product and
+    the exact momentum, the same for the applied momentum (product of the previous factors plus the current
+    gradient), and the share of the gradient's energy outside the tracked subspace. The second moment's product
+    is squared.
     """
     options: dict[str, Any] = {"full_rank_fallback": False}
     chains = (
@@ -90,7 +90,7 @@ def observer(rank: int) -> tuple[Callable[[Any], Tracked], Callable[..., Any]]:
         low_rank_trace(MU, rank, **options),
     )
 
-    # A program a moment: smaller to compile than one for all.
+    # One program per moment compiles faster than one for all.
     shares = jax.jit(lambda state, gradients: lorapre_metrics(state, gradients))
     updates = [jax.jit(tx.update) for tx in chains]
 
@@ -138,11 +138,11 @@ def products(state: LowRankState, like: Any) -> Any:
 
 
 def agreement(found: Any, exact: Any) -> tuple[jax.Array, jax.Array]:
-    """Cosines and ratios of norms, one number a matrix of every stack."""
+    """Cosines and ratios of norms, one number per matrix of every stack."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
     cosines, ratios = [], []
     for low, full in pairs:
-        # Largest entries one: squares of small gradients stay in range.
+        # Largest entries become one, so that squares of small gradients stay in range.
         tops = [jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True) for x in (low, full)]
         low, full = (
             x / jnp.where(top > 0, top, 1) for x, top in zip((low, full), tops, strict=True)
@@ -162,7 +162,7 @@ def run(
     dataset: Dataset | None = None,
     every: int = 1,
 ) -> dict[str, Any]:
-    """Trains as configured and observes; medians and tenths over all matrices by rank and number."""
+    """Trains and observes; returns medians and deciles over all matrices by rank and number."""
     settings = resolve(config, model)
     steps = settings.steps
     dataset = prepare_data(data_config(config, settings)) if dataset is None else dataset
@@ -215,16 +215,16 @@ def run(
 
 
 def matrices_of(tree: Any) -> dict[str, Any]:
-    """The attention and MLP kernels, a tree of its own."""
+    """The attention and MLP kernels, as a separate tree."""
     layers = tree["layers"]
     return {"layers": {name: layers[name] for name in ("mlp", "self_attn")}}
 
 
 def weight_share(outside: np.ndarray | float, fresh: float = 1 - B1) -> np.ndarray:
-    """Share of all the weight given to a gradient that its part outside the subspace receives.
+    """Share of a gradient's total weight that its part outside the subspace receives.
 
-    Inside, a gradient is remembered and its weights (1-b1) b1^k add up to 1; outside it enters once with
-    1-b1 (the paper's rule). A residual of kappa = b1 makes ``fresh`` 1.
+    Inside, a gradient is remembered and its weights (1-b1) b1^k add up to 1. Outside it enters once with 1-b1
+    (the paper's rule). A residual of kappa = b1 makes ``fresh`` 1.
 
     >>> round(float(weight_share(0.5)), 4), float(weight_share(0.5, fresh=1.0))
     (0.0909, 0.5)
@@ -317,20 +317,21 @@ def page(results: Mapping[str, Any]) -> str:
     header = ["rank", "momentum", "cosine", "norm ratio", "applied: cosine", "norm ratio"]
     return f"""# How faithful low-rank momentum is
 
-The demo Llama (hidden size 192, {results["matrices"]} matrices) trained for {results["steps"][-1]} steps
-with AdamW at {results["learning_rate"]:g}; the clipped gradients of its matrices are shown to the factors of
-LoRA-Pre (the paper's rule, relative damping 1e-4), which change nothing in the run. "Stored" is what they hold
-after a step (for the second moment the square of their product) against the exact momentum of the same
-decay; "applied" is what enters the direction: the previous product plus the fresh gradient. Medians over all
+The demo Llama (hidden size 192, {results["matrices"]} matrices) trained for {results["steps"][-1]} steps with
+AdamW at {results["learning_rate"]:g}; the factors of LoRA-Pre follow the clipped gradients of its matrices
+(the paper's rule, relative damping 1e-4) without affecting the run. "Stored" compares the product of the
+factors after a step (for the second moment its square) with the exact momentum of the same decay. "Applied"
+compares the momentum in the direction: the previous product plus the current gradient. Medians over all
 matrices and the second half of the run.
 
 {describe_circumstances(results["circumstances"])}
 
 {table(header, moments)}
 
-Gradient energy outside the tracked subspace, 1 - (|P_B G|^2 + |G P_A|^2) / (2 |G|^2), and the share of all
-the weight that a gradient ever receives which goes to that part: inside it is remembered and its weights
-add up to 1, outside it enters once with 1 - b1 = 0.1. With `residual=0.9` the second number equals the first.
+The table gives the gradient energy outside the tracked subspace, 1 - (|P_B G|^2 + |G P_A|^2) / (2 |G|^2), and
+that part's share of all the weight that a gradient ever receives. Inside, the gradient is remembered and its
+weights add up to 1. Outside, it enters once with 1 - b1 = 0.1. With `residual=0.9` the second number equals
+the first.
 
 {table(["rank", "energy outside", "weight of it, paper"], weights)}
 
@@ -341,7 +342,7 @@ add up to 1, outside it enters once with 1 - b1 = 0.1. With `residual=0.9` the s
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Runs, and writes the JSON file, the page and the pictures; returns what the JSON file holds."""
+    """Runs, and writes the JSON file, the page and the pictures; returns the JSON file's content."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faithfulness", description=__doc__)
     parser.add_argument("--steps", type=int, default=150)
@@ -365,7 +366,7 @@ def publish(results: dict[str, Any], folder: pathlib.Path, command: list[str]) -
 
 
 def _applied(name: str, product: jax.Array, gradient: jax.Array) -> jax.Array:
-    """What enters the direction: equations 4 and 8 of Algorithm 1, the accumulator of Algorithm 2."""
+    """The momentum in the direction: equations 4 and 8 of Algorithm 1, the accumulator of Algorithm 2."""
     if name == "first":
         return B1 * product + (1 - B1) * gradient
     if name == "second":
@@ -374,7 +375,7 @@ def _applied(name: str, product: jax.Array, gradient: jax.Array) -> jax.Array:
 
 
 def _quantiles(rows: Sequence[np.ndarray]) -> list[list[float]]:
-    """First tenth, median and last tenth of each row, to four digits."""
+    """First decile, median and last decile of each row, to four digits."""
     return [
         [
             float(f"{value:.4g}")

@@ -1,11 +1,11 @@
-"""What fine-tuning costs and gives by method: a small Llama pretrained on sums, tuned on word problems.
+"""Quality and cost of fine-tuning by method: a small Llama pretrained on sums, tuned on word problems.
 
     python -m benchmarks.finetuning
 
 A base model is pretrained on generated text about arithmetic, then every method fine-tunes it on the same
-generated word problems, each at its own rate: that of the lowest held-out loss on a grid that grows until the
-best is inside it. Then exact match is counted on other problems. Every cell is kept in finetuning.json at once;
-a finished cell is never repeated. `--report` writes the page from what there is.
+generated word problems at its own learning rate: that of the lowest held-out loss on a grid that grows until
+the best is inside it. Then the script counts exact matches on other problems. Every cell is kept in
+finetuning.json at once and never repeated. `--report` writes the page from the existing cells.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ METHODS: dict[str, tuple[str, dict[str, Any], float]] = {
     "AdamW, all matrices": ("adamw", {}, 1e-3),
     "SinkGD, all matrices (sage_hybrid)": ("sage_hybrid", {}, 1e-3),
     "LoRA-Pre Adam r=8, paper": ("lorapre_adamw", {}, 1e-3),
-    "LoRA-Pre Adam r=8, recommended": ("lorapre_adamw", {"options": "recommended"}, 1e-3),
+    "LoRA-Pre Adam r=8, recommended": ("lorapre_adamw", {"option_set": "recommended"}, 1e-3),
     "LoRA-Pre Muon r=8": ("lorapre_muon", {}, 3e-3),
     "GaLore r=8": ("galore", {}, 3e-3),
     "LoRA r=8": ("lora", {}, 3e-3),
     "rsLoRA r=8": ("rslora", {}, 3e-3),
     "DoRA r=8": ("dora", {}, 3e-3),
 }
-"""Label: method, further options, and where its rate's search begins."""
+"""Label: method, further options, and the start of its learning-rate search."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,7 +92,7 @@ class Store:
     """Results by key in a JSON file, written at every change.
 
     Raises:
-        ValueError: The file's results are of another setting.
+        ValueError: The file's results have another setting.
     """
 
     def __init__(self, path: pathlib.Path, made_with: Mapping[str, Any]):
@@ -201,7 +201,7 @@ def measure(store: Store, work: pathlib.Path, pretrain_steps: int, steps: int, t
 
 
 def pretrained(work: pathlib.Path, steps: int) -> pathlib.Path:
-    """The base model as a Hugging Face folder, pretrained unless it is there."""
+    """The base model as a Hugging Face folder, pretrained unless it exists."""
     folder = work / f"base-{steps}"
     if (folder / "model.safetensors").is_file():
         return folder
@@ -241,7 +241,7 @@ def pretrained(work: pathlib.Path, steps: int) -> pathlib.Path:
 
 
 def digits_tokenizer(texts: list[str]) -> Tokenizer:
-    """A byte-level BPE in which every digit is a token of its own."""
+    """A byte-level BPE in which every digit is a separate token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [
@@ -317,7 +317,7 @@ def quiet() -> Console:
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """The page about the results, from the stored numbers alone."""
+    """The page about the results, from the stored numbers only."""
     made, cells, times = data["setting"], data["cells"], data.get("step_time", {})
     adamw = cells.get(next(iter(METHODS)), {}).get("optimizer_state_bytes")
     rows = []
@@ -377,7 +377,7 @@ def page(data: Mapping[str, Any]) -> str:
 
 
 def findings(cells: Mapping[str, Any]) -> list[str]:
-    """What the paper's comparison comes to here, in a sentence made from the numbers."""
+    """The paper's comparison here, in a sentence made from the numbers."""
     paper, good, lora = (
         cells.get(label, {}).get("exact_match")
         for label in ("LoRA-Pre Adam r=8, paper", "LoRA-Pre Adam r=8, recommended", "LoRA r=8")

@@ -1,10 +1,10 @@
-"""What LoRA-Pre's rank and options are worth: the demo Llama trained with each, at the same batches.
+"""The effect of LoRA-Pre's rank and options: the demo Llama trained with each, on the same batches.
 
     python -m benchmarks.lorapre_quality
 
-Every cell (a variant of an optimizer, a peak rate, a number of steps) is one run whose result is kept in
-lorapre_quality.json at once; a finished cell is never repeated, a cell that is missing is shown as missing.
-`--report` writes the page and the picture from what there is.
+Every cell (a variant of an optimizer, a peak learning rate, a number of steps) is one run whose result is kept
+in lorapre_quality.json at once. A finished cell is never repeated, and a missing cell is shown as missing.
+`--report` writes the page and the picture from the existing cells.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from examples.llama.reporting.files import write_json
 RANKS = (16, 4, 64)
 STEPS, LONG = 150, 400
 FIXED_RATE = 1e-2
-"""The rate of all ablations."""
+"""The learning rate of all ablations."""
 
 OPTIONS = {
     "exact": "bias_correction=exact",
@@ -45,21 +45,21 @@ ABLATIONS = (
     tuple(OPTIONS),
 )
 TOGETHER = tuple(OPTIONS)
-"""The options that are searched beside the paper's."""
+"""The options to search besides the paper's."""
 DAMPINGS = (0.01, 0.1)
-"""Beside the default, 1e-4, for LoRA-Pre Adam and Muon."""
+"""Values besides the default, 1e-4, for LoRA-Pre Adam and Muon."""
 WITHOUT_START = tuple(name for name in OPTIONS if name != "gradient start")
 
-# At a quarter of the tables' rate, as GaLore's and the paper's low-rank groups are.
+# At a quarter of the embedding's learning rate, as for GaLore's and the paper's low-rank groups.
 _ADAM = "lorapre_adamw:rank={}:scale=0.25"
 _SINKGD = "lorapre_sinkgd:rank={}:options=paper:scale=5"
 _EVERYTHING = "lorapre_muon:rank={}:table_rank={}:b2=0.95"
 CONTROL = "adamw:b2=0.95:matrix_rate=0.25"
-"""AdamW with full moments and all else as in LoRA-Pre Adam's rows: b2 and the ratio of rates."""
+"""AdamW with full moments, otherwise as in LoRA-Pre Adam's rows: b2 and the ratio of learning rates."""
 
 
 def variant(template: str, rank: int, names: Sequence[str] = ()) -> str:
-    """The key of a variant in one form.
+    """The canonical key of a variant.
 
     >>> variant("lorapre_adamw:rank={}:scale=0.25", 4, ("exact", "bound"))
     'lorapre_adamw:rank=4:scale=0.25:bias_correction=exact:bound=1'
@@ -79,7 +79,7 @@ def damped(key: str, damping: float) -> str:
 
 
 def table_starts() -> dict[str, tuple[str, str]]:
-    """Low-rank tables, by label: the variant that starts in the first gradient and the one that does not."""
+    """Low-rank embeddings, by label: the variant that starts in the first gradient and the one without."""
     templates = {f"LoRA-Pre SinkGD r={rank}": (_SINKGD, rank) for rank in sorted(RANKS)}
     return {
         label: (variant(template, rank, TOGETHER), variant(template, rank, WITHOUT_START))
@@ -88,7 +88,7 @@ def table_starts() -> dict[str, tuple[str, str]]:
 
 
 def searches() -> dict[str, float]:
-    """The variants whose rate is searched, and where the search starts."""
+    """The variants with a learning-rate search, and the start of the search."""
     found = {variant(_EVERYTHING, rank): 1.2e-2 for rank in (1, 4, 16)}
     found |= {variant(_SINKGD, 3, TOGETHER): 6e-3, CONTROL: FIXED_RATE, "adamw:b2=0.95": 3e-3}
     found["muon"] = tuned_rate("demo", "muon")[0]
@@ -102,7 +102,7 @@ def searches() -> dict[str, float]:
 
 
 def given() -> dict[str, float]:
-    """The variants whose rate is the example's own, searched before."""
+    """The variants with the example's own learning rate, searched before."""
     return {name: tuned_rate("demo", name)[0] for name in ("adamw", "sage_hybrid")}
 
 
@@ -119,13 +119,13 @@ def shown() -> list[str]:
 
 
 def long_runs() -> list[str]:
-    """The variants that are also trained for `LONG` steps, at the rate found for `STEPS`."""
+    """The variants that also train for `LONG` steps, at the learning rate found for `STEPS`."""
     adam = variant(_ADAM, 16, TOGETHER)
     return [CONTROL, variant(_EVERYTHING, 1), variant(_SINKGD, 3, TOGETHER), adam, "muon"]
 
 
 def measure(cells: Cells, after: Callable[[], Any]) -> None:
-    """Runs what is missing: ablations, searches, long runs; calls ``after`` once in a while."""
+    """Runs the missing cells: ablations, searches, long runs; calls ``after`` from time to time."""
     for rank in RANKS:
         for names in ABLATIONS:
             cells.loss(variant(_ADAM, rank, names), FIXED_RATE, STEPS)
@@ -147,7 +147,7 @@ def measure(cells: Cells, after: Callable[[], Any]) -> None:
     after()
     for key in long_runs():
         best = cells.best(key, STEPS)
-        assert best is not None  # the search before raises where no rate trains
+        assert best is not None  # the search raises if no learning rate trains
         cells.loss(key, best["learning_rate"], LONG)
         after()
 
@@ -189,48 +189,51 @@ def page(cells: Cells, facts: Mapping[str, Any]) -> str:
         ablation.append(line)
     ranks = [f"r = {rank}" for rank in sorted(RANKS)]
     header = ["optimizer", f"{STEPS} steps", f"{LONG} steps", "rate", "searched", "state, MiB"]
-    return f"""# What LoRA-Pre's rank and options are worth
+    return f"""# The effect of LoRA-Pre's rank and options
 
-The demo Llama (3.3 million parameters, tied table of 8192 x 192), {STEPS} steps of 2048 tokens, the same
-batches and start in every row, one seed; held-out perplexity, exp of the plain mean loss. Rates are searched on
-a grid of factor 2 with runs of full length; "edge": the best is at the end of the grid, a better rate may lie
-outside; "before": [the demo's rates](demo/rates.json); "not yet": one rate was run.
-{LONG} steps are at the rate found for {STEPS}; a dash is a run that has not
-been made.
+The demo Llama (3.3 million parameters, tied embedding of 8192 x 192), {STEPS} steps of 2048 tokens, the same
+batches and start in every row, one seed; held-out perplexity, exp of the plain mean loss. Learning rates are
+searched on a grid of factor 2 with runs of full length; "edge": the best is at the end of the grid, a better
+one may lie outside; "before": [the demo's rates](demo/rates.json); "not yet": one learning rate was run.
+{LONG} steps use the learning rate found for {STEPS}; a dash marks a run that does
+not exist.
 
-LoRA-Pre Adam and GaLore work on the matrices, at 0.25 of the rate of the table, which has AdamW (b2 = 0.95 in
-LoRA-Pre's rows; `AdamW b2=0.95 matrix x0.25` is the control: the same with full moments). LoRA-Pre SinkGD
-works on the table, with SinkGD (scale 5) and no state on the matrices. LoRA-Pre Muon with `table r` has low
-rank everywhere. "Recommended": {", ".join(TOGETHER)}; all low-rank tables have these options.
+LoRA-Pre Adam and GaLore act on the matrices, at 0.25 of the learning rate of the embedding, which uses AdamW
+(b2 = 0.95 in LoRA-Pre's rows; `AdamW b2=0.95 matrix x0.25` is the control: the same with full moments).
+LoRA-Pre SinkGD acts on the embedding, with SinkGD (scale 5) and no state on the matrices. LoRA-Pre Muon with
+`table r` has low rank everywhere. "Recommended": {", ".join(TOGETHER)}; all low-rank embeddings have these
+options.
 
 {describe_circumstances(facts)} Corpus {cells.dataset.corpus_sha256[:12]}, seed 0.
 
 {table([*header, "of AdamW's"], main)}
 
-What the low-rank rows store for a matrix (or table) of p x q: LoRA-Pre Adam two pairs of factors, (2p + 2q) r
-numbers; LoRA-Pre Muon one pair, (p + q) r, and with `table r` two pairs for the table;
-`optax.contrib.galore` a projection and two moments on the small side, (max + 2 min) r. In the rows of LoRA-Pre
-Adam, GaLore and LoRA-Pre Muon without `table r` the table has AdamW's two full moments, 47 % of AdamW's state.
+For a matrix (or embedding) of p x q LoRA-Pre Adam stores two pairs of factors, (2p + 2q) r numbers. LoRA-Pre
+Muon stores one pair, (p + q) r, and with `table r` two pairs for the embedding. `optax.contrib.galore` stores
+a projection and two moments on the small side, (max + 2 min) r. In the rows of LoRA-Pre Adam, GaLore and
+LoRA-Pre Muon without `table r` the embedding has AdamW's two full moments, 47 % of AdamW's state.
 
 ![perplexity against rank and state](lorapre_quality.png)
 
 ## The options, one at a time and together
 
-LoRA-Pre Adam on the matrices at one rate, {FIXED_RATE:g} ({STEPS} steps); AdamW at the same two rates:
+LoRA-Pre Adam on the matrices at one learning rate, {FIXED_RATE:g} ({STEPS} steps); AdamW at the same two
+learning rates:
 {_control(cells)}.
 
 {table(["options", *ranks], ablation)}
 
-## Where low-rank tables start
+## The start of low-rank embeddings
 
-LoRA-Pre SinkGD with the other three options, at the rate found with the gradient start ({STEPS} steps):
+LoRA-Pre SinkGD with the other three options, at the learning rate found with the gradient start ({STEPS}
+steps):
 
 {table(["optimizer", "gradient start", "normal start"], _starts(cells))}
 
 ## Damping
 
 Relative damping of the r x r systems ({STEPS} steps). LoRA-Pre Adam with all four options
-at {FIXED_RATE:g}, LoRA-Pre Muon with AdamW on the table at its best rate:
+at {FIXED_RATE:g}, LoRA-Pre Muon with AdamW on the embedding at its best learning rate:
 
 {table(["optimizer, damping", *ranks], _dampings(cells))}
 """
@@ -248,7 +251,7 @@ def report(cells: Cells, folder: pathlib.Path, command: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs what is missing and writes everything."""
+    """Runs the missing cells and writes everything."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.lorapre_quality", description=__doc__
@@ -270,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _shown(key: str) -> Variant:
-    """A variant as readers know it: what all rows of a kind share is left out."""
+    """A variant's label for readers, without the settings that all rows of a kind share."""
     found = parse_variant(key)
     if not found.optimizer.startswith("lorapre_"):
         return found

@@ -1,4 +1,4 @@
-"""How much of a device's arithmetic training uses: model FLOPs utilisation by optimizer. JAX, optax, Flax only.
+"""Measures model FLOPs utilisation of training by optimizer. It needs only JAX, optax and Flax.
 
     python -m benchmarks.mfu --presets galore_350m --optimizers adamw,sage_hybrid --profile out/profile
 
@@ -31,7 +31,7 @@ from examples.llama.training.program import Program
 
 KEYS = ("preset", "dtype", "variant", "batch_size", "seq_len", "device")
 PRESETS = {"galore_130m": 64, "galore_350m": 32, "galore_1b": 16}
-"""The presets measured by default, and the sequences of their step."""
+"""The presets measured by default, and the sequences per step."""
 OPTIMIZERS = ("adamw", "sage_hybrid", "lorapre_adamw", "muon", "lorapre_muon")
 
 _HOPPER = "NVIDIA H100/H200 datasheets, half of the figure with sparsity"
@@ -46,11 +46,11 @@ PEAKS = (
     ("TPU v5", 459.0, "Google Cloud, TPU v5p"),
     ("TPU v6", 918.0, "Google Cloud, TPU v6e"),
 )
-"""Part of a device's name, dense bfloat16 TFLOP/s of one device by its maker, and where that is written."""
+"""Part of a device's name, dense bfloat16 TFLOP/s of one device by its maker, and the source."""
 
 
 def peak_tflops(device: str, given: float | None = None) -> float:
-    """Dense bfloat16 TFLOP/s of a device: what is given, or what its maker writes.
+    """Dense bfloat16 TFLOP/s of a device: the given value, or its maker's.
 
     Raises:
         ValueError: The device is not in `PEAKS` and nothing is given.
@@ -67,11 +67,11 @@ def peak_tflops(device: str, given: float | None = None) -> float:
 
 
 def step_flops(model: LlamaConfig, batch_size: int, seq_len: int) -> float:
-    """Floating-point operations that a step of a model needs, however it is computed.
+    """Floating-point operations that a step of a model needs, for any implementation.
 
-    Six an entry of every matrix and token (two forward, four backward), the head among them and the table's
-    lookup not, and attention's two products over the half of the square that a causal model sees. What is
-    computed again, and the optimizer, do not count.
+    Six per entry of every matrix and token (two forward, four backward), with the head and without the
+    embedding's lookup, and attention's two products over the half of the square that a causal model sees.
+    Recomputation and the optimizer do not count.
 
     >>> model = LlamaConfig(vocab_size=10, hidden_size=4, intermediate_size=8, num_layers=1,
     ...                     num_heads=1, num_kv_heads=1)
@@ -92,8 +92,8 @@ class Step:
         preset: The model's shape.
         key: The optimizer, with options.
         dtype: Dtype of the matrix products; parameters are float32.
-        batch_size: Sequences of the step.
-        seq_len: Predicted tokens of a sequence.
+        batch_size: Sequences per step.
+        seq_len: Predicted tokens per sequence.
     """
 
     def __init__(self, preset: str, key: str, dtype: str, batch_size: int, seq_len: int):
@@ -107,17 +107,17 @@ class Step:
         self.update = Update(preset, key)
 
     def compile(self) -> Any:
-        """Compiles both; the update's function is returned."""
+        """Compiles both; returns the update's function."""
         self.program.compile()
         return self.update.compile()[0]
 
     def measure(
         self, update: Any, steps: int, peak: float, profile: pathlib.Path | None = None
     ) -> dict[str, Any]:
-        """Times some steps in a row, the host ahead of the device, and then the update alone.
+        """Times some consecutive steps, with the host ahead of the device, and then the update alone.
 
         Args:
-            update: What `compile` returned.
+            update: The result of `compile`.
             steps: Steps of each of three stretches.
             peak: The device's TFLOP/s.
             profile: Folder for a trace of three more steps.
@@ -198,7 +198,7 @@ def rows_table(cells: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures what is missing, writes mfu.json and prints the table.
+    """Measures the missing rows, writes mfu.json and prints the table.
 
     Args:
         arguments: command line, without the program's name.

@@ -1,4 +1,4 @@
-"""Peers that only benchmarks know, as entries of the example's registry."""
+"""Peers for benchmarks only, as entries of the example's registry."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from layout_optax import by_role
 
 
 def factored_tables(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
-    """Optax's factored second moment on tables, SinkGD on matrices, AdamW on vectors, at one rate.
+    """Optax's factored second moment on embedding and head, SinkGD on matrices, AdamW on vectors, at one rate.
 
-    The table's direction is Adafactor's without its step relative to the parameter: the gradient over the
+    The embedding's direction is Adafactor's without its step relative to the parameter: the gradient over the
     root of the factored second moment, clipped to rms 1.
 
     >>> import jax.numpy as jnp
@@ -62,10 +62,10 @@ def fira(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransfo
 
 
 def products(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
-    """What LoRA-Pre Adam cannot do without, and nothing else: no optimizer, but a floor to time.
+    """The unavoidable products of LoRA-Pre Adam alone: not an optimizer, but a lower bound to time.
 
-    Of every matrix and both moments the gradient times one factor, the other factor times the gradient, and
-    the product of the factors: 12 r operations an entry at rank r. AdamW on the rest.
+    For every matrix and both moments these are the gradient times one factor, the other factor times the
+    gradient, and the product of the factors: 12 r operations per entry at rank r. AdamW on the rest.
 
     >>> import jax.numpy as jnp
     >>> tx = products(1e-2, OptimizerOptions(rank=2))

@@ -1,10 +1,10 @@
-"""What each precision of LoRA-Pre's products costs, against float64: cosines, norms, disturbances.
+"""The error of each precision of LoRA-Pre's products, against float64: cosines, norms, disturbances.
 
     python -m benchmarks.precision
 
-Accelerators multiply in passes of TF32 or bfloat16. Here each pass is done on a CPU with operands that
-are rounded as those devices round them, and float32 sums, so that no device is needed. It writes
-precision.json and precision.md.
+Accelerators multiply in passes of TF32 or bfloat16. This script emulates each pass on a CPU with operands
+rounded as on those devices, and float32 sums, so that no device is needed. It writes precision.json and
+precision.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lorapre_optax._newton_schulz import orthogonalize
 from lorapre_optax._products import Narrow
 
 BITS = {"TF32": 10, "bfloat16": 7, "float32": 23}
-"""Bits of the mantissa behind the leading one."""
+"""Bits of the mantissa after the leading one."""
 P, Q = 96, 160
 LAYOUT = ParamLayout("matrix", (0,), (1,))
 DECAYS = (0.9, 0.95**0.5)
@@ -47,9 +47,9 @@ class Setting(NamedTuple):
     """Passes and dtypes of the products.
 
     Attributes:
-        large: Of products with a whole matrix.
-        exact: Of Gram matrices and of products with inverses.
-        passes: Of the latter: 1 or 3.
+        large: Precision of products with a whole matrix.
+        exact: Precision of Gram matrices and of products with inverses.
+        passes: Passes of the latter: 1 or 3.
     """
 
     large: str
@@ -80,7 +80,7 @@ DISTURBANCES: dict[str, Callable[..., jax.Array]] = {
 
 
 def rounded(x: jax.Array, kind: str) -> jax.Array:
-    """Rounded to TF32 or bfloat16, kept in its dtype."""
+    """Rounds to TF32 or bfloat16 and keeps the dtype."""
     return x if kind == "float32" else jax.lax.reduce_precision(x, 8, BITS[kind])
 
 
@@ -103,7 +103,7 @@ def product(equation: str, a: jax.Array, b: jax.Array, kind: str, passes: int) -
 
 @contextlib.contextmanager
 def emulated(setting: Setting) -> Iterator[None]:
-    """Within it, LoRA-Pre's products are traced as a setting says."""
+    """A context in which LoRA-Pre's products are traced with a setting."""
 
     def large(equation, a, b, narrow=None, out_sharding=None, *, narrow_result=False):
         found = product(equation, a, b, setting.large, 1)
@@ -161,7 +161,7 @@ def compare(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
 
 
 def exact_average(grads: np.ndarray, decay: float) -> np.ndarray:
-    """The full average of every step, over 1 - b^t."""
+    """The full average at every step, over 1 - b^t."""
     average, found = np.zeros_like(grads[0]), []
     for t, g in enumerate(grads, 1):
         average = decay * average + (1 - decay) * g
@@ -170,7 +170,7 @@ def exact_average(grads: np.ndarray, decay: float) -> np.ndarray:
 
 
 def optimizers(rank: int) -> dict[str, Any]:
-    """What is run: an average, Adam and Muon."""
+    """The rules to run: an average, Adam and Muon."""
     options: dict[str, Any] = {"layout": LAYOUT, "full_rank_fallback": False}
     return {
         "average": low_rank_ema(DECAYS[0], rank, **options),
@@ -311,9 +311,9 @@ def page(results: dict[str, Any]) -> str:
     schulz = results["newton_schulz"]
     return f"""# What lower precision costs LoRA-Pre
 
-Products of lower precision, emulated on a CPU: operands rounded to TF32 or bfloat16 as the devices round them,
-float32 sums; three passes keep the rounding errors of both operands as well. All against float64. So this
-tells what the settings of each platform cost in accuracy, and nothing of their time.
+Products of lower precision are emulated on a CPU: operands are rounded to TF32 or bfloat16 as the devices round
+them, sums are float32, and three passes also keep the rounding errors of both operands. All are compared with
+float64. The page shows the error of each platform's settings, not their time.
 
 {describe_circumstances(results["circumstances"])}
 
@@ -334,8 +334,8 @@ Gradients with a few drifting directions in noise, rounded to bfloat16: {P} x {Q
         results["steps"]
     } steps.
 Directions against those of the same rule in float64, the worst of the second half of the steps. The last two
-columns are the low-rank average against the exact one, where low rank itself is what costs. Muon's accumulator
-is compared before Newton-Schulz.
+columns compare the low-rank average with the exact one, where low rank itself causes the error. Muon's
+accumulator is compared before Newton-Schulz.
 
 {chr(10).join(sections)}
 
@@ -351,7 +351,7 @@ step for the factor of a million) and 200 steps or more after it.
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures and writes ``precision.json`` and ``precision.md``; returns what the JSON file holds."""
+    """Measures and writes ``precision.json`` and ``precision.md``; returns the JSON file's content."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__)
     parser.add_argument("--steps", type=int, default=150)

@@ -1,4 +1,4 @@
-"""Does Sinkhorn on two scaling vectors pay? Time, bytes and accuracy against the plain float32 loop."""
+"""Compares Sinkhorn on two scaling vectors with the plain float32 loop: time, bytes and accuracy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from layout_optax import ParamLayout
 from sage_optax import scale_by_sinkhorn
 
 ITERATIONS, EPS = 5, 1e-8
-SIZES = (1.0, 1e22)  # the squares of the second leave float32
+SIZES = (1.0, 1e22)  # the squares of the second exceed float32
 
 
 @dataclass(frozen=True)
@@ -159,19 +159,19 @@ Five sweeps, eps 1e-8, unit variant, both compiled. The plain loop divides the w
 half-steps; `scale_by_sinkhorn` reads the squared gradient ten times and writes the direction once. Times in
 milliseconds, medians of at least {
         pairs
-    } pairs taken in turns in one process; the ratio is the median of
-the pairs' ratios, beside it their quartiles.
+    } pairs measured in turns in one process; the ratio is the median of
+the pairs' ratios, with their quartiles.
 
 {describe_circumstances(results["circumstances"])}
 
 {table(["parameter", "ours", "plain loop", "ratio", "quartiles"], times)}
 
-Bytes that operations read and write (XLA's cost analysis, loops unrolled), in float32 matrices of the
-parameter's size. Ours are 2 for the peaks of rows and columns, 2 for the squares, 10 for the half-steps, 2 for
-the direction. XLA:CPU hands steps of the plain loop to a library and counts only what goes in and comes out;
-the second pair of columns is compiled without that library. Temporary memory (memory analysis) in the same
-unit. Errors are relative to the loop in float64, for a gradient of ordinary size and for one at 1e+22,
-whose squares leave float32; from bfloat16 the error is the rounding of the result.
+The table gives bytes that operations read and write (XLA's cost analysis, loops unrolled), in float32 matrices
+of the parameter's size. Ours are 2 for the peaks of rows and columns, 2 for the squares, 10 for the
+half-steps, 2 for the direction. XLA:CPU passes steps of the plain loop to a library and counts only its inputs
+and outputs; the second pair of columns is compiled without that library. Temporary memory (memory analysis)
+has the same unit. Errors are relative to the loop in float64, for a gradient of ordinary size and for one at
+1e+22, whose squares leave float32; from bfloat16 the error is the rounding of the result.
 
 {
         table(
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
       arguments: command line, without the program's name.
 
     Returns:
-      What the JSON file holds.
+      The JSON file's content.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sinkhorn", description=__doc__)

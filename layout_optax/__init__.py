@@ -1,4 +1,4 @@
-"""What each parameter is, which of its axes are rows and columns, and where its state lives."""
+"""Roles, row and column axes, state memory and state shardings of parameters, for optax transformations."""
 
 from layout_optax.boxes import unboxed as unboxed
 from layout_optax.describe import describe as describe

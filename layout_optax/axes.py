@@ -1,7 +1,7 @@
 """Arithmetic on a parameter's own axes: means, norms and contractions over rows or columns.
 
-Nothing here transposes or reshapes. What is left after a reduction keeps the parameter's other axes in
-their order, so its sharding is the parameter's with the reduced axes left out.
+These functions neither transpose nor reshape. A reduced array keeps the parameter's remaining axes in
+order, so its sharding is the parameter's without the reduced axes.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from layout_optax.layout import ParamLayout
 
 LARGE_STATISTIC = 2**16
-"""Elements from which on a statistic is sharded along mesh axes that its own axes do not have."""
+"""Statistics with at least this many elements are also sharded along the mesh axes of removed axes."""
 
 
 def compute_dtype(dtype: Any) -> jnp.dtype:
-    """The dtype statistics are computed in: float32, or the given dtype where that is wider.
+    """The dtype for computing statistics: float32, or the given dtype where that is wider.
 
     Example:
       >>> compute_dtype(jnp.bfloat16)
       dtype('float32')
     """
-    # Not `jnp.promote_types`, which knows no common dtype under strict promotion.
+    # `jnp.promote_types` finds no common dtype under strict promotion.
     dtype = jnp.dtype(dtype)
     wide = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 4
     return dtype if wide else jnp.dtype("float32")
 
 
 def rms(x: jax.Array, axes: Sequence[int], *, keepdims: bool = True) -> jax.Array:
-    """Root mean square over ``axes``; the absolute value where there are none."""
+    """Root mean square over ``axes``; the absolute value if there are no axes."""
     return jnp.sqrt(jnp.mean(jnp.square(x), axis=tuple(axes), keepdims=keepdims))
 
 
 def remaining(axes: Sequence[int], removed: Sequence[int]) -> tuple[int, ...]:
-    """The positions that ``axes`` of a parameter have once the ``removed`` axes are gone.
+    """The positions of a parameter's ``axes`` after the ``removed`` axes are gone.
 
     Example:
       >>> remaining((0, 3), removed=(1,))
@@ -51,14 +51,14 @@ def remaining(axes: Sequence[int], removed: Sequence[int]) -> tuple[int, ...]:
 
 
 def shape_without(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
-    """A shape with the given axes left out."""
+    """A shape without the given axes."""
     return tuple(size for axis, size in enumerate(shape) if axis not in axes)
 
 
 def subscripts(layout: ParamLayout, ndim: int) -> tuple[str, str, str]:
-    """Einsum letters of a whole parameter, of its batch and row axes, of its batch and column axes.
+    """Einsum axes of a whole parameter, of its batch and row axes, and of its batch and column axes.
 
-    Each keeps the parameter's axis order. Letters stay clear of ``z``, free for a rank axis.
+    Each keeps the parameter's axis order. None uses ``z``, which is free for a rank axis.
 
     Example:
       >>> subscripts(ParamLayout("matrix", (2,), (1,)), 3)
@@ -72,7 +72,7 @@ def subscripts(layout: ParamLayout, ndim: int) -> tuple[str, str, str]:
 
 
 def named_sharding(x: Any) -> NamedSharding | None:
-    """The named sharding of an array, shape or tracer, on whatever kind of mesh, else None."""
+    """The named sharding of an array, shape or tracer on any kind of mesh, or None."""
     traced = isinstance(x, Tracer)
     # Arrays and shapes know their concrete mesh, which an eager computation needs.
     sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
@@ -81,7 +81,7 @@ def named_sharding(x: Any) -> NamedSharding | None:
 
 
 def spec_entries(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:
-    """The entries of a sharding's spec, one for each of ``ndim`` axes; a spec may leave the last out.
+    """The entries of a sharding's spec, one per axis; a spec may omit its last entries.
 
     Example:
       >>> mesh = jax.sharding.AbstractMesh((2,), ("x",))
@@ -104,15 +104,15 @@ def mesh_axes(entry: Any) -> tuple[str, ...]:
 def dividing_axes(
     size: int, names: Sequence[str], devices: Mapping[str, int]
 ) -> str | tuple[str, ...] | None:
-    """The spec entry that spreads an axis of this size over as many devices as these mesh axes can.
+    """The spec entry that shards an axis of this size over as many devices as these mesh axes allow.
 
-    JAX wants shards of equal size, so mesh axes are left out until the rest divides the axis: of all
-    choices the one with the most devices, of those the one with the most mesh axes.
+    JAX requires shards of equal size, so mesh axes are left out until the rest divides the axis. Among the
+    possible choices, the one with the most devices wins, then the one with the most mesh axes.
 
     Args:
-      size: of the axis.
+      size: the axis's size.
       names: mesh axes to choose from.
-      devices: the number of devices along each, as ``mesh.shape`` has it.
+      devices: the number of devices along each mesh axis, as in ``mesh.shape``.
 
     Example:
       >>> [dividing_axes(size, ("x", "y"), {"x": 2, "y": 4}) for size in (16, 12, 6, 5)]
@@ -128,19 +128,19 @@ def dividing_axes(
 
 
 def joined(names: Sequence[str]) -> str | tuple[str, ...] | None:
-    """The spec entry of some mesh axes, see `mesh_axes`."""
+    """The spec entry of some mesh axes; see `mesh_axes`."""
     return tuple(names) if len(names) > 1 else names[0] if names else None
 
 
 def project(sharding: NamedSharding, ndim: int, axes: Sequence[int]) -> NamedSharding:
-    """A sharding of ``ndim`` axes without the entries of the given axes."""
+    """Removes the entries of the given axes from a sharding of ``ndim`` axes."""
     entries = enumerate(spec_entries(sharding, ndim))
     kept = [entry for axis, entry in entries if axis not in axes]
     return NamedSharding(sharding.mesh, PartitionSpec(*kept))
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
-    """The sharding of an array, shape or tracer whose mesh axes are all Explicit, else None."""
+    """The sharding of an array, shape or tracer if all its mesh axes are Explicit, else None."""
     sharding = named_sharding(x)
     if sharding is None:
         return None
@@ -149,12 +149,12 @@ def explicit_sharding(x: Any) -> NamedSharding | None:
 
 
 def known_sharding(x: Any) -> NamedSharding | None:
-    """The sharding that can be read off: of a tracer on Explicit mesh axes only, else on any mesh."""
+    """The sharding if it is known: for a tracer on Explicit mesh axes only, otherwise on any mesh."""
     return explicit_sharding(x) if isinstance(x, Tracer) else named_sharding(x)
 
 
 def placed(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-    """The array with this sharding; as it is where there is none to give."""
+    """Places an array in this sharding; None leaves the array as it is."""
     if sharding is None:
         return x
     reshard = jax.sharding.reshard if isinstance(x, Tracer) else jax.device_put
@@ -162,7 +162,7 @@ def placed(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
 
 
 def sharding_without(x: Any, axes: Sequence[int]) -> NamedSharding | None:
-    """The projection on the axes that stay of a sharding whose mesh axes are Explicit, or None."""
+    """The sharding without the entries of ``axes`` if all mesh axes are Explicit, else None."""
     sharding = explicit_sharding(x)
     return None if sharding is None else project(sharding, len(x.shape), axes)
 
@@ -170,15 +170,15 @@ def sharding_without(x: Any, axes: Sequence[int]) -> NamedSharding | None:
 def statistic_sharding(
     own: NamedSharding | None, shape: Sequence[int], removed: Sequence[int]
 ) -> NamedSharding | None:
-    """The sharding of a statistic that lacks some axes of its parameter.
+    """The sharding of a statistic, which lacks some axes of its parameter.
 
-    Its axes keep the mesh axes that they have in the parameter. From `LARGE_STATISTIC` elements on its longest
-    axis takes those of the removed axes too, as many as divide it: below, a copy on every device costs less
-    than moving it.
+    The statistic's axes keep the mesh axes that they have in the parameter. If it has at least
+    `LARGE_STATISTIC` elements, its longest axis also takes as many mesh axes of the removed axes as divide it.
+    For smaller statistics a copy on every device is cheaper than moving data.
 
     Args:
       own: the parameter's sharding; None gives None.
-      shape: the parameter's.
+      shape: the parameter's shape.
       removed: axes that the statistic lacks.
 
     Example:
@@ -203,14 +203,14 @@ def statistic_sharding(
 
 
 def open_statistic(x: jax.Array, like: jax.Array, removed: Sequence[int]) -> jax.Array:
-    """A statistic as a step reads it: along its parameter's axes, with the mesh axes that they have there."""
+    """Reshards a statistic for a step: along its parameter's axes, with the mesh axes they have there."""
     if x.size < LARGE_STATISTIC:
         return x
     return placed(x, sharding_without(like, removed))
 
 
 def close_statistic(x: jax.Array, like: jax.Array, removed: Sequence[int]) -> jax.Array:
-    """A statistic as the state keeps it, see `statistic_sharding`."""
+    """Reshards a statistic as the state stores it; see `statistic_sharding`."""
     if x.size < LARGE_STATISTIC:
         return x
     return placed(x, statistic_sharding(explicit_sharding(like), like.shape, removed))
@@ -219,8 +219,8 @@ def close_statistic(x: jax.Array, like: jax.Array, removed: Sequence[int]) -> ja
 def zeros_without(param: Any, axes: Sequence[int], dtype: Any) -> jax.Array:
     """Zeros of a parameter's shape without ``axes``, created with the projected sharding.
 
-    Under `jax.jit` the projection needs a mesh of Explicit axes, since a tracer on an Auto mesh does
-    not know its sharding; outside of it the array's own sharding serves on any mesh.
+    Under `jax.jit` the projection needs a mesh of Explicit axes, since a tracer on an Auto mesh does not know
+    its sharding. Outside of `jax.jit` it uses the array's own sharding on any mesh.
 
     Args:
       param: an array, tracer or `jax.ShapeDtypeStruct`.
@@ -233,7 +233,7 @@ def zeros_without(param: Any, axes: Sequence[int], dtype: Any) -> jax.Array:
 
 
 def zero_statistic(param: Any, axes: Sequence[int], dtype: Any) -> jax.Array:
-    """`zeros_without` with the sharding of `statistic_sharding`, for a state to keep."""
+    """`zeros_without` with the sharding of `statistic_sharding`, for use as state."""
     sharding = statistic_sharding(known_sharding(param), param.shape, axes)
     return _zeros(param, shape_without(param.shape, axes), dtype, sharding)
 
@@ -255,7 +255,7 @@ def contract(
         column axes; ``over="rows"``: batch and row axes).
       layout: the parameter's layout with non-negative axes.
       over: ``"rows"`` or ``"columns"``, the axes that are summed away.
-      precision: matmul precision; accelerators default to bfloat16 or TF32, which norms do not bear.
+      precision: matmul precision; accelerators default to bfloat16 or TF32, which are too coarse for norms.
 
     Returns:
       Shape of the parameter without the summed axes.

@@ -1,4 +1,4 @@
-"""Optimizers for boxed parameters: Flax's metadata stays with the parameters and out of the state."""
+"""Optimizers for boxed parameters: Flax's metadata stays with the parameters, not with the state."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from layout_optax.metadata import (
 
 
 def unboxed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Makes a transformation see arrays where Flax or Haliax keeps boxes, and boxes its updates again.
+    """Gives a transformation plain arrays instead of Flax's or Haliax's boxes, and boxes its updates again.
 
     Boxes are Linen's ``nn.Partitioned``, ``nn.LogicallyPartitioned`` and any other ``AxisMetadata``, and NNX's
-    ``Variable`` with all its kinds (``Param``). Both carry a partition spec that is true of the parameter
-    alone. A `jax.tree.map` in an optimizer would copy it onto statistics of other shapes, where it names axes
-    that are not there: `optax.adafactor` fails on such parameters, a thin factor would be sharded along
-    the wrong axis. NNX moreover shows an optimizer variables at init and arrays at update.
+    ``Variable`` with its subclasses (``Param``). Both carry a partition spec that applies to the parameter
+    only. A `jax.tree.map` in an optimizer copies this spec onto statistics of other shapes, where it names axes
+    that do not exist. `optax.adafactor` fails on such parameters, and a thin factor would be sharded along the
+    wrong axis. NNX also passes variables to an optimizer's init but arrays to its update.
 
-    With ``unboxed`` outermost the inner transformation sees one and the same tree of arrays, always. Of Linen's
-    parameters its state holds no boxes: it is the state that the unboxed parameters would have, and
-    ``nn.get_partition_spec`` finds nothing in it; take its shardings from `state_shardings`. Of NNX variables
-    with names on their axes (``out_sharding``) every array of the state is a variable too, whose names are
-    those of its parameter that apply: ``nnx.get_partition_spec`` and ``nnx.get_named_sharding`` of an
-    ``nnx.Optimizer`` say where it belongs, as `state_shardings` does. Trees without boxes pass through.
+    With ``unboxed`` outermost, the inner transformation always sees the same tree of arrays. For Linen's
+    parameters the state holds no boxes: it equals the state of the unboxed parameters, and
+    ``nn.get_partition_spec`` finds nothing in it, so take its shardings from `state_shardings`. For NNX
+    variables with names on their axes (``out_sharding``), every array of the state is a variable too, with
+    those names of its parameter that apply. ``nnx.get_partition_spec`` and ``nnx.get_named_sharding`` of an
+    ``nnx.Optimizer`` then agree with `state_shardings`. Trees without boxes pass through.
 
     Haliax's ``NamedArray`` is such a box too, whose names Levanter's trainer turns into shardings: every
     array of the state is a ``NamedArray`` with the names that apply, its other axes ``state_0``, ``state_1``...
 
-    Masks, labels and layouts that are given to ``tx`` as trees are matched with the parameters without boxes.
+    If masks, labels and layouts are given to ``tx`` as trees, they must match the parameters without boxes.
 
     Args:
-      tx: any optax transformation; `optax.chain` and every other wrapper go inside.
+      tx: any optax transformation, with `optax.chain` and every other wrapper inside.
 
     Returns:
       A transformation with the same state, up to boxes. Updates have the structure of the gradients, each in a
-      copy of its gradient's box. Extra arguments reach ``tx`` without boxes too; a function among them is
-      called with what ``tx`` sees, arrays.
+      copy of its gradient's box. Extra arguments reach ``tx`` without boxes too. A function among them receives
+      arrays, as ``tx`` does.
 
     Raises:
-      TypeError: if ``tx`` is no transformation; at init and update, for a box that is not a pytree node of
-        one child (it names the path).
+      TypeError: if ``tx`` is not a transformation; at init and update for a box that is not a pytree node with
+        one child. The message names the path.
 
     Example:
       >>> import flax.linen as nn, jax.numpy as jnp
@@ -116,10 +116,10 @@ def is_box(node: Any) -> bool:
 
 
 def refuse_boxes(params: PyTree) -> None:
-    """Refuses boxes with names for axes: a state of other shapes would inherit them, and fail far from here.
+    """Refuses boxes with axis names: state of other shapes would inherit them and fail far from here.
 
     Raises:
-      TypeError: naming the path and `unboxed`.
+      TypeError: with the path, and `unboxed` as the remedy.
     """
     for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box):
         if is_box(node) and _has_names(node):
@@ -138,7 +138,7 @@ def _has_names(box: Any) -> bool:
 
 
 def _unbox(tree: PyTree) -> PyTree:
-    """The tree with each box replaced by what is in it; boxes may lie in boxes."""
+    """Replaces each box in a tree by its content; boxes may be nested."""
 
     def content(path: tuple[Any, ...], node: Any) -> Any:
         if not is_box(node):
@@ -152,7 +152,7 @@ def _unbox(tree: PyTree) -> PyTree:
 
 
 def _rebox(boxed: PyTree, values: PyTree) -> PyTree:
-    """The values in copies of the boxes that stand at their places in another tree."""
+    """Puts values into copies of the boxes at the same places in another tree."""
 
     def enclose(path: tuple[Any, ...], node: Any, value: Any) -> Any:
         if not is_box(node):
@@ -164,7 +164,7 @@ def _rebox(boxed: PyTree, values: PyTree) -> PyTree:
 
 
 def _owners(params: PyTree) -> list[Owner | None]:
-    """For each leaf of the parameters without boxes the box with names for its axes, or None."""
+    """For each leaf of the parameters without boxes, the box with axis names, or None."""
     owners: list[Owner | None] = []
     for node in jax.tree.leaves(params, is_leaf=is_box):
         values = jax.tree.leaves(_unbox(node))
@@ -176,10 +176,10 @@ def _owners(params: PyTree) -> list[Owner | None]:
 
 
 def _open(path: tuple[Any, ...], box: Any) -> tuple[Any, Any]:
-    """What is in a box, and the box itself as a tree structure with one place to fill.
+    """The content of a box, and the box itself as a tree structure with one place to fill.
 
-    ``box.unbox()`` would put a sharding constraint on the value, which an abstract value cannot bear, and
-    NNX's constructor would place it anew. As a pytree node a box only wraps.
+    ``box.unbox()`` would put a sharding constraint on the value, which fails for an abstract value, and NNX's
+    constructor would place the value again. As a pytree node a box only wraps its content.
     """
     values, structure = jax.tree_util.tree_flatten(box, is_leaf=lambda node: node is not box)
     if len(values) != 1 or values[0] is box:

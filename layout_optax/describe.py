@@ -1,4 +1,4 @@
-"""A table of what was decided for every parameter, so that no routing stays silent."""
+"""Prints the layout, the transformation and the state of every parameter."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ def describe(
     *,
     layout: LayoutLike = None,
 ) -> str:
-    """Describes the layout of every parameter and, with ``tx``, the state that it gets.
+    """Returns a text table of every parameter's layout and, with ``tx``, its optimizer state.
 
     Args:
       params: a pytree of arrays or `jax.ShapeDtypeStruct`.
-      tx: any optax transformation; its state is read from ``jax.eval_shape(tx.init, params)``, so nothing
-        is allocated. Give the same ``layout`` that ``tx`` was made with.
-      layout: as every transformation takes it; None infers.
+      tx: any optax transformation. `describe` evaluates ``tx.init`` abstractly and allocates nothing. Pass the
+        same ``layout`` as to ``tx``.
+      layout: see `layout_optax.LayoutLike`; None infers it.
 
     Returns:
-      A text table: path, shape, role, row, column and batch axes, what was assumed (marked where it is a
-      guess); with ``tx`` also the transformation that trains the parameter, its rank where it is low-rank,
-      and bytes. ``(stateless)``: trained without state by a transformation that does not say its name,
-      ``(frozen)``: not trained.
+      A text table with path, shape, role, row, column and batch axes, and the rule that decided, marked if it
+      is a guess. With ``tx`` it also shows the transformation that trains the parameter, its rank if it is
+      low-rank, and the bytes of its state. ``(stateless)`` marks a parameter that a transformation without
+      state or name trains, ``(frozen)`` one that is not trained, and ``(unmanaged)`` one that a layout rule
+      excludes.
 
     Raises:
       ValueError: for a leaf that no rule explains.
@@ -85,7 +86,7 @@ def describe(
 
 
 def _reasons(params: PyTree, layout: LayoutLike) -> dict[str, str]:
-    """Why each leaf has its layout, by path."""
+    """The reason for each leaf's layout, by path."""
     rules = inference_rules(layout)
     reasons = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_empty)[0]:
@@ -98,20 +99,20 @@ def _reasons(params: PyTree, layout: LayoutLike) -> dict[str, str]:
 
 def _axes(layout: ParamLayout | None, ndim: int) -> list[str]:
     if layout is None:
-        return ["(not ours)", "-", "-", "-"]
+        return ["(unmanaged)", "-", "-", "-"]
     groups = (layout.row_axes, layout.column_axes, layout.batch_axes(ndim))
     return [layout.role, *(",".join(map(str, axes)) or "-" for axes in groups)]
 
 
 def _transformations(state: Sequence[StateLeaf], notes: Sequence[Note]) -> str:
-    """What trains a parameter: as noted, and the states that no note speaks for."""
+    """The transformations that train a parameter: those noted, and the states without a note."""
     spoken = {note.state for note in notes}
     names = [leaf.transformation for leaf in state if leaf.transformation not in spoken]
     return "+".join(dict.fromkeys([*names, *(note.transformation for note in notes)]))
 
 
 def _rank(notes: Sequence[Note], role: str) -> str:
-    """The ranks of a parameter's factors, or why a low-rank transformation has none for it."""
+    """The ranks of a parameter's factors, or the reason why a low-rank transformation has none."""
     ranks = dict.fromkeys(note.rank for note in notes if note.rank)
     numbers = [rank for rank in ranks if rank.isdigit()]
     whole = [] if role == "vector" else list(ranks)
@@ -119,14 +120,14 @@ def _rank(notes: Sequence[Note], role: str) -> str:
 
 
 def _frozen(tx: optax.GradientTransformation, params: PyTree, state: PyTree) -> set[str]:
-    """Paths of the parameters whose update depends neither on their gradient nor on themselves."""
+    """Paths of the parameters whose update depends on neither their gradient nor their value."""
     flat = jax.tree_util.tree_leaves_with_path(params)
     try:
         jaxpr = jax.make_jaxpr(lambda g, s, p: tx.update(g, s, p)[0])(params, state, params).jaxpr
-    except Exception:  # an update that wants more than gradients and parameters: nothing is known
+    except Exception:  # the update needs more than gradients and parameters, so nothing is known
         return set()
     count = len(flat)
-    depends: dict[Any, set[int]] = {}  # on which parameters, by variable
+    depends: dict[Any, set[int]] = {}  # variable -> indices of the parameters it depends on
     for position, variable in enumerate(jaxpr.invars):
         behind = len(jaxpr.invars) - position
         own = {position} if position < count else {count - behind} if behind <= count else set()

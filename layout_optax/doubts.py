@@ -1,4 +1,4 @@
-"""What is not certain about inferred layouts: warnings with the rule to add, errors for rules without use."""
+"""Warnings about uncertain layouts, with the rule to add, and errors for rules that match nothing."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from layout_optax.rules import Inferred, Rule, anchored
 
 
 class LayoutWarning(UserWarning):
-    """A layout, a role or a rank that is probably not what was meant; said once for each message.
+    """Warns of a layout, a role or a rank that is probably wrong, once for each message.
 
-    The message names the parameters and the rule that settles the matter: the one that is right, or the
-    one that says the present reading is meant. `warnings.filterwarnings` silences the category.
+    The message names the parameters and two rules: one that corrects the reading, and one that confirms it.
+    Silence the category with `warnings.filterwarnings`.
     """
 
 
 _SAID: set[str] = set()
-_LINES = 6  # of rules in one message
-_MATRIX = re.compile(  # names that only matrices bear
+_LINES = 6  # rules in one message
+_MATRIX = re.compile(  # names that only matrices have
     r"(?i)(^|/)([qkvo]|qkv|query|key|value|up|down|gate|w[123qkvoi]|wi_\d|[qkvo]_proj|(up|down|gate|qkv)_proj"
     r"|\w*att\w*|mlp\w*|ffn|feed_forward)(/|$)"
 )
@@ -30,7 +30,7 @@ _IN_STACK = re.compile(r"(?i)(^|/)(\w+_)?(layers?|blocks?|h)([_/]|$)")
 
 
 def warn_once(message: str) -> None:
-    """Warns with `LayoutWarning`, once a process for each message."""
+    """Warns with `LayoutWarning`, once per process for each message."""
     if message not in _SAID:
         _SAID.add(message)
         warnings.warn(message, LayoutWarning, stacklevel=3)
@@ -38,10 +38,10 @@ def warn_once(message: str) -> None:
 
 @functools.lru_cache(maxsize=256)
 def check_rules(rules: tuple[Rule, ...], paths: tuple[str, ...]) -> None:
-    """Refuses rules that match none of the paths of a whole tree.
+    """Refuses rules that match no path of a whole tree.
 
     Raises:
-      ValueError: naming the pattern and the path nearest to it, or what is wrong with the expression.
+      ValueError: with the pattern and the nearest path, or with the fault in the regular expression.
     """
     for pattern, _ in rules:
         if not matches(pattern, paths, "layout: rule"):
@@ -52,10 +52,10 @@ def check_rules(rules: tuple[Rule, ...], paths: tuple[str, ...]) -> None:
 
 
 def matches(pattern: str, paths: Sequence[str], what: str) -> bool:
-    """Whether a pattern is found in any path.
+    """Whether a pattern matches any path.
 
     Raises:
-      ValueError: if it is no regular expression; ``what`` begins the message.
+      ValueError: if the pattern is not a regular expression; ``what`` begins the message.
     """
     try:
         find = re.compile(pattern).search
@@ -67,9 +67,9 @@ def matches(pattern: str, paths: Sequence[str], what: str) -> bool:
 
 
 def nearest(pattern: str, paths: Sequence[str]) -> str:
-    """Words that name the path most like a pattern."""
+    """Names the path that is most similar to a pattern."""
     plain = re.sub(r"[\\^$()?]", "", pattern)
-    # The ends of paths, since patterns name ends more often than whole paths.
+    # Compare the ends of paths, since patterns name ends more often than whole paths.
     depth = plain.count("/") + 1
     ends = {"/".join(path.split("/")[-n:]): path for path in paths for n in (depth, depth + 1)}
     close = difflib.get_close_matches(plain, ends, n=1, cutoff=0.0)
@@ -79,13 +79,13 @@ def nearest(pattern: str, paths: Sequence[str]) -> str:
 def warn_of_guesses(
     paths: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], found: tuple[Inferred, ...]
 ) -> None:
-    """Warns of leaves whose axes are uncertain, and of those that look like stacks beside stacks."""
+    """Warns of leaves with uncertain axes, and of leaves that look like stacks beside stacks."""
     for message in (*_uncertain(paths, found), *_unstacked(paths, shapes, found)):
         warn_once(message)
 
 
 def _uncertain(paths: Sequence[str], found: Sequence[Inferred]) -> list[str]:
-    """Leaves whose preset or stack is a guess, with the other reading as a rule."""
+    """Leaves whose preset or stack is a guess, with a rule for the other reading."""
     by_guess: dict[str, list[tuple[str, Inferred]]] = {}
     for path, inferred in zip(paths, found, strict=True):
         if inferred.guess and inferred.other is not None:
@@ -104,8 +104,8 @@ def _uncertain(paths: Sequence[str], found: Sequence[Inferred]) -> list[str]:
 def _unstacked(
     paths: Sequence[str], shapes: Sequence[tuple[int, ...]], found: Sequence[Inferred]
 ) -> list[str]:
-    """Matrices told by shape alone, one axis of which is the batch axis of the leaves beside them."""
-    batches: dict[str, set[tuple[int, int]]] = {}  # by parent: position and length of batch axes
+    """Matrices known by shape alone that have an axis as long as the batch axis of the leaves beside them."""
+    batches: dict[str, set[tuple[int, int]]] = {}  # parent -> position and length of batch axes
     for path, shape, inferred in zip(paths, shapes, found, strict=True):
         if inferred.layout is not None:
             axes = inferred.layout.batch_axes(len(shape))
@@ -134,7 +134,7 @@ def _unstacked(
 def warn_of_roles(
     paths: Sequence[str], shapes: Sequence[tuple[int, ...]], found: Sequence[Inferred | None]
 ) -> None:
-    """Warns where tables may have been taken for matrices: for optimizers that treat roles apart."""
+    """Warns if inference may have read an embedding or head as a matrix."""
     for message in _missed_tables(tuple(paths), tuple(shapes), tuple(found)):
         warn_once(message)
 
@@ -144,7 +144,7 @@ def _missed_tables(
     paths: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], found: tuple[Inferred, ...]
 ) -> list[str]:
     layouts = [inferred.layout for inferred in found]
-    vague = [  # outside of layers, and told by no name
+    vague = [  # outside of layers, without a telling name
         (path, shape, layout)
         for path, shape, layout, inferred in zip(paths, shapes, layouts, found, strict=True)
         if inferred.grade in ("general", "shape")
@@ -152,7 +152,7 @@ def _missed_tables(
         and layout.role == "matrix"
         and len(shape) == 2
         and 0 not in shape
-        and re.search(r"[^\d/]", path)  # bare arrays in lists are toys
+        and re.search(r"[^\d/]", path)  # bare arrays in lists are toy models
         and not _IN_STACK.search(path)
         and not _MATRIX.search(path)
     ]
@@ -189,7 +189,7 @@ def _missed_tables(
 
 
 def _parents(path: str) -> list[str]:
-    """The folders of a path, the innermost first, the root left out."""
+    """The folders of a path, innermost first, without the root."""
     parts = path.split("/")[:-1]
     return ["/".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
@@ -199,7 +199,7 @@ def _and_more(rows: Sequence[object]) -> str:
 
 
 def _rules(rows: Sequence[tuple[str, ParamLayout | str | None]]) -> str:
-    """The argument to pass, with a rule for each of the first rows."""
+    """The ``layout`` argument to pass, with a rule for each of the first rows."""
     lines = []
     for path, layout in rows[:_LINES]:
         if isinstance(layout, ParamLayout):

@@ -1,4 +1,4 @@
-"""What an optimizer refuses by path: leaves that it cannot train, a state that is not of these parameters."""
+"""Checks that name the path: leaves that cannot be trained, and states that do not fit the parameters."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ import optax
 
 from layout_optax.layout import PyTree, is_empty, path_string
 
-WAY_OUT = (
-    "Start the state anew with init(params); docs/compatibility.md shows how to keep the rest."
-)
+WAY_OUT = "Make a new state with init(params); docs/compatibility.md shows how to keep the rest."
 
 
 def check_transformation(caller: str, tx: Any) -> None:
-    """Refuses what is no optax transformation: a factory that was not called, arguments in another order.
+    """Refuses anything but an optax transformation, such as a factory that was not called.
 
     Raises:
-      TypeError: naming what was given.
+      TypeError: with the value that was given.
 
     Example:
       >>> check_transformation("state_bytes", optax.adam(1e-3))
@@ -38,7 +36,7 @@ def check_trainable(path: str, leaf: Any) -> None:
     """Refuses a leaf that is not an array (or shape) of real floating-point numbers.
 
     Raises:
-      TypeError: naming the path and the dtype.
+      TypeError: with the path and the dtype.
 
     Example:
       >>> check_trainable("rope/phase", 1.0)
@@ -60,17 +58,17 @@ def check_trainable(path: str, leaf: Any) -> None:
 
 
 def check_trainable_tree(params: PyTree) -> None:
-    """`check_trainable` of every leaf that is not empty."""
+    """Applies `check_trainable` to every leaf that is not empty."""
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_empty)[0]:
         if not is_empty(leaf):
             check_trainable(path_string(keys), leaf)
 
 
 def check_state_type(optimizer: str, state: Any, kind: type) -> None:
-    """Refuses the state of another optimizer, and one that was restored as plain dictionaries.
+    """Refuses the state of another optimizer, and a state that was restored as plain dictionaries.
 
     Raises:
-      TypeError: naming both types.
+      TypeError: with both types.
     """
     if not isinstance(state, kind):
         raise TypeError(
@@ -80,16 +78,16 @@ def check_state_type(optimizer: str, state: Any, kind: type) -> None:
 
 
 def check_shapes(path: str, shape: Sequence[int], found: Any, expected: Any) -> None:
-    """Refuses a leaf's state whose shape is not the one that a parameter of this shape has.
+    """Refuses the state of a leaf if its shape does not fit the parameter's.
 
     Args:
       path: the leaf's path.
-      shape: of its gradient.
-      found: the state's array, or a tuple of them.
-      expected: the shape that it should have, or a tuple of shapes.
+      shape: the shape of the leaf's gradient.
+      found: the state's array, or a tuple of arrays.
+      expected: the expected shape, or a tuple of shapes.
 
     Raises:
-      ValueError: naming the path, the shapes and the way out.
+      ValueError: with the path, the shapes and the remedy.
     """
     several = isinstance(found, tuple) and not hasattr(found, "shape") and not is_empty(found)
     arrays, shapes = (found, expected) if several else ((found,), (expected,))
@@ -109,7 +107,7 @@ def check_shapes(path: str, shape: Sequence[int], found: Any, expected: Any) -> 
 
 
 def misfit(paths: Sequence[str], leaves: Sequence[Any], tree: PyTree) -> ValueError:
-    """The error for a state tree that has other leaves than the gradients: it names the first of them."""
+    """The error for a state tree with other leaves than the gradients; it names the first of them."""
     held = [
         path_string(k) for k, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty)[0]
     ]
@@ -118,7 +116,7 @@ def misfit(paths: Sequence[str], leaves: Sequence[Any], tree: PyTree) -> ValueEr
     said = []
     if added:
         path, leaf = added[0]
-        # Inside `optax.partition` the new leaf may be another role's, and masked.
+        # Inside `optax.partition` the new leaf may belong to another role and be masked.
         shape = "" if is_empty(leaf) else f" of shape {tuple(np.shape(leaf))}"
         said.append(f"has nothing for {path!r}{shape}{_more(added)}")
     if gone:
@@ -129,10 +127,10 @@ def misfit(paths: Sequence[str], leaves: Sequence[Any], tree: PyTree) -> ValueEr
 
 
 def check_like(tree: PyTree, state: PyTree) -> None:
-    """Refuses a state tree that has not the structure and shapes of the gradients.
+    """Refuses a state tree that does not have the structure and shapes of the gradients.
 
     Raises:
-      ValueError: naming the path, both shapes and the way out.
+      ValueError: with the path, both shapes and the remedy.
     """
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty)
     paths, leaves = [path_string(keys) for keys, _ in with_paths], [leaf for _, leaf in with_paths]
@@ -146,10 +144,10 @@ def check_like(tree: PyTree, state: PyTree) -> None:
 
 
 def checked_adam(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Optax's Adam, with these refusals at init and update.
+    """Adds the checks of this module to init and update of optax's Adam.
 
     Args:
-      tx: `optax.scale_by_adam`, also inside `optax.inject_hyperparams`.
+      tx: `optax.scale_by_adam`, possibly inside `optax.inject_hyperparams`.
     """
     tx = optax.with_extra_args_support(tx)
 

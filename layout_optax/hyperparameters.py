@@ -1,6 +1,6 @@
-"""Hyperparameters: numbers and schedules, their ranges, and what `optax.inject_hyperparams` made of them.
+"""Checks of hyperparameters: numbers, schedules, and values changed by `optax.inject_hyperparams`.
 
-Traced values and schedules have no value at construction; the checks let them pass.
+Traced values and schedules have no value at construction, so the checks let them pass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax.core import Tracer
 from layout_optax.layout import ANY_LEAF
 
 Number: TypeAlias = float | jax.Array | Callable[[Any], Any]
-"""A number, or a schedule: a function of the steps taken so far."""
+"""A number, or a schedule: a function from the number of steps taken to a number."""
 
 Choice = TypeVar("Choice")
 
@@ -32,9 +32,9 @@ def at(number: Any, count: Any) -> Any:
 
 
 def in_dtype(dtype: Any, *numbers: Any) -> tuple[Any, ...]:
-    """Numbers for arithmetic in one dtype: arrays are cast, so that none widens the result; None stays.
+    """Converts array hyperparameters to one dtype, so that none widens the result; None stays None.
 
-    Python's numbers stay as they are: 1 - b is then taken before rounding. NumPy's scalars become such.
+    Python numbers stay as they are, so 1 - b is computed before rounding. NumPy scalars become Python numbers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,14 +57,14 @@ def check_number(
 
     Args:
       name: the argument's name, for the message.
-      value: what was given.
-      low: the smallest value allowed.
-      high: the largest value allowed; infinity still asks for a finite value.
-      strictly: refuses ``low`` itself.
+      value: the value to check.
+      low: the smallest allowed value.
+      high: the largest allowed value; even infinity requires a finite value.
+      strictly: whether ``low`` itself is refused.
 
     Raises:
-      ValueError: for a value outside of the range, NaN or infinity.
-      TypeError: for something that is no number, a string for one.
+      ValueError: for a value outside the range, NaN or infinity.
+      TypeError: for a value that is not a number, such as a string.
 
     Example:
       >>> check_number("eps", -1.0, 0)
@@ -90,7 +90,7 @@ def check_decay(name: str, value: Any) -> None:
 
 
 def check_factor_decay(name: str, value: Any) -> None:
-    """Like `check_decay`, for two factors: warns where float32 cannot tell sqrt(value) from 1."""
+    """Like `check_decay`, for the decay of factors: warns where float32 rounds sqrt(value) to 1."""
     check_decay(name, value)
     if _is_concrete(value) and np.float32(float(value) ** 0.5) == np.float32(1):
         warnings.warn(
@@ -101,11 +101,11 @@ def check_factor_decay(name: str, value: Any) -> None:
 
 
 def check_rate(name: str, value: Any) -> None:
-    """Refuses a learning rate, or another factor, that is neither a finite number nor a schedule.
+    """Raises unless a learning rate, or another factor, is a finite number or a schedule.
 
     Raises:
       ValueError: for NaN and infinity.
-      TypeError: for None, a string and anything else that is no number.
+      TypeError: for None, a string and any other value that is not a number.
 
     Example:
       >>> check_rate("learning_rate", "1e-3")
@@ -120,12 +120,12 @@ def check_rate(name: str, value: Any) -> None:
 
 
 def check_adam(b1: Any, b2: Any, eps: Any, *, prefix: str = "") -> None:
-    """Refuses numbers that Adam cannot use; ``prefix`` is that of the arguments' names.
+    """Raises unless Adam can use the numbers. ``prefix`` begins the arguments' names in messages.
 
     Raises:
-      ValueError: for decays outside [0, 1) and an eps that is negative or not finite. An array below float32
-        may be 1, since that can be rounding.
-      TypeError: for something that is no number.
+      ValueError: for decays outside [0, 1) and an eps that is negative or not finite. An array narrower than
+        float32 may hold 1, since rounding can produce it.
+      TypeError: for an argument that is not a number.
     """
     for name, value in ((f"{prefix}b1", b1), (f"{prefix}b2", b2)):
         # `optax.inject_hyperparams` gives numbers the dtype of the parameters: 0.999 is 1 in bfloat16.
@@ -137,15 +137,15 @@ def check_adam(b1: Any, b2: Any, eps: Any, *, prefix: str = "") -> None:
 
 
 def float_dtype(name: str, dtype: Any) -> Any:
-    """The dtype that an option names, as JAX has it; None for None.
+    """Returns the dtype that an option names, as a JAX dtype; None for None.
 
     Args:
-      name: of the option, for the message.
+      name: the option's name, for the message.
       dtype: a floating-point dtype or its name, or None.
 
     Raises:
-      ValueError: for another dtype; also for an array, which `optax.inject_hyperparams` makes of a dtype's
-        class.
+      ValueError: for a dtype that is not floating-point; also for an array, which `optax.inject_hyperparams`
+        makes of a dtype class.
 
     Example:
       >>> float_dtype("factor_dtype", "bfloat16")
@@ -181,10 +181,10 @@ def check_one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 def choose(name: str, value: Any, choices: Mapping[Any, Choice]) -> Choice:
-    """The choice that an option names.
+    """Returns the choice that an option names.
 
     Raises:
-      ValueError: if it names none of them.
+      ValueError: if the option names none of the choices.
     """
     check_one_of(name, value, tuple(choices))
     return choices[value]
@@ -194,7 +194,7 @@ def check_layout(layout: Any, params: Any) -> None:
     """Refuses a layout that `optax.inject_hyperparams` has called with a step count.
 
     Raises:
-      ValueError: if it shows; the message says what to pass.
+      ValueError: if that is visible from the layout; the message says which argument to pass.
     """
     of_a_number = (
         layout is not ANY_LEAF and layout == ANY_LEAF and any(map(np.ndim, jax.tree.leaves(params)))
@@ -207,7 +207,7 @@ def check_mask(weight_decay_mask: Any) -> None:
     """Refuses a mask that `optax.inject_hyperparams` has called with a step count.
 
     Raises:
-      ValueError: if it shows; the message says what to pass.
+      ValueError: if that is visible from the mask; the message says which argument to pass.
     """
     if isinstance(weight_decay_mask, (jax.Array, bool, np.bool_)):
         raise ValueError(_CALLED.format("weight_decay_mask"))
@@ -220,7 +220,7 @@ _CALLED = (
 
 
 def _is_concrete(value: Any) -> bool:
-    """Whether a hyperparameter is a number that can be looked at now."""
+    """Whether a hyperparameter is a number whose value is known now."""
     return value is not None and not callable(value) and not isinstance(value, Tracer)
 
 

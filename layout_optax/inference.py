@@ -1,4 +1,4 @@
-"""A tree of layouts from paths and shapes: every leaf is inferred, then the whole is looked at for doubts."""
+"""Infers a tree of layouts: each leaf from its path and shape, then warnings about the whole tree."""
 
 from __future__ import annotations
 
@@ -18,30 +18,28 @@ from layout_optax.rules import Inferred, Rule, UnexplainedLeafError, infer_leaf
 def infer_layout(params: PyTree, rules: Sequence[Rule] = ()) -> PyTree:
     """Infers the `ParamLayout` of every parameter from its path and shape.
 
-    To give a transformation rules of your own, pass
-    ``layout=functools.partial(infer_layout, rules=[...])``.
+    To add rules to a transformation, pass ``layout=functools.partial(infer_layout, rules=[...])``.
 
-    Two readings are assumptions that `describe` prints: a leaf under a ``layers`` or ``blocks`` component
-    that carries no index is a stack with one more leading axis, and MaxText's ``decoder/layers`` keeps
-    that axis second. A gate and an up projection fused in one axis cannot be expressed: they are one
-    matrix here.
+    Inference makes two assumptions that `describe` prints. A leaf under a ``layers`` or ``blocks`` component
+    without an index is a stack with one more leading axis. MaxText's ``decoder/layers`` keeps that axis second.
+    Inference reads a gate and an up projection that are fused in one axis as one matrix.
 
     Args:
       params: a pytree of arrays or `jax.ShapeDtypeStruct`.
-      rules: ``(pattern, layout)`` pairs, tried before the presets, first match wins. The pattern is a
-        regular expression searched in the path (``layers/0/mlp/up/kernel``); the layout is a
-        `ParamLayout` (negative axes leave leading axes to the batch), a role, or None: not ours,
-        which the hybrids give to AdamW.
+      rules: ``(pattern, layout)`` pairs, tried before the presets; the first match wins. The pattern is a
+        regular expression searched in the path (``layers/0/mlp/up/kernel``). The layout is a `ParamLayout`
+        (negative axes leave leading axes to the batch), a role, or None for an unmanaged leaf, which the
+        hybrids train with AdamW.
 
     Returns:
-      A tree like ``params`` with a `ParamLayout` at each leaf, ``optax.MaskedNode()`` where not ours.
+      A tree like ``params`` with a `ParamLayout` at each leaf and ``optax.MaskedNode()`` at unmanaged leaves.
 
     Raises:
       ValueError: for a named leaf that no rule explains, with its path and the rule to add; for a rule that
-        matches no parameter or is no regular expression.
+        matches no parameter or is not a regular expression.
 
     Warns:
-      LayoutWarning: for leaves whose reading is uncertain, with the rules to add; once for each message.
+      LayoutWarning: for leaves with an uncertain layout, with the rules to add; once for each message.
 
     Example:
       >>> import jax.numpy as jnp
@@ -59,7 +57,7 @@ def infer_layout(params: PyTree, rules: Sequence[Rule] = ()) -> PyTree:
 
 
 def infer_leaves(params: PyTree, rules: Sequence[Rule] = ()) -> list[Inferred | None]:
-    """`infer_leaf` of every leaf, None where there is no parameter, and what a whole tree shows.
+    """Applies `infer_leaf` to every leaf (None where there is no parameter) and checks the whole tree.
 
     Raises:
       ValueError: see `infer_layout`.
@@ -83,7 +81,7 @@ def infer_leaves(params: PyTree, rules: Sequence[Rule] = ()) -> list[Inferred | 
 
 
 def _features(present: Sequence[tuple[Any, tuple[int, ...]]], rules: Sequence[Rule]) -> set[int]:
-    """Lengths of the embeddings' feature axes."""
+    """Lengths of the feature axes of the embeddings."""
     lengths = set()
     for keys, shape in present:
         try:
@@ -96,7 +94,7 @@ def _features(present: Sequence[tuple[Any, tuple[int, ...]]], rules: Sequence[Ru
 
 
 def warn_of_missed_tables(layout: Any, params: PyTree) -> None:
-    """Warns of tables that inference may have taken for matrices; silent on layouts given otherwise."""
+    """Warns of embeddings and heads that inference may have read as matrices; given layouts are not checked."""
     rules = inference_rules(layout)
     flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_empty)
     if rules is None or any(isinstance(leaf, optax.MaskedNode) for _, leaf in flat):
@@ -110,7 +108,7 @@ def warn_of_missed_tables(layout: Any, params: PyTree) -> None:
 
 
 def inference_rules(layout: Any) -> tuple[Rule, ...] | None:
-    """The rules of a layout that is inferred; None where it is given in another way."""
+    """The rules of an inferred layout; None if the layout is given in another way."""
     if layout is None or layout is infer_layout:
         return ()
     if isinstance(layout, functools.partial) and layout.func is infer_layout and not layout.args:

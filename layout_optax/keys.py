@@ -1,8 +1,8 @@
-"""Random bits that belong to a parameter, not to a tree: stable under dict order, sharding and scanning.
+"""Random bits for each parameter, independent of dict order, sharding and scanning.
 
-A leaf's seed is the hash of its path without the indices of layer stacks (``layers/3/q``,
-``layers_3/q`` and ``layers/q`` hash alike), mixed with those indices in order and then with the indices along
-the batch axes. Layer 3 therefore draws the same numbers in a list and in a stack.
+A leaf's seed is the hash of its path without the indices of layer stacks (``layers/3/q``, ``layers_3/q`` and
+``layers/q`` have the same hash), mixed with those indices in order and then with the indices along the batch
+axes. Layer 3 therefore draws the same numbers in a list and in a stack.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NUMBERED_STACK = re.compile(r"^((?:\w+_)?(?:layers|blocks|layer|block))_(\d+)$"
 
 
 def split_path(path: str) -> tuple[str, tuple[int, ...]]:
-    """A path without its stack indices, and those indices in order.
+    """Splits a path into the path without stack indices, and those indices in order.
 
     Example:
       >>> split_path("layers/3/q"), split_path("layers_3/q"), split_path("layers/q")
@@ -39,7 +39,7 @@ def split_path(path: str) -> tuple[str, tuple[int, ...]]:
 
 
 def mix(x: jax.Array) -> jax.Array:
-    """A bijective 32-bit finaliser: every input bit moves every output bit about half the time.
+    """A bijective 32-bit mixer: every input bit changes every output bit about half the time.
 
     The two multipliers are C. Wellons's ``lowbias32`` constants (a published low-bias search result).
     """
@@ -50,7 +50,7 @@ def mix(x: jax.Array) -> jax.Array:
 
 
 def fold(seed: jax.Array, value: jax.Array | int) -> jax.Array:
-    """Mixes a value into a seed (uint32, any broadcastable shapes); order matters."""
+    """Mixes a value into a seed (uint32, any broadcastable shapes). The order of calls matters."""
     return mix(mix(seed) + jnp.asarray(value, jnp.uint32) * jnp.uint32(0x9E3779B9))
 
 
@@ -63,7 +63,7 @@ def leaf_seeds(
       path: the leaf's path in normal form.
       shape: the parameter's shape.
       layout: its layout with non-negative axes.
-      seed: a number of the user's, possibly traced (a step count).
+      seed: a number from the user, possibly traced (a step count).
 
     Returns:
       uint32, shape of the batch axes: ``()`` for a plain matrix, ``(layers,)`` for a stack.
@@ -78,7 +78,7 @@ def leaf_seeds(
 
 
 def path_words(path: str) -> tuple[int, ...]:
-    """The numbers that stand for a path in a seed: the hash of its name, then its stack indices."""
+    """The numbers that represent a path in a seed: the hash of its name, then its stack indices."""
     name, indices = split_path(path)
     return zlib.crc32(name.encode()), *indices
 
@@ -89,7 +89,7 @@ def seeds_of_words(
     layout: ParamLayout,
     seed: jax.Array | int = 0,
 ) -> jax.Array:
-    """`leaf_seeds` of a path given by its `path_words`, which may be traced."""
+    """`leaf_seeds` of a path given as `path_words`, which may be traced."""
     seeds = jnp.asarray(seed, jnp.uint32)
     for word in words:
         seeds = fold(seeds, word)
@@ -101,9 +101,9 @@ def seeds_of_words(
 def element_bits(
     path: str, shape: Sequence[int], layout: ParamLayout, seed: jax.Array
 ) -> jax.Array:
-    """One uint32 of random bits per entry of a parameter, by hashing its seed and coordinates.
+    """Hashes seeds and coordinates into one uint32 of random bits per entry of a parameter.
 
-    Only element-wise integer arithmetic on iotas, so that it fuses into its consumer and never
+    The hash uses only element-wise integer arithmetic on iotas, so it fuses into its consumer and never
     depends on sharding.
 
     Returns:
@@ -113,11 +113,11 @@ def element_bits(
 
 
 def bits_of_seeds(seeds: jax.Array, shape: Sequence[int], layout: ParamLayout) -> jax.Array:
-    """`element_bits` from the seeds of the batch indices."""
+    """`element_bits` from the seeds of all batch indices."""
     ndim = len(shape)
     core = layout.row_axes + layout.column_axes
     bits = jnp.expand_dims(seeds, core)
-    # Rows and columns fold in turn: a product of coordinates would repeat along diagonals.
+    # Fold rows and columns in turn: a product of coordinates would repeat along diagonals.
     for axis in core:
         index = jnp.arange(shape[axis], dtype=jnp.uint32)
         bits = fold(bits, jnp.expand_dims(index, tuple(a for a in range(ndim) if a != axis)))

@@ -1,8 +1,8 @@
-"""What each parameter is: its role, and which of its axes are rows and columns.
+"""The role of each parameter, and which of its axes are rows and columns.
 
-A layout is a promise about meaning, not about memory: "layout" here never refers to XLA's memory layout.
-One rule serves all methods. ROW axes are the vocabulary of a table or the output units of a matrix,
-COLUMN axes are the other matrix axes, every remaining axis is a batch axis (scanned layers, experts).
+A layout describes the meaning of axes, not memory; it has nothing to do with XLA's memory layout. All methods
+use one rule. ROW axes are the vocabulary of an embedding or head, or the output units of a matrix. COLUMN axes
+are the other matrix axes. Every remaining axis is a batch axis (scanned layers, experts).
 """
 
 from __future__ import annotations
@@ -24,18 +24,17 @@ PyTree: TypeAlias = Any
 class ParamLayout:
     """Role and axes of one parameter.
 
-    A frozen, hashable dataclass that is deliberately not a pytree node: in a tree of layouts it is a leaf.
-    Axes may be negative, in which case they count from the end and leave any number of leading axes
-    to the batch; an integer stands for a tuple of one.
+    A frozen, hashable dataclass, and not a pytree node: in a tree of layouts it is a leaf. Negative axes count
+    from the end and leave any number of leading axes to the batch. An integer stands for a tuple of one axis.
 
     Attributes:
       role: ``"embedding"``, ``"head"``, ``"matrix"`` or ``"vector"``.
-      row_axes: vocabulary of a table, output units of a matrix; ``()`` for a vector.
-      column_axes: features of a table, input (reduction) axes of a matrix, the entries of a vector.
+      row_axes: vocabulary of an embedding or head, output units of a matrix; ``()`` for a vector.
+      column_axes: features of an embedding or head, input (reduction) axes of a matrix, entries of a vector.
 
     Raises:
-      ValueError: for an unknown role, an axis named twice, a vector with row axes, or a table or
-        matrix without rows or columns.
+      ValueError: for an unknown role, a repeated axis, a vector with row axes, or an embedding, head or matrix
+        without rows or columns.
 
     Example:
       >>> ParamLayout("matrix", row_axes=-1, column_axes=-2).batch_axes(ndim=3)
@@ -47,7 +46,7 @@ class ParamLayout:
     column_axes: tuple[int, ...]
 
     def __init__(self, role: Role, row_axes: int | Sequence[int], column_axes: int | Sequence[int]):
-        """Turns integers into tuples and refuses what cannot be a layout."""
+        """Turns integers into tuples and checks the layout."""
         object.__setattr__(self, "role", role)
         for field, axes in (("row_axes", row_axes), ("column_axes", column_axes)):
             axes = (axes,) if isinstance(axes, (int, np.integer)) else axes
@@ -63,10 +62,10 @@ class ParamLayout:
             raise ValueError(f"ParamLayout: a {self.role} needs row and column axes, got {self}.")
 
     def resolve(self, ndim: int, path: str = "") -> ParamLayout:
-        """Returns the same layout with non-negative, sorted axes for a parameter of ``ndim`` axes.
+        """Returns the layout with non-negative, sorted axes for a parameter of ``ndim`` axes.
 
         Raises:
-          ValueError: if an axis lies outside the parameter, or two names mean the same axis.
+          ValueError: if an axis lies outside the parameter, or two entries mean the same axis.
         """
         rows, columns = (
             tuple(sorted(axis + ndim if axis < 0 else axis for axis in axes))
@@ -83,25 +82,25 @@ class ParamLayout:
         return ParamLayout(self.role, rows, columns)
 
     def batch_axes(self, ndim: int) -> tuple[int, ...]:
-        """Axes of a parameter of ``ndim`` axes that are neither row nor column."""
+        """The axes of a parameter of ``ndim`` axes that are neither row nor column axes."""
         resolved = self.resolve(ndim)
         named = resolved.row_axes + resolved.column_axes
         return tuple(axis for axis in range(ndim) if axis not in named)
 
 
 ANY_LEAF = ParamLayout("vector", (), ())
-"""The layout of a leaf whose axes do not matter: all are batch axes, for rules that work entry by entry."""
+"""The layout of a leaf with batch axes only, for rules that work entry by entry."""
 
 LayoutLike: TypeAlias = ParamLayout | PyTree | Callable[[PyTree], PyTree] | None
-"""What every transformation takes as ``layout``: ``None`` (inferred from paths and shapes), one
-`ParamLayout` for every leaf, a tree (or prefix tree) of them, or a callable from parameters to a tree."""
+"""The type of every ``layout`` argument: ``None`` (inferred from paths and shapes), one `ParamLayout` for every
+leaf, a tree (or prefix tree) of them, or a callable from parameters to a tree."""
 
 
 def as_layout(spec: Any, path: str = "") -> ParamLayout | None:
-    """Reads one layout specification; None where there is none (``None``, ``optax.MaskedNode``).
+    """Reads one layout specification; None if it is ``None`` or ``optax.MaskedNode``.
 
-    Objects with ``reduction_axis`` and ``output_axis`` (optax's ``MuonDimensionNumbers`` and
-    ``GaLoreDimensionNumbers``) are taken as matrices: output axes are rows, reduction axes columns.
+    It reads objects with ``reduction_axis`` and ``output_axis`` (optax's ``MuonDimensionNumbers`` and
+    ``GaLoreDimensionNumbers``) as matrices: output axes are rows, reduction axes are columns.
 
     Raises:
       TypeError: for anything else.
@@ -128,17 +127,17 @@ def is_layout_leaf(value: Any) -> bool:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a leaf position of a parameter tree holds no parameter (``None``, ``MaskedNode``)."""
+    """Whether a leaf position of a parameter tree has no parameter (``None``, ``MaskedNode``)."""
     return value is None or isinstance(value, optax.MaskedNode)
 
 
 def path_string(path: Sequence[Any]) -> str:
-    """The normal form of a leaf's path: components joined by ``/``, what a wrapper adds at the end removed.
+    """The normal form of a leaf's path: components joined by ``/``, without what a wrapper adds at the end.
 
-    NNX and Linen boxes add an attribute ``value`` at ``init`` that is absent at ``update``; only that
-    trailing attribute goes, since attention has a sub-module of the same name. A node that gives its
-    children no names (Haliax's ``NamedArray``) adds the number of its child; that of an only or a first
-    child goes.
+    NNX and Linen boxes add an attribute ``value`` at ``init`` that is absent at ``update``. Only that trailing
+    attribute is removed, since attention has a submodule of the same name. A node that does not name its
+    children (Haliax's ``NamedArray``) adds the number of its child; the number of an only or a first child is
+    removed.
 
     Example:
       >>> path_string((jax.tree_util.DictKey("mlp"), jax.tree_util.GetAttrKey("value")))
@@ -151,5 +150,5 @@ def path_string(path: Sequence[Any]) -> str:
 
 
 def is_keyless(path: Sequence[Any]) -> bool:
-    """Whether a leaf is the first child of a node that gives its children no names."""
+    """Whether a leaf is the first child of a node that does not name its children."""
     return bool(path) and path[-1] == jax.tree_util.FlattenedIndexKey(0)

@@ -1,4 +1,4 @@
-"""A tree of parameters taken apart into leaves, each with its path and its layout."""
+"""Flattens a tree of parameters into leaves, each with its path and its layout."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from layout_optax.rules import infer_leaf
 
 @dataclasses.dataclass(frozen=True)
 class LayoutLeaves:
-    """A tree taken apart into leaves with their paths and layouts; see `flatten_with_layout`.
+    """The leaves of a tree with their paths and layouts; see `flatten_with_layout`.
 
     Attributes:
       treedef: the tree's structure, in which ``None`` and ``MaskedNode`` count as leaves.
       paths: the leaves' paths in normal form.
-      layouts: per leaf its layout with non-negative axes, or None where the leaf is empty or not ours.
-      leaves: the leaves themselves.
+      layouts: each leaf's layout with non-negative axes, or None if the leaf is empty or unmanaged.
+      leaves: the leaves.
     """
 
     treedef: Any
@@ -41,10 +41,10 @@ class LayoutLeaves:
     leaves: list[Any]
 
     def align(self, tree: PyTree) -> list[Any]:
-        """The nodes of another tree (a state field) that stand at these leaves' positions.
+        """Returns the nodes of another tree (a state field) at these leaves' positions.
 
         Raises:
-          ValueError: if it has other leaves: the state is not of these parameters. It names a path.
+          ValueError: if the tree has other leaves, so the state belongs to other parameters. It names a path.
         """
         try:
             return self.treedef.flatten_up_to(tree)
@@ -52,7 +52,7 @@ class LayoutLeaves:
             raise misfit(self.paths, self.leaves, tree) from None
 
     def check_trainable(self) -> None:
-        """Refuses leaves of ours that are not real floating-point arrays, by path.
+        """Refuses managed leaves that are not real floating-point arrays, by path.
 
         Raises:
           TypeError: see `layout_optax.fit.check_trainable`.
@@ -66,10 +66,10 @@ class LayoutLeaves:
         return self.treedef.unflatten(values)
 
     def map(self, fn: Callable[..., Any], *trees: PyTree, other: Any = optax.MaskedNode) -> PyTree:
-        """Maps ``fn(path, layout, leaf, *nodes)`` over our leaves.
+        """Maps ``fn(path, layout, leaf, *nodes)`` over the managed leaves.
 
-        ``other`` says what stands where a leaf is not ours: a function without arguments, or
-        ``"leaf"`` to pass the leaf through. Empty leaves stay as they are.
+        ``other`` gives the value at unmanaged leaves: a function without arguments, or ``"leaf"`` to pass the
+        leaf through. Empty leaves stay as they are.
         """
         rows = zip(self.paths, self.layouts, self.leaves, *map(self.align, trees), strict=True)
         values = []
@@ -82,24 +82,24 @@ class LayoutLeaves:
 
 
 def flatten_with_layout(layout: LayoutLike, tree: PyTree) -> LayoutLeaves:
-    """Takes a tree of parameters, gradients or shapes apart and finds each leaf's layout.
+    """Flattens a tree of parameters, gradients or shapes and finds each leaf's layout.
 
-    ``None`` and ``optax.MaskedNode`` positions of ``tree`` are kept and have no layout, so a layout given
-    as a tree works inside `optax.partition` and `optax.masked`. In a layout tree ``None`` means
-    "infer" and ``MaskedNode`` "not ours".
+    ``None`` and ``optax.MaskedNode`` positions of ``tree`` stay and have no layout, so a layout given as a tree
+    works inside `optax.partition` and `optax.masked`. In a layout tree ``None`` means "infer" and
+    ``MaskedNode`` means "unmanaged".
 
     Args:
       layout: see `LayoutLike`.
       tree: any pytree whose leaves have a ``shape``.
 
     Raises:
-      ValueError: if a leaf has no layout in the tree given, or none can be inferred; it names the path.
+      ValueError: if a leaf has no layout in the given tree, or none can be inferred; it names the path.
       TypeError: if the layout tree holds something that is not a layout.
     """
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty)
     paths = [path_string(path) for path, _ in with_paths]
     leaves = [leaf for _, leaf in with_paths]
-    if all(map(is_empty, leaves)):  # placeholder trees of optax.tree.map_params among them
+    if all(map(is_empty, leaves)):  # includes placeholder trees of optax.tree.map_params
         return LayoutLeaves(treedef, paths, [None] * len(leaves), leaves)
     if callable(layout) and not isinstance(layout, ParamLayout) and not is_layout_leaf(layout):
         layout = layout(tree)
@@ -116,7 +116,7 @@ def flatten_with_layout(layout: LayoutLike, tree: PyTree) -> LayoutLeaves:
 
 
 def _finder(layout: Any, with_paths: Any, paths: list[str]) -> Callable[[str], ParamLayout | None]:
-    """A function from a leaf's path to its layout, or None where the leaf is not ours."""
+    """A function from a leaf's path to its layout, or None for an unmanaged leaf."""
     by_path = dict(zip(paths, with_paths, strict=True))
 
     def infer(path: str) -> ParamLayout | None:
@@ -146,10 +146,10 @@ def _finder(layout: Any, with_paths: Any, paths: list[str]) -> Callable[[str], P
 
 
 def resolve_layout(layout: LayoutLike, params: PyTree) -> PyTree:
-    """Returns a tree shaped like ``params`` with a `ParamLayout` at every leaf that is ours.
+    """Returns a tree shaped like ``params`` with a `ParamLayout` at every managed leaf.
 
-    Leaves that are not ours become ``optax.MaskedNode()``; empty leaves stay. The result can be given
-    back as ``layout``.
+    Unmanaged leaves become ``optax.MaskedNode()``; empty leaves stay. The result is a valid ``layout``
+    argument.
 
     Args:
       layout: see `LayoutLike`.

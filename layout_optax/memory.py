@@ -1,4 +1,4 @@
-"""How many bytes parameters and an optimizer's state take, leaf by leaf, without allocating any of it."""
+"""Bytes of parameters and optimizer state, leaf by leaf, without allocating them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from layout_optax.sharding import state_shardings
 
 
 def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> int:
-    """Bytes of the state that ``tx.init(params)`` would make, by abstract evaluation.
+    """Bytes of the state that ``tx.init(params)`` makes, by abstract evaluation.
 
-    Counts what is stored: int8 codes as one byte an entry, a bfloat16 momentum as two.
+    The count follows the stored dtypes: one byte for an int8 code, two for a bfloat16 entry.
 
     Args:
       tx: any optax transformation.
       params: a pytree of arrays or `jax.ShapeDtypeStruct`.
 
     Raises:
-      TypeError: if ``tx`` is no transformation.
+      TypeError: if ``tx`` is not a transformation.
 
     Example:
       >>> import jax.numpy as jnp
@@ -54,14 +54,14 @@ def leaf_bytes(leaf: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class StateLeaf:
-    """One array of an optimizer's state and what it belongs to.
+    """One array of an optimizer's state and the parameter it belongs to.
 
     Attributes:
-      owner: path of the parameter it belongs to, or None (a step count, say).
-      transformation: the transformation that keeps it, from its state's class: ``scale_by_adam``.
-      field: the field of that state: ``mu``.
+      owner: path of the parameter, or None for state without a parameter, such as a step count.
+      transformation: the transformation that keeps the array, from its state's class: ``scale_by_adam``.
+      field: the array's field in that state: ``mu``.
       value: the array or shape.
-      place: path of that state: what belongs together.
+      place: path of that state, to group arrays of one state.
     """
 
     owner: str | None
@@ -73,9 +73,9 @@ class StateLeaf:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryBytes:
-    """Bytes of parameters and of optimizer state; sums with ``+``.
+    """Bytes of parameters and of optimizer state; ``+`` adds them.
 
-    Gradients are not counted: they have the parameters' shapes, and their dtype in most training steps.
+    Gradients are not counted. They have the parameters' shapes, and their dtypes in most training steps.
 
     Attributes:
       parameters: bytes of the parameters.
@@ -91,16 +91,15 @@ class MemoryBytes:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryRow:
-    """One parameter with the state that it gets, or all state that belongs to none.
+    """One parameter with its state, or all state that belongs to no parameter.
 
     Attributes:
-      path: the parameter's path; ``"(shared)"`` for state that belongs to no parameter (step counts).
-      role: its role; ``"other"`` if its layout says that it is not ours, ``"shared"`` without a parameter.
+      path: the parameter's path; ``"(shared)"`` for state without a parameter (step counts).
+      role: its role; ``"other"`` for an unmanaged leaf, ``"shared"`` without a parameter.
       shape: its shape.
       dtype: its dtype's name.
-      total: bytes over all devices, copies counted once.
       state: the arrays of its state, as shapes (with shardings, if there are any).
-      total: bytes over all devices, copies counted once.
+      total: bytes over all devices; copies count once.
       per_device: bytes on each device.
     """
 
@@ -115,10 +114,10 @@ class MemoryRow:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """What `memory_report` finds.
+    """The result of `memory_report`.
 
     Attributes:
-      rows: one for each parameter in the tree's order, then one for shared state if there is any.
+      rows: one per parameter in the tree's order, then one for shared state if there is any.
       devices: number of devices of the mesh; 1 without shardings.
     """
 
@@ -127,17 +126,17 @@ class MemoryReport:
 
     @property
     def total(self) -> MemoryBytes:
-        """Bytes over all devices, copies counted once."""
+        """Bytes over all devices; copies count once."""
         return functools.reduce(operator.add, (row.total for row in self.rows), MemoryBytes())
 
     @property
     def per_device(self) -> MemoryBytes:
-        """Bytes on each device: a named sharding gives all of them the same."""
+        """Bytes on each device; a named sharding gives every device the same."""
         return functools.reduce(operator.add, (row.per_device for row in self.rows), MemoryBytes())
 
     @property
     def by_role(self) -> dict[str, MemoryReport]:
-        """The report of each role, in the order in which roles occur."""
+        """One report per role, in the order in which roles occur."""
         roles = dict.fromkeys(row.role for row in self.rows)
         return {
             role: MemoryReport(tuple(row for row in self.rows if row.role == role), self.devices)
@@ -145,7 +144,7 @@ class MemoryReport:
         }
 
     def __str__(self) -> str:
-        """Bytes by role and in all."""
+        """Returns bytes by role and in total as a text table."""
         lines = [f"{'role':<10} {'parameters':>16} {'state':>16} {'state a device':>16}"]
         for role, part in [*self.by_role.items(), ("total", self)]:
             numbers = (part.total.parameters, part.total.state, part.per_device.state)
@@ -160,24 +159,24 @@ def memory_report(
     *,
     layout: LayoutLike = None,
 ) -> MemoryReport:
-    """Bytes of every parameter and of the state that ``tx`` gives it, by role and device.
+    """Bytes of every parameter and of its state under ``tx``, by role and per device.
 
-    By abstract evaluation of ``tx.init`` only: seconds for any size, and no device of the mesh need exist
-    (`jax.sharding.AbstractMesh`). Activations and temporaries of a step are not part of it.
+    The function only evaluates ``tx.init`` abstractly. It takes seconds for any size, and the devices of the
+    mesh need not exist (`jax.sharding.AbstractMesh`). It does not count activations and temporaries of a step.
 
     Args:
       tx: any optax transformation.
       params: a pytree of arrays or `jax.ShapeDtypeStruct`.
-      shardings: as `state_shardings` takes them: a tree, or prefix tree, of `jax.sharding.NamedSharding` on
-        one mesh. None: everything on one device.
-      layout: where roles come from, as every transformation takes it; None infers.
+      shardings: a tree, or prefix tree, of `jax.sharding.NamedSharding` on one mesh, as for `state_shardings`.
+        None puts everything on one device.
+      layout: the layout that gives the roles; see `layout_optax.LayoutLike`. None infers it.
 
     Returns:
       A `MemoryReport` of rows, with totals, totals by role and bytes per device.
 
     Raises:
       ValueError: for a leaf that no layout rule explains, or a sharding that does not fit.
-      TypeError: if ``tx`` is no transformation.
+      TypeError: if ``tx`` is not a transformation.
 
     Example:
       >>> import jax.numpy as jnp
@@ -203,7 +202,7 @@ def memory_report(
     shapes, state = jax.eval_shape(init, params)
     devices = 1
     if shardings is not None:
-        both = optax.GradientTransformation(init, optax.identity().update)  # init is all it needs
+        both = optax.GradientTransformation(init, optax.identity().update)  # only init is used
         found = state_shardings(both, params, shardings)
         shapes, state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -243,14 +242,14 @@ def _device_bytes(leaf: Any) -> int:
 
 
 def state_leaves(state: PyTree, params: PyTree) -> list[StateLeaf]:
-    """Takes an optimizer state apart and finds the parameter that each array belongs to.
+    """Splits an optimizer state into arrays and finds the parameter that each belongs to.
 
-    An array belongs to the parameter whose path is the longest suffix of its own; a scalar beside
+    An array belongs to the parameter whose path is the longest suffix of the array's own path. A scalar beside
     named parameters (a count) belongs to none.
 
     Args:
       state: the state of any optax transformation, concrete or abstract.
-      params: the parameters it was made for.
+      params: the parameters that the state was made for.
     """
     flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_empty)[0]
     owners = {path_string(path) for path, leaf in flat if not is_empty(leaf)}
@@ -283,7 +282,7 @@ def _is_namedtuple(node: Any) -> bool:
 def _walk(
     node: Any, keys: tuple, state: str, field: str, place: str
 ) -> Iterator[tuple[tuple, str, str, str, Any]]:
-    """Yields every array with its key path and the innermost named tuple, field and place it lies in."""
+    """Yields every array with its key path, and the innermost named tuple, field and place that hold it."""
     if _is_namedtuple(node):
         for name, child in zip(node._fields, node, strict=True):
             key = jax.tree_util.GetAttrKey(name)

@@ -18,7 +18,7 @@ from layout_optax.layout import PyTree
 from layout_optax.sharding import state_shardings
 
 _NAMES = ("out_sharding", "sharding_names", "sharding")
-"""Metadata of names for axes, today's and older ones; MaxText's variables have two at once."""
+"""Attributes with axis names, today's and older ones; MaxText's variables have two at once."""
 
 
 class Owner(NamedTuple):
@@ -37,8 +37,8 @@ def is_named_array(node: Any) -> bool:
 def partition_names(box: Any, ndim: int) -> tuple[Any, ...] | None:
     """The names that an NNX variable or a Haliax array has for its axes; None where it has none.
 
-    Names are mesh axes, or logical ones that rules turn into mesh axes later. What MaxText says apart of a
-    scanned axis is put in its place.
+    Names are mesh axes, or logical axes that rules turn into mesh axes later. MaxText stores a scanned axis
+    separately; this function inserts it.
     """
     if is_named_array(box):
         return tuple(box.axis_names) if len(box.axis_names) == ndim else None
@@ -54,7 +54,7 @@ def partition_names(box: Any, ndim: int) -> tuple[Any, ...] | None:
 
 
 def has_partition_names(box: Any) -> bool:
-    """Whether an NNX variable has a name for any axis."""
+    """Whether an NNX variable names any axis."""
     return any(_names(box))
 
 
@@ -70,19 +70,19 @@ def _names(box: Any) -> list[Any]:
 def with_metadata(
     tx: optax.GradientTransformation, params: PyTree, owners: list[Owner | None], state: PyTree
 ) -> PyTree:
-    """The state of ``tx`` with every array whose parameter has names in a variable of its parameter's kind.
+    """Puts every state array whose parameter has axis names into a variable of its parameter's kind.
 
-    Every named axis of every parameter counts as a mesh axis of its own here, of one device, so that
-    `state_shardings` tells of each axis of the state which axes of which parameter it may follow.
+    Every named axis of every parameter counts as a mesh axis of its own, of one device. `state_shardings` then
+    shows for each axis of the state which axes of which parameter it may follow.
 
     Args:
       tx: the transformation, on arrays.
       params: the parameters without boxes.
       owners: for each of their leaves the parameter with its names, or None if it has none.
-      state: what ``tx.init`` made of the parameters.
+      state: the result of ``tx.init`` for the parameters.
 
     Returns:
-      The state; arrays without names on any axis stay as they are.
+      The state. Arrays without a name on any axis stay as they are.
     """
     sizes: dict[str, int] = {}
     named: dict[str, tuple[Owner, Any]] = {}
@@ -107,7 +107,7 @@ def with_metadata(
     try:
         with _axes_of_one_device():
             shardings = state_shardings(tx, treedef.unflatten(shapes))
-    except Exception as error:  # whatever an init of somebody else's raises on Explicit axes
+    except Exception as error:  # any error that a third-party init raises on Explicit axes
         warnings.warn(
             "unboxed: the state gets no sharding metadata, since init does not run on a mesh of Explicit "
             f"axes ({type(error).__name__}: {error}). Place the state yourself.",
@@ -143,7 +143,7 @@ def _axes_of_one_device() -> Iterator[None]:
 
 
 def _mesh(owner: Owner) -> Mesh | AbstractMesh | None:
-    """The mesh that a parameter is on, or will be."""
+    """The mesh that a parameter is on or will be on."""
     sharding = named_sharding(owner.value)
     if sharding is not None:
         return sharding.mesh
@@ -157,10 +157,10 @@ def _metadata(box: Any) -> Mapping[str, Any]:
 
 
 def _shards(owner: Owner, axis: int) -> int:
-    """Into how many parts an axis is cut, or a multiple of it that divides the axis.
+    """The number of parts of an axis, or a multiple of it that divides the axis.
 
-    Without a mesh, or where rules known elsewhere turn the name into mesh axes, the number of devices
-    stands for the number of parts: what it divides, any mesh of them divides.
+    Without a mesh, or where other rules turn the name into mesh axes, the number of devices stands for the
+    number of parts: if it divides an axis, so does any mesh of these devices.
     """
     size, mesh = jnp.shape(owner.value)[axis], _mesh(owner)
     rules = dict(_metadata(owner.box).get("sharding_rules") or ())
@@ -180,8 +180,8 @@ def _entry(
 ) -> Any:
     """The names of one axis of the state, from the tokens of the axes that it may follow.
 
-    It keeps the name of an axis of its own size. The others are those of axes that it lacks (a rank's,
-    a large statistic's): as many as divide it.
+    An axis keeps the name of a parameter axis of its own size. The other names belong to axes that the state
+    lacks (for a rank axis or a large statistic); as many are kept as divide the axis.
     """
     # First comes the name of a kept axis: a rank may be as long as an axis that the factor lacks.
     own = tuple(t for t in tokens[:1] if named[t][0].value.shape[_axis(t)] == size)
@@ -193,7 +193,7 @@ def _entry(
     ):
         chosen = (*own, *mesh_axes(dividing_axes(left, others, sizes)))
     else:
-        # Rules turn single names into mesh axes, not tuples of them: of heads and their features the heads.
+        # Rules turn single names into mesh axes, not tuples: of heads and their features, keep the heads.
         divide = (token for token in others if sizes[token] > 1 and left % sizes[token] == 0)
         chosen = own or tuple(divide)[:1]
     if len(chosen) == 1:
@@ -216,6 +216,6 @@ def _boxed(value: Any, box: Any, names: tuple[Any, ...]) -> Any:
         for key, item in box.get_metadata().items()
         if key not in dropped and not key.startswith("on_")
     }
-    # Init has placed the value; variables made of this one need no mesh in their context.
+    # Init has placed the value; variables made from this one need no mesh in their context.
     metadata |= {"out_sharding": names, "eager_sharding": False}
     return type(box).from_metadata(value, metadata)

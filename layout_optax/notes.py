@@ -1,7 +1,7 @@
-"""What a transformation says of each parameter at init, for `describe`: what trains it, and at which rank.
+"""Notes that a transformation makes on each parameter at init: what trains it, and at which rank.
 
-States tell that only in part: SinkGD has none, and a moment in full looks alike whether a rank was meant for
-it or not. So a transformation's init calls `note`; outside of `collect` that does nothing.
+`describe` needs them, because states tell only part of it: SinkGD has no state, and a full moment does not
+show whether a rank was given. Outside of `collect`, `note` does nothing.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 
 class Note(NamedTuple):
-    """What one transformation does with one parameter.
+    """The treatment of one parameter by one transformation.
 
     Attributes:
-      path: the parameter's.
+      path: the parameter's path.
       transformation: the name to print.
-      rank: of its factors, or why there are none; empty where ranks do not apply.
-      state: name of the state's class that the note speaks for: ``low_rank`` of ``LowRankState``.
+      rank: the rank of the factors, or the reason why there are none; empty if ranks do not apply.
+      state: name of the state class that the note covers: ``low_rank`` for ``LowRankState``.
     """
 
     path: str
@@ -32,7 +32,7 @@ _NOTES: contextvars.ContextVar[list[Note] | None] = contextvars.ContextVar("note
 
 
 def note(path: str, transformation: str, rank: str = "", state: str = "") -> None:
-    """Says what a transformation does with a parameter; see `Note`."""
+    """Records what a transformation does with a parameter; see `Note`."""
     notes = _NOTES.get()
     if notes is not None:
         notes.append(Note(path, transformation, rank, state))
@@ -40,7 +40,7 @@ def note(path: str, transformation: str, rank: str = "", state: str = "") -> Non
 
 @contextlib.contextmanager
 def collect() -> Iterator[list[Note]]:
-    """Collects what is noted inside.
+    """Collects the notes made inside the context.
 
     Example:
       >>> with collect() as notes:

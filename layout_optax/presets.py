@@ -1,7 +1,7 @@
-"""How frameworks name their leaves: path patterns with layouts, a group for each framework.
+"""Path patterns with layouts for the leaf names of each framework.
 
-A group knows names, not stacks: its layouts are those of one layer, and `layout_optax.stacks` says which
-axes hold layers. `DEFAULT` tries all groups; what is more specific comes first.
+A preset gives the layout of one layer, and `layout_optax.stacks` finds the axes that hold layers. `DEFAULT`
+tries all groups, the more specific patterns first.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ ByShape: TypeAlias = Callable[[tuple[int, ...]], ParamLayout]
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Layouts of the leaves whose path matches, by their number of axes without stacks of layers.
+    """Layouts of the leaves whose path matches, by their number of axes without layer stacks.
 
     Attributes:
-      name: what `describe` prints.
-      pattern: searched in the path.
-      layouts: by number of axes a layout, or a function from the leaf's shape to one.
-      unless: paths that match it are left to later presets.
-      keyless: for arrays in a node without names of its own, as Haliax wraps them.
-      guess: what is not certain, for a warning; empty where the names leave no doubt.
+      name: the text that `describe` prints.
+      pattern: a regular expression searched in the path.
+      layouts: for each number of axes a layout, or a function from the leaf's shape to one.
+      unless: a pattern of paths that are left to later presets.
+      keyless: whether the preset is for arrays in a node that does not name its children, as in Haliax.
+      guess: the uncertainty about the layout, for a warning; empty if the names are unambiguous.
       grade: what decides: ``"name"``, the general name of a matrix (``"general"``), or ``"shape"`` alone.
     """
 
@@ -79,17 +79,17 @@ def _preset(
 
 
 def _longer_axis_out(shape: tuple[int, ...]) -> ParamLayout:
-    """A gate in both of its orders: the hidden axis, the output, is the longer one."""
+    """The layout of a gate whose axes come in either order: the longer axis is the hidden one, the output."""
     return WEIGHT if shape[-2] > shape[-1] else KERNEL
 
 
 _ATTENTION = r"(^|/)\w*(att|Att)\w*/(.*/)?"
 _EXPERTS = r"(?i)(^|/)(\w*experts?\w*|\w*moe\w*)/"
-_MLP_OR_EXPERTS = (  # not the layers that are named for their experts: moe_layers/self_attention
+_MLP_OR_EXPERTS = (  # but not layers named after their experts: moe_layers/self_attention
     r"(?i)(^|/)(mlp|ffn|feed_forward|\w*mlp|\w*moe\w*|experts?)(_\d+)?(/(?!(.*/)?\w*att\w*/)|$)"
 )
 EXPERTS = re.compile(_MLP_OR_EXPERTS)
-"""Paths of multilayer perceptrons and experts, where a third axis counts experts."""
+"""Paths of multilayer perceptrons and experts, whose third axis counts experts."""
 _HEAD = r"(?i)((^|/)(lm_head|logits_dense|unembed\w*|output_head|head)|^(params/|model/)*output)"
 
 HALIAX = (
@@ -136,7 +136,7 @@ HALIAX = (
         keyless=True,
     ),
 )
-"""Haliax, as Levanter uses it: `Linear` is out first, `MoELinear` and GPT-2 are in first."""
+"""Haliax as in Levanter: `Linear` puts the output first, `MoELinear` and GPT-2 the input."""
 
 QWIX = (
     _preset("LoRA factor (..., rank)", r"(^|/)\w*lora_a$", {2: KERNEL, 3: _HEADS_IN}),
@@ -150,7 +150,7 @@ QWIX = (
         },
     ),
 )
-"""Qwix's LoRA factors, as Tunix trains them: ``w_lora_a``, ``kernel_lora_b``."""
+"""Qwix's LoRA factors as Tunix trains them: ``w_lora_a``, ``kernel_lora_b``."""
 
 TUNIX = (
     _preset(
@@ -183,7 +183,7 @@ TUNIX = (
     _preset("experts (experts, in, out)", r"(^|/)moe/linear$", {3: KERNEL}),
     _preset("experts (experts, in, out)", r"(^|/)mlp/(gate|up|down)_proj$", {3: KERNEL}),
 )
-"""Tunix, and Gemma by Google DeepMind: einsums with heads first, experts as bare parameters."""
+"""Tunix and Google DeepMind's Gemma: einsums with heads first, experts as bare parameters."""
 
 MAXTEXT = (
     _preset(
@@ -218,7 +218,7 @@ MAXTEXT = (
         {4: ParamLayout("matrix", (2, 3), (0,))},
     ),
 )
-"""MaxText's own names, scanned or not; the others are Flax's."""
+"""MaxText's own names, scanned or not; its other names are Flax's."""
 
 HUGGING_FACE = (
     _preset(
@@ -233,7 +233,7 @@ HUGGING_FACE = (
         guess="GPT-OSS has its experts as (experts, in, out), under the same names",
     ),
 )
-"""Hugging Face's experts in one parameter."""
+"""Hugging Face's experts, which share one parameter."""
 
 NAMES = (
     _preset(
@@ -257,7 +257,7 @@ NAMES = (
         {2: EMBEDDING},
     ),
 )
-"""Roles that every framework names alike: biases, norms, heads, embeddings."""
+"""Names that all frameworks share: biases, norms, heads, embeddings."""
 
 FLAX = (
     _preset(
@@ -280,7 +280,7 @@ FLAX = (
     ),
     _preset("kernel (in, out)", r"(^|/)(kernel|w)$", {2: KERNEL}, grade="general"),
 )
-"""Flax NNX and Linen, EasyDeL, MaxText: a kernel is (in, out), attention is DenseGeneral."""
+"""Flax NNX and Linen, EasyDeL, MaxText: a kernel is (in, out); attention uses DenseGeneral."""
 
 WEIGHTS = (
     _preset("experts (..., out, in)", _EXPERTS + r"(.*/)?weight$", {2: WEIGHT, 3: WEIGHT}),
@@ -293,7 +293,7 @@ GENERAL = (
     _preset("vector", r"(?<!kernel)(?<!weight)$", {0: SCALAR, 1: VECTOR}),
     _preset("matrix (in, out)", r"(?<!kernel)(?<!weight)$", {2: KERNEL}, grade="shape"),
 )
-"""What no name tells."""
+"""Leaves whose names say nothing."""
 
 DEFAULT = (*HALIAX, *QWIX, *TUNIX, *MAXTEXT, *HUGGING_FACE, *NAMES, *FLAX, *WEIGHTS, *GENERAL)
-"""All of them; the first match wins."""
+"""All presets; the first match wins."""

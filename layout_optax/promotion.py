@@ -1,7 +1,7 @@
-"""JAX's strict promotion modes: arithmetic that follows the standard rules whatever the process has chosen.
+"""Standard promotion inside JAX's strict promotion modes.
 
-Our own arithmetic names its dtypes and ranks. optax's does not everywhere (`optax.scale_by_adam` raises a float
-to an int32 count), and where a result must be optax's bit for bit it has to promote as optax does.
+The arithmetic of these packages names its dtypes and ranks. optax's does not always: `optax.scale_by_adam`
+raises a float to an int32 count. A result that must match optax's bit for bit has to promote as optax does.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def standard_promotion() -> Iterator[None]:
 def with_standard_promotion(
     tx: optax.GradientTransformation, *, keep_dtypes: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation whose init and update follow the standard rules; its state is the same.
+    """Makes init and update of a transformation follow the standard rules; the state does not change.
 
     Args:
       tx: any optax transformation.
-      keep_dtypes: gives updates the gradients' dtypes and every array of the state its old one, where
-        a number that is a float32 array would widen those of bfloat16 parameters.
+      keep_dtypes: whether updates keep the gradients' dtypes and state arrays their old dtypes. Otherwise a
+        float32 hyperparameter widens the arrays of bfloat16 parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,7 +66,7 @@ def with_standard_promotion(
 def in_gradient_dtype(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Casts updates back where a float32 hyperparameter or moment has widened them."""
+    """Casts updates back to the gradients' dtypes where a float32 hyperparameter or moment widens them."""
     tx = optax.with_extra_args_support(tx)
 
     def update_fn(

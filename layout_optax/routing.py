@@ -1,7 +1,7 @@
-"""One rule per role: `by_role` sends each leaf to its direction, its weight decay and its learning rate.
+"""Direction, weight decay and learning rate by role: `by_role` builds an optimizer of a whole model.
 
-Only directions and rates are partitioned. Weight decay stands between them over the whole tree, so that
-a mask given as a tree has the structure of the parameters as the user knows them.
+`optax.partition` covers directions and learning rates only. Weight decay is one transformation over the
+whole tree, so a mask given as a tree has the structure of the user's parameters.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 OTHER = "other"
-"""Label of unmanaged leaves: a layout rule excludes them, and they use AdamW's direction."""
+"""Label of unmanaged leaves. A layout rule excludes them, and they use AdamW's direction."""
 
 
 class WholeModel(TypedDict, total=False):
-    """The keywords that every optimizer of a whole model takes beside its own; see `by_role`.
+    """The keywords that every optimizer of a whole model takes besides its own; see `by_role`.
 
     Attributes:
-      embedding_learning_rate: rate of the embedding's direction and decay; None for ``learning_rate``.
-      head_learning_rate: the same for the head.
-      vector_learning_rate: the same for vectors.
-      matrix_learning_rate: the same for matrices.
-      other_learning_rate: the same for unmanaged leaves, which a layout rule excludes.
-      learning_rate_multipliers: factors on ``learning_rate`` by role (``"other"`` among them), for roles
-        without a rate of their own.
-      weight_decay: decoupled, times the role's rate. A number or a schedule.
-      weight_decay_mask: a tree of booleans over all parameters, or a callable from parameters to one;
-        None decays all.
+      embedding_learning_rate: learning rate of embeddings; None uses ``learning_rate``.
+      head_learning_rate: learning rate of the head; None uses ``learning_rate``.
+      vector_learning_rate: learning rate of vectors; None uses ``learning_rate``.
+      matrix_learning_rate: learning rate of matrices; None uses ``learning_rate``.
+      other_learning_rate: learning rate of unmanaged leaves, which a layout rule excludes.
+      learning_rate_multipliers: factors on ``learning_rate`` by role, ``"other"`` included, for roles without a
+        learning rate of their own.
+      weight_decay: decoupled weight decay, multiplied by the role's learning rate. A number or a schedule.
+      weight_decay_mask: a tree of booleans over all parameters, or a callable from parameters to such a tree.
+        None decays every parameter.
     """
 
     embedding_learning_rate: optax.ScalarOrSchedule | None
@@ -63,17 +63,17 @@ class WholeModel(TypedDict, total=False):
 
 
 def takes_whole_model(weight_decay: float) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Gives an optimizer the keywords of `WholeModel` in its signature and its docstring.
+    """Adds the keywords of `WholeModel` to an optimizer's signature and docstring.
 
     The optimizer ends in ``**whole_model: Unpack[WholeModel]``, which type checkers and editors read. At run
-    time ``help``, `inspect.signature` and `optax.inject_hyperparams` see the keywords one by one, with their
-    types and defaults.
+    time ``help``, `inspect.signature` and `optax.inject_hyperparams` see each keyword with its type and
+    default.
 
     Args:
       weight_decay: the default of ``weight_decay``; every other keyword defaults to None.
 
     Returns:
-      A decorator. The decorated function raises TypeError for a keyword that it does not take.
+      A decorator. The decorated function raises TypeError for an unknown keyword.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -113,34 +113,34 @@ def by_role(
     layout: LayoutLike = None,
     **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""An optimizer of a whole model: a direction, a decay and a learning rate for every role.
+    r"""Builds an optimizer of a whole model: a direction, a weight decay and a learning rate for each role.
 
     Per parameter :math:`\theta` of role :math:`k`, with the direction :math:`u_k` of its gradient
 
     .. math::
       \theta \leftarrow \theta - \eta_k (u_k + \lambda \theta)
 
-    Every hybrid of `sage_optax` and every whole-model optimizer of `lorapre_optax` is a call of this function
-    with directions of its own; so is any composition of yours.
+    The hybrids of `sage_optax` and the whole-model optimizers of `lorapre_optax` call this function with their
+    own directions. Use it to compose others.
 
     Args:
       directions: a transformation per role, without learning rate and sign flip (``scale_by_...``). The roles
         are ``"embedding"``, ``"head"``, ``"matrix"`` and ``"vector"``; ``"other"`` takes the leaves that a
-        layout rule excludes. Without an entry the head uses the embedding's direction and ``"other"``
+        layout rule excludes. The head defaults to the embedding's direction and ``"other"`` to
         `adam_direction`.
-      learning_rate: a number or schedule for every role that has no rate of its own.
-      layout: see `layout_optax.LayoutLike`; make the directions with the same.
-      **whole_model: see `WholeModel`; ``weight_decay`` defaults to 0 here.
+      learning_rate: a number or schedule for every role without a learning rate of its own.
+      layout: see `layout_optax.LayoutLike`. Give the directions the same layout.
+      **whole_model: see `WholeModel`; ``weight_decay`` defaults to 0.
 
     Returns:
-      The chain of `optax.partition` over directions, `optax.add_decayed_weights` and the rates. Updates have
-      the gradients' dtypes, whatever numbers were injected as arrays.
+      A chain of `optax.partition` over directions, `optax.add_decayed_weights` and the learning rates. Updates
+      keep the gradients' dtypes, also where hyperparameters are injected as arrays.
 
     Raises:
-      ValueError: for a role that does not exist or has no direction, a role with both a rate and a multiplier,
-        and numbers that are not finite.
+      ValueError: for an unknown role or a role without a direction, a role with both a learning rate and a
+        multiplier, and numbers that are not finite.
       TypeError: for a learning rate that is neither a number nor a schedule; at init for a leaf that is not a
-        real floating-point array, at update for the state of another optimizer.
+        real floating-point array; at update for the state of another optimizer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -174,7 +174,7 @@ def by_role(
 
 
 def labels_by_role(layout: LayoutLike = None) -> Callable[[Any], Any]:
-    """A callable for `optax.partition`: every leaf's role, ``"other"`` where a rule excludes it.
+    """Returns a callable for `optax.partition`: each leaf's role, or ``"other"`` if a rule excludes it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -197,9 +197,9 @@ def adam_direction(
     """`optax.scale_by_adam` with numbers or schedules.
 
     Raises:
-      ValueError: for decays outside [0, 1), an eps that is negative or not finite, a dtype of no floats; at
-        update for a state that does not fit. It names the argument or the path.
-      TypeError: for something that is no number; for a leaf that is not a real floating-point array.
+      ValueError: for decays outside [0, 1), an eps that is negative or not finite, or a dtype that is not
+        floating-point; at update for a state that does not fit. The message names the argument or the path.
+      TypeError: for an argument that is not a number; for a leaf that is not a real floating-point array.
     """
     check_adam(b1, b2, eps)
     float_dtype("mu_dtype", mu_dtype)
@@ -215,19 +215,19 @@ def adam_direction(
 def times(
     direction: optax.GradientTransformation, scale: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
-    """A direction times a number or a schedule, before decay is added.
+    """Multiplies a direction by a number or a schedule, before weight decay is added.
 
     Raises:
       ValueError: for a number that is not finite.
-      TypeError: for something that is no number.
+      TypeError: for an argument that is not a number.
     """
     check_rate("scale", scale)
-    # Named for rates, but this is the one public way to multiply by a number or a schedule.
+    # optax names this for learning rates, but has no other public way to multiply by a number or a schedule.
     return optax.chain(direction, scale_by_rate(scale, flip_sign=False))
 
 
 def decayed_weights(weight_decay: Number, mask: Any = None) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights`, with schedules for parameters of any dtype in any promotion mode."""
+    """`optax.add_decayed_weights` with schedules, for parameters of any dtype in any promotion mode."""
     return with_standard_promotion(
         optax.add_decayed_weights(weight_decay, mask)  # pyright: ignore[reportArgumentType]
     )
@@ -243,7 +243,7 @@ def scale_by_rate(
 def _refusing(
     tx: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """The chain of `by_role`, which says what is wrong with leaves and states before optax trips over them."""
+    """Adds checks of leaves and states to the chain of `by_role`, with errors clearer than optax's."""
 
     def init_fn(params: Any) -> Any:
         check_trainable_tree(params)
@@ -260,7 +260,7 @@ def _refusing(
 def _complete(
     directions: Mapping[str, optax.GradientTransformation],
 ) -> dict[Hashable, optax.GradientTransformation]:
-    """The directions with defaults for head and unmanaged leaves."""
+    """Fills in the directions of the head and of unmanaged leaves where they are missing."""
     known = (*ROLES, OTHER)
     for role in directions:
         if role not in known:
@@ -285,7 +285,7 @@ def _scale_by_rates(
     multipliers: Mapping[str, float] | None,
     labels: Callable[[Any], Any],
 ) -> optax.GradientTransformation:
-    """One learning rate for all, or one per role where any role has its own."""
+    """Scales by one learning rate, or by one per role where any role has its own."""
     check_rate("learning_rate", learning_rate)
     multipliers = dict(multipliers or {})
     own = {role: rate for role, rate in rates.items() if rate is not None}
@@ -316,8 +316,8 @@ def _times(rate: optax.ScalarOrSchedule, factor: float) -> optax.ScalarOrSchedul
 
 
 def _with_arguments(doc: str | None) -> str:
-    """A docstring whose ``**whole_model`` line is replaced by the arguments that `WholeModel` describes."""
-    # Python 3.13 takes the indentation of docstrings off when it compiles them, earlier ones do not.
+    """Replaces the ``**whole_model`` line of a docstring by the arguments that `WholeModel` describes."""
+    # Python 3.13 removes the indentation of docstrings when it compiles them; earlier versions do not.
     arguments = inspect.cleandoc(WholeModel.__doc__ or "").partition("Attributes:\n")[2]
     text, line, rest = inspect.cleandoc(doc or "").partition("  **whole_model:")
     if not line:

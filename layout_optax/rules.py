@@ -1,8 +1,8 @@
-"""From a leaf's path and shape to its layout: the user's rules, then the names that frameworks use.
+"""Infers a leaf's layout from its path and shape: the user's rules first, then names from frameworks.
 
-Stacks of layers come off first (`layout_optax.stacks`), then the names are looked up (`layout_optax.presets`).
-Inference looks at one leaf at a time, so it gives the same answer on the whole tree and on the masked
-trees inside `optax.partition`.
+`layout_optax.stacks` removes the axes of layer stacks, then `layout_optax.presets` finds the names. Inference
+looks at one leaf at a time, so it gives the same answer on the whole tree and on the masked trees inside
+`optax.partition`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from layout_optax.presets import (
 from layout_optax.stacks import Stack, find_stack
 
 Rule: TypeAlias = tuple[str, "ParamLayout | Role | None"]
-"""A regular expression searched in the leaf's path, and its layout, its role, or None (not ours)."""
+"""A regular expression searched in the leaf's path, and a layout, a role, or None for an unmanaged leaf."""
 
 _BY_ROLE: Mapping[str, ParamLayout] = {
     "embedding": EMBEDDING,
@@ -46,14 +46,14 @@ _BY_ROLE: Mapping[str, ParamLayout] = {
 
 @dataclasses.dataclass(frozen=True)
 class Inferred:
-    """A leaf's layout and why it was chosen.
+    """A leaf's layout and the reason for it.
 
     Attributes:
-      layout: with non-negative axes; None: not ours.
-      assumed: the rule or preset that decided, for `describe`.
-      grade: what decided: the user's ``"rule"``, or see `Preset.grade`.
-      guess: what is not certain, or empty.
-      other: the layout if the guess is wrong, where there is one.
+      layout: the layout with non-negative axes; None if the leaf is unmanaged.
+      assumed: the deciding rule or preset, as `describe` prints it.
+      grade: ``"rule"`` for a rule of the user; otherwise see `Preset.grade`.
+      guess: the uncertainty about the layout, or empty.
+      other: the layout if the guess is wrong, or None.
     """
 
     layout: ParamLayout | None
@@ -64,21 +64,21 @@ class Inferred:
 
     @property
     def note(self) -> str:
-        """``assumed``, marked where it is a guess."""
+        """``assumed``, marked if it is a guess."""
         by_shape = self.grade == "shape" and self.layout is not None and self.layout.row_axes
         return f"guess: {self.assumed}" if self.guess or by_shape else self.assumed
 
 
 def infer_leaf(keys: Sequence[Any], shape: tuple[int, ...], rules: Sequence[Rule] = ()) -> Inferred:
-    """The layout of one leaf from its key path and shape.
+    """Infers the layout of one leaf from its key path and shape.
 
     Args:
-      keys: the leaf's key path, as `jax.tree_util.tree_flatten_with_path` gives it.
+      keys: the leaf's key path, as from `jax.tree_util.tree_flatten_with_path`.
       shape: the leaf's shape.
-      rules: the user's rules; the first whose pattern is found in the path decides.
+      rules: the user's rules; the first rule whose pattern matches the path decides.
 
     Raises:
-      ValueError: if nothing explains the leaf; the message gives its path and the rule to add.
+      ValueError: if no rule matches the leaf; the message gives its path and the rule to add.
     """
     named = any(_is_name(key) for key in keys)
     return _infer(path_string(keys), named, is_keyless(keys), tuple(shape), tuple(rules))
@@ -86,11 +86,11 @@ def infer_leaf(keys: Sequence[Any], shape: tuple[int, ...], rules: Sequence[Rule
 
 @functools.lru_cache(
     maxsize=65536
-)  # a hybrid asks at every leaf for its role, its rate and its direction
+)  # a hybrid asks for role, learning rate and direction of every leaf
 def _infer(
     path: str, named: bool, keyless: bool, shape: tuple[int, ...], rules: tuple[Rule, ...]
 ) -> Inferred:
-    """`infer_leaf` of a path, which tries the rules once for a leaf of a model."""
+    """`infer_leaf` of a path, cached so that the rules are tried once for each leaf."""
     ndim = len(shape)
     for pattern, value in rules:
         if re.search(pattern, path):
@@ -119,7 +119,7 @@ def _infer(
 def _look_up(
     name: str, keyless: bool, shape: tuple[int, ...], stack: Stack
 ) -> tuple[Preset, ParamLayout] | None:
-    """The first preset for one layer of a leaf, and the layout of the whole leaf."""
+    """Finds the first preset for one layer of a leaf, and the layout of the whole leaf."""
     kept = [axis for axis in range(len(shape)) if axis not in stack.axes]
     layer = tuple(shape[axis] for axis in kept)
     for preset in DEFAULT:
@@ -133,7 +133,7 @@ def _look_up(
 
 
 def _is_name(key: Any) -> bool:
-    """Whether a key of a path is a word, as against a position in a list."""
+    """Whether a key of a path is a word rather than a position in a list."""
     name = path_string((key,))
     return bool(name) and not name.lstrip("-").isdigit()
 
@@ -151,12 +151,12 @@ def _read_rule(pattern: str, value: Any, path: str, ndim: int) -> ParamLayout | 
 
 
 class UnexplainedLeafError(ValueError):
-    """A named leaf that no rule explains; the message gives its path and the rule to add."""
+    """Signals a named leaf that no rule explains; the message gives its path and the rule to add."""
 
     def __init__(
         self, path: str, shape: tuple[int, ...], stack: Stack, features: Collection[int] = ()
     ):
-        """Takes the sizes of the model's features, if they are known, to say which axes are which."""
+        """Takes the feature sizes of the model, if known, to tell which axes are rows and columns."""
         self.path, self.shape, self.stack = path, shape, stack
         assumed = f" (read as a stack{stack.note}: its 'layers' or 'blocks' has no index)"
         rows, columns = _suggested_axes(path, shape, stack, features)
@@ -172,7 +172,7 @@ class UnexplainedLeafError(ValueError):
 def _suggested_axes(
     path: str, shape: tuple[int, ...], stack: Stack, features: Collection[int]
 ) -> tuple[str, str]:
-    """Rows and columns to suggest; ``OUTPUTS`` and ``INPUTS`` where nothing tells them."""
+    """Rows and columns to suggest; ``OUTPUTS`` and ``INPUTS`` where they are unknown."""
     axes = [axis for axis in range(len(shape)) if axis not in stack.axes]
     inner = [axis for axis in axes if shape[axis] in features]
     if re.search(r"(?i)conv", path) and len(axes) > 2:
@@ -181,14 +181,14 @@ def _suggested_axes(
         return "OUTPUTS", "INPUTS"
     else:
         if EXPERTS.search(path) and len(axes) == 3 and inner[0] != axes[0]:
-            axes = axes[1:]  # one matrix an expert
+            axes = axes[1:]  # one matrix per expert
         others = [axis for axis in axes if axis != inner[0]]
         rows, columns = (inner, others) if inner[0] == axes[-1] else (others, inner)
     return str(tuple(rows)), str(tuple(columns))
 
 
 def anchored(path: str) -> str:
-    """A pattern that finds this path alone."""
+    """A pattern that matches only this path."""
     return f"^{re.escape(path)}$"
 
 

@@ -1,4 +1,4 @@
-"""Where an optimizer's state lives on a mesh: a sharding for every array of any optax state."""
+"""Shardings for every array of any optax state on a mesh."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from layout_optax.layout import PyTree, is_empty, path_string
 def state_shardings(
     tx: optax.GradientTransformation, params: PyTree, param_shardings: PyTree = None
 ) -> PyTree:
-    """A `jax.sharding.NamedSharding` for every array of the state that ``tx.init(params)`` would make.
+    """Returns a `jax.sharding.NamedSharding` for every array of the state that ``tx.init(params)`` makes.
 
     ``jax.jit(tx.init)`` on a mesh of Auto axes puts the state on one device, since zeros depend on no data.
-    Give it, and the training step, these shardings instead::
+    Pass these shardings to it and to the training step::
 
         param_shardings = jax.tree.map(lambda p: p.sharding, params)
         shardings = state_shardings(tx, params, param_shardings)
         state = jax.jit(tx.init, out_shardings=shardings)(params)
         step = jax.jit(step, out_shardings=(param_shardings, shardings))
 
-    ``tx.init`` is evaluated abstractly on the mesh's twin of Explicit axes, where a type carries its sharding,
-    and the types of the result are read: nothing is allocated, and it works for any optax chain. Our
-    factors and statistics get their parameter's sharding without the axes they lack; moments made by
-    ``zeros_like`` get their parameter's; what an ``init`` makes from a bare shape (a step count, or all of
-    `optax.contrib.galore`'s projectors) is replicated.
+    This function evaluates ``tx.init`` abstractly on a mesh of the same axes, all Explicit. There a type
+    carries its sharding, and the function reads the types of the result. It allocates nothing and works for any
+    optax chain. LoRA-Pre's factors and SAGE's statistics get their parameter's sharding without the axes they
+    lack, and moments made by ``zeros_like`` get their parameter's sharding. Arrays that ``init`` makes from a
+    bare shape are replicated: a step count, or all projectors of `optax.contrib.galore`.
 
     Args:
-      tx: any optax transformation, or anything else with an ``init``.
-      params: a pytree of arrays or `jax.ShapeDtypeStruct`; ``None`` and ``optax.MaskedNode`` stay, boxes
-        are kept.
-      param_shardings: a tree, or prefix tree, of named shardings on one mesh; it is matched by path, so
-        boxes may be missing in it. None: those of the parameters themselves. The mesh may be Auto,
-        Explicit or mixed, and abstract (to plan for devices that are not here).
+      tx: any optax transformation, or another object with an ``init``.
+      params: a pytree of arrays or `jax.ShapeDtypeStruct`. ``None``, ``optax.MaskedNode`` and boxes stay in
+        place.
+      param_shardings: a tree, or prefix tree, of named shardings on one mesh, matched by path, so boxes may be
+        missing in it. None uses the parameters' own shardings. The mesh may be Auto, Explicit or mixed, and
+        abstract, to plan for devices that are not present.
 
     Returns:
-      A tree like the state, with a `jax.sharding.NamedSharding` on the parameters' mesh at every array.
+      A tree like the state, with a `jax.sharding.NamedSharding` on the parameters' mesh for every array.
 
     Raises:
-      TypeError: if a sharding is not a `jax.sharding.NamedSharding`; names the path, as all errors do.
+      TypeError: if a sharding is not a `jax.sharding.NamedSharding`. All errors name the path.
       ValueError: if a parameter has no sharding, one on another mesh, or one that does not fit its shape.
 
     Example:
@@ -78,7 +78,7 @@ def state_shardings(
         for shape in shapes
     )
     try:
-        # JAX changes the size of the mesh in context by way of an empty one only.
+        # JAX changes the size of the mesh in context only by way of an empty one.
         with (
             jax.sharding.use_abstract_mesh(AbstractMesh((), ())),
             jax.sharding.use_abstract_mesh(twin),
@@ -87,15 +87,15 @@ def state_shardings(
     except Exception as error:
         if "shard" in str(error).lower():
             error.add_note(
-                "state_shardings evaluates tx.init on a mesh of Explicit axes, which refuses it. Wrap that "
-                "part of init in jax.sharding.auto_axes."
+                "state_shardings evaluates tx.init on a mesh of Explicit axes, and this init fails there. Wrap "
+                "the failing part of init in jax.sharding.auto_axes."
             )
         raise
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf)), state)
 
 
 def explicit_twin(mesh: Mesh | AbstractMesh) -> AbstractMesh:
-    """An abstract mesh of the same axes, all of them Explicit: there, types carry shardings.
+    """An abstract mesh of the same axes, all of them Explicit, so that types carry shardings.
 
     Example:
       >>> explicit_twin(jax.sharding.AbstractMesh((2, 4), ("x", "y"))).axis_types
@@ -111,7 +111,7 @@ def _by_path(shardings: PyTree) -> dict[str, Any]:
 
 
 def _look_up(given: dict[str, Any], path: str) -> NamedSharding:
-    """The sharding at a path, or at the longest part of it that has one."""
+    """The sharding at a path, or at its longest prefix that has one."""
     prefix = path
     while prefix not in given:
         if not prefix:
@@ -137,7 +137,7 @@ def _own(leaf: Any, path: str) -> NamedSharding:
     """The sharding that a parameter carries itself."""
     sharding = jax.typeof(leaf).sharding if isinstance(leaf, Tracer) else _sharding(leaf)
     known = isinstance(sharding, NamedSharding) and not sharding.mesh.empty
-    # The type of a traced value tells nothing about Auto axes.
+    # The type of a traced value does not show Auto axes.
     if isinstance(leaf, Tracer) and known:
         known = all(kind == AxisType.Explicit for kind in sharding.mesh.axis_types)
     if not known:
@@ -174,7 +174,7 @@ def _check(sharding: NamedSharding, shape: tuple[int, ...], path: str) -> None:
 def _one_mesh(shardings: dict[str, NamedSharding]) -> Mesh | AbstractMesh:
     if not shardings:
         raise ValueError(
-            "state_shardings: there are no parameters, hence no mesh to place state on."
+            "state_shardings: there are no parameters, so there is no mesh for the state."
         )
     first = next(iter(shardings))
     mesh = shardings[first].mesh
@@ -187,6 +187,6 @@ def _one_mesh(shardings: dict[str, NamedSharding]) -> Mesh | AbstractMesh:
 
 
 def _spec(leaf: Any) -> PartitionSpec:
-    """The spec that a type of the abstract state carries; a scalar carries none."""
+    """The spec in a type of the abstract state; scalars have none."""
     sharding = leaf.sharding
     return PartitionSpec() if sharding is None else sharding.spec

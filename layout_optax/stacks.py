@@ -1,4 +1,4 @@
-"""Which axes of a leaf hold layers, told by its path: in front, or on axis 1 as MaxText keeps them."""
+"""Finds which axes of a leaf hold layers from its path: the first axes, or axis 1 in MaxText."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 _STACK = re.compile(r"^(\w+_)?(layers|blocks)$")
 
-# What stands under MaxText's decoder, without the components that are layers.
+# Leaves under MaxText's decoder, without the path components that are layers.
 _MAXTEXT_DECODER = re.compile(r"(^|/)decoder/(?=(\w+_)?(layers|blocks)/)")
 _MAXTEXT_LEAF = re.compile(
     r"(^|/)\w*(att|Att)\w*/(.*/)?(query|key|value|out|qkv_proj|w[qkv]|wq_[ab]|wkv|wkv_[ab]|o_[ab]_proj"
@@ -27,7 +27,7 @@ class Stack:
 
     Attributes:
       axes: the axes, ascending; empty for a leaf of one layer.
-      guess: what is not certain about them, empty if nothing.
+      guess: the uncertainty about them, or empty.
     """
 
     axes: tuple[int, ...] = ()
@@ -35,7 +35,7 @@ class Stack:
 
     @property
     def note(self) -> str:
-        """What `describe` prints of it."""
+        """The text that `describe` prints for the stack."""
         if not self.axes:
             return ""
         plural = "axes" if len(self.axes) > 1 else "axis"
@@ -43,10 +43,10 @@ class Stack:
 
 
 def find_stack(path: str, ndim: int) -> Stack:
-    """The axes of a leaf that hold layers.
+    """Finds the axes of a leaf that hold layers.
 
-    A component ``layers`` or ``blocks`` (``dense_layers``, ``scanned_blocks``) without an index adds one: in
-    front, or on axis 1 where the names are MaxText's, which may nest them.
+    Each component ``layers`` or ``blocks`` (``dense_layers``, ``scanned_blocks``) without an index adds one
+    axis: in front, or on axis 1 if the names are MaxText's, which may nest stacks.
 
     Example:
       >>> find_stack("layers/mlp/kernel", 3).axes, find_stack("layers/0/mlp/kernel", 2).axes
@@ -66,7 +66,7 @@ def find_stack(path: str, ndim: int) -> Stack:
 
 
 def _depth(path: str) -> int:
-    """How many components of a path are stacks without an index."""
+    """Counts the components of a path that are stacks without an index."""
     components = path.split("/")
     found = 0
     for position, component in enumerate(components[:-1]):

@@ -1,4 +1,4 @@
-"""LoRA-Pre Adam: Adam whose two moments are thin factors (Algorithm 1 of the paper)."""
+"""LoRA-Pre Adam: Adam with two moments stored as thin factors (Algorithm 1 of the paper)."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple, TypeAlias, Unpack
@@ -47,7 +47,7 @@ class LorapreAdamState(NamedTuple):
 
     Attributes:
       mu: first moment; its factors follow G.
-      nu: second moment; its factors follow abs(G), its full moments are Adam's EMA of G^2.
+      nu: second moment; its factors follow abs(G). Its full moments are Adam's EMA of G^2.
     """
 
     mu: LowRankState
@@ -75,51 +75,51 @@ def scale_by_lorapre_adam(
     product_dtype: Any = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam's direction from low-rank moments: Algorithm 1, from the previous factors.
+    """Computes Adam's direction from low-rank moments: Algorithm 1, with the previous factors.
 
     ::
 
         m = b1 mB mA + (1-b1) G           v = b2 (vB vA)^2 + (1-b2) G^2
         direction = m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps)
 
-    then one Newton step of (mB, mA) towards G at rate 1 - sqrt(b1), and of (vB, vA) towards the ABSOLUTE
-    gradient at rate 1 - b2^(1/4): the product is squared, and decays by sqrt(b2). Step 1 is Adam's.
+    Then one Newton step moves (mB, mA) towards G at rate 1 - sqrt(b1), and (vB, vA) towards the ABSOLUTE
+    gradient at rate 1 - b2^(1/4), since the product is squared and decays by sqrt(b2). Step 1 equals Adam's.
 
-    The defaults are the paper's rule. Two things to know of it: the direction is not bounded (v's
-    low-rank part can be near zero where m's is not), and v is far too small in the first steps, since its
-    factors gather 1 - b2^(t/2) while (1-b2^t) is divided out. ``bound`` and ``bias_correction="exact"`` answer
-    them, ``residual`` the weight that gradient outside the tracked subspace lacks.
+    The defaults are the paper's rule, which has two weaknesses. The direction is not bounded, because v's
+    low-rank part can be near zero where m's is not. And v is far too small in the first steps, because its
+    factors accumulate 1 - b2^(t/2) while the rule divides by 1-b2^t. ``bound`` and ``bias_correction="exact"``
+    correct these. ``residual`` restores the weight of the gradient outside the tracked subspace.
 
     Args:
-      rank: an int, a fraction of the smaller side, a mapping from roles or path patterns, or a function;
-        see `lorapre_optax.RankLike`. Vectors and leaves where factors do not pay get Adam's moments.
-      b1: decay of the first moment, in [0, 1). Every number here may be a schedule.
+      rank: an int, a fraction of the smaller side, a mapping from roles or path patterns, or a function; see
+        `lorapre_optax.RankLike`. Vectors, and leaves where factors save no memory, use Adam's moments.
+      b1: decay of the first moment, in [0, 1). Every number except the rank may be a schedule.
       b2: decay of the second moment, in [0, 1).
       eps: added to the denominator.
       scale: multiplies the direction of leaves with factors (0.25 in the GaLore protocol).
-      bias_correction: of factored second moments: ``"paper"``, 1-b2^t, or ``"exact"``,
+      bias_correction: correction of factored second moments: ``"paper"``, 1-b2^t, or ``"exact"``,
         b2 (1 - b2^((t-1)/2))^2 + 1 - b2.
-      bound: largest absolute entry of the direction of leaves with factors, before ``scale``; 1 is
-        Adam's natural one. None: unbounded. (For a limit on the RMS chain `optax.clip_by_block_rms`.)
+      bound: largest absolute entry of the direction of leaves with factors, before ``scale``; 1 is Adam's own
+        bound. None sets no bound. (To limit the RMS, chain `optax.clip_by_block_rms`.)
       residual: kappa in [0, b1], see `low_rank_ema`; None in the paper.
-      second_moment: ``"full"`` compresses the first moment only.
-      gamma1: rate of the first moment's factors; None: 1 - sqrt(b1).
-      gamma2: rate of the second moment's factors; None: 1 - b2^(1/4).
+      second_moment: ``"low_rank"``, or ``"full"`` to compress only the first moment.
+      gamma1: rate of the first moment's factors; None uses 1 - sqrt(b1).
+      gamma2: rate of the second moment's factors; None uses 1 - b2^(1/4).
       damping: see `low_rank_ema`.
       damping_kind: see `low_rank_ema`.
       initial_subspace: see `low_rank_ema`.
       factor_dtype: storage dtype of the state; None for float32 (float64 for float64 parameters).
-      full_rank_fallback: keep full moments where r (p + q) >= p q.
-      product_dtype: dtype that the gradient and the factors are rounded to for the products with a whole
-        matrix, and that the product B A is written in; sums and the state stay float32. None: bfloat16
-        for bfloat16 gradients on accelerators, else no rounding; ``"float32"`` never rounds; static.
-      layout: see `layout_optax.ParamLayout`; None infers it. Leaves that are not ours pass through.
+      full_rank_fallback: whether to keep full moments where r (p + q) >= p q.
+      product_dtype: dtype of the gradient and the factors in products with a whole matrix, and of the product
+        B A. Sums and the state stay float32. None means bfloat16 for bfloat16 gradients on accelerators,
+        otherwise no rounding; ``"float32"`` never rounds; static.
+      layout: see `layout_optax.ParamLayout`; None infers it. Unmanaged leaves pass through.
 
     Returns:
       A transformation with state `LorapreAdamState`. Updates keep their dtype.
 
     Raises:
-      ValueError: for numbers out of range, at construction where they are concrete.
+      ValueError: for numbers out of range, at construction if they are concrete.
 
     Example:
       >>> params = {"mlp": {"kernel": jnp.ones((24, 40))}}
@@ -223,16 +223,16 @@ def lorapre_adamw(
 ) -> optax.GradientTransformationExtraArgs:
     """LoRA-Pre AdamW for a whole model: low-rank moments on matrices, full AdamW on everything else.
 
-    The paper's scope: attention and MLP matrices; embeddings, head, norms and biases keep plain AdamW,
-    or SAGE by option. The defaults are the paper's rule; ``**RECOMMENDED`` was better from scratch at every
-    rank tried here (docs/lorapre.md), so begin with that.
+    This is the paper's scope. Attention and MLP matrices have low-rank moments. Embeddings, head, norms and
+    biases keep plain AdamW, or SAGE by option. The defaults are the paper's rule. Start with ``**RECOMMENDED``
+    instead: it was better in training from scratch at every rank that we tried (docs/lorapre.md).
 
     Args:
-      learning_rate: a number or schedule for every role that has no rate of its own.
-      rank: see `scale_by_lorapre_adam`, applied to the matrices.
-      b1: of the matrices and of AdamW on the rest.
-      b2: of the matrices and of AdamW on the rest.
-      eps: of the matrices and of AdamW on the rest.
+      learning_rate: a number or schedule for every role without a learning rate of its own.
+      rank: rank of the matrices' factors; see `scale_by_lorapre_adam`.
+      b1: decay of the first moment, for the matrices and for AdamW on the rest.
+      b2: decay of the second moment, for the matrices and for AdamW on the rest.
+      eps: added to the denominator, for the matrices and for AdamW on the rest.
       scale: see `scale_by_lorapre_adam`.
       bias_correction: see `scale_by_lorapre_adam`.
       bound: see `scale_by_lorapre_adam`.
@@ -246,8 +246,8 @@ def lorapre_adamw(
       factor_dtype: see `low_rank_ema`.
       full_rank_fallback: see `low_rank_ema`.
       product_dtype: see `scale_by_lorapre_adam`; static.
-      others: ``"adamw"`` or ``"sage"`` for embedding, head and vectors. Leaves that a rule gave to nobody
-        get AdamW.
+      others: ``"adamw"`` or ``"sage"`` for embedding, head and vectors. Leaves excluded by a layout rule use
+        AdamW.
       layout: see `layout_optax.ParamLayout`; None infers it.
       **whole_model: see `layout_optax.by_role`.
 
@@ -296,11 +296,15 @@ def lorapre_adamw(
 
 
 def full_adam(b1: Number, b2: Number, eps: Number) -> optax.GradientTransformationExtraArgs:
-    """Adam's direction with full moments on every leaf, whatever its role; float32 arithmetic."""
+    """Adam's direction with full moments on every leaf, whatever its role.
+
+    Moments are float32 whatever the parameter's dtype, and the state is a `LorapreAdamState`.
+    `layout_optax.adam_direction` has the dtypes and the state of optax.
+    """
     return scale_by_lorapre_adam(None, b1, b2, eps, layout=ANY_LEAF)
 
 
 def _squared_weight(decay: Any, count: jax.Array, dtype: Any) -> jax.Array:
-    """What v of a constant gradient is to its square at step t: b2 (1 - b2^((t-1)/2))^2 + 1 - b2."""
+    """The ratio of v to the square of a constant gradient at step t: b2 (1 - b2^((t-1)/2))^2 + 1 - b2."""
     past = bias_weight(jnp.asarray(decay, dtype) ** 0.5, count - 1, dtype)
     return decay * jnp.square(past) + 1 - decay

@@ -1,9 +1,9 @@
-"""Newton-Schulz on whole matrices: on a mesh they are resharded over the devices instead of cut into pieces.
+"""Newton-Schulz on whole matrices: on a mesh, each matrix moves to one device before the iteration.
 
-The iteration multiplies matrices five times over, and on sharded ones every product moves something as large
-as the matrix. Here the matrices move once: equal ones are stacked, mesh axes go from the matrix axes to the
-stack (one at a time, each an all-to-all of a shard's size), every device iterates on matrices of its own
-without another word, and the mesh axes go back.
+The iteration multiplies matrices five times, and on sharded matrices every product moves about as much data as
+the matrix holds. Here the matrices move once. Equal matrices are stacked, and the mesh axes move from the
+matrix axes to the stack, one at a time, each by an all-to-all of a shard's size. Every device then iterates on
+its own matrices without further communication, and the mesh axes move back.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def distributed_orthogonalize(
     eps: jax.Array | float = 1e-8,
     narrow: Sequence[Narrow | None] | None = None,
 ) -> list[jax.Array]:
-    """`orthogonalize` of many parameters, every matrix whole on some device.
+    """Applies `orthogonalize` to many parameters, with every matrix whole on some device.
 
-    A mesh axis that divides no stack is gathered: its devices repeat each other's work. Without a mesh
-    this is `orthogonalize` one by one.
+    A mesh axis that divides no stack is gathered, and its devices repeat the same work. Without a mesh this
+    function calls `orthogonalize` on each parameter.
 
     Args:
       xs: float32 or wider, any number of row, column and batch axes each.
       layouts: their layouts with non-negative axes.
       steps: number of iterations.
       eps: see `orthogonalize`.
-      narrow: see `orthogonalize`, one for each parameter; None for none.
+      narrow: see `orthogonalize`, one for each parameter or None.
 
     Returns:
       Arrays like ``xs``, on Explicit mesh axes with their shardings.
@@ -70,7 +70,7 @@ def distributed_orthogonalize(
 def _groups(
     xs: Sequence[jax.Array], layouts: Sequence[ParamLayout], narrow: Sequence[Narrow | None]
 ) -> Iterator[list[int]]:
-    """Positions of arrays that can be stacked: of one layout, shape, dtypes and sharding."""
+    """Groups positions of arrays that can be stacked: of one layout, shape, dtypes and sharding."""
     groups: dict[Hashable, list[int]] = {}
     for i, (x, layout, rounded) in enumerate(zip(xs, layouts, narrow, strict=True)):
         groups.setdefault((layout, x.shape, x.dtype, rounded, named_sharding(x)), []).append(i)
@@ -80,12 +80,12 @@ def _groups(
 def _reshard(
     x: jax.Array, layout: ParamLayout, steps: Any, eps: Any, narrow: Narrow | None
 ) -> jax.Array:
-    """Orthogonalises with the mesh axes moved to the batch axes, and moves them back."""
+    """Orthogonalises with the mesh axes moved to the batch axes, then moves them back."""
     sharding = named_sharding(x)
     if sharding is None:
         return orthogonalize(x, layout, steps, eps, narrow)
     kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
-    # The spec in a traced type tells of Explicit axes only.
+    # The spec in a traced type shows Explicit axes only.
     movable = AxisType.Explicit if AxisType.Explicit in kinds.values() else AxisType.Auto
     known = not isinstance(x, Tracer) or movable == AxisType.Explicit
     parts = _parts(sharding, x.ndim) if known else [()] * x.ndim
@@ -103,7 +103,7 @@ def _reshard(
         if known:
             target = NamedSharding(sharding.mesh, PartitionSpec(*spec))
             return placed(y, target)
-        if free:  # what is not said here XLA finds in the step before or after
+        if free:  # XLA finds the unspecified axes from the step before or after
             spec = [
                 names if axis in touched else PartitionSpec.UNCONSTRAINED
                 for axis, names in enumerate(spec)
@@ -137,7 +137,7 @@ def _moves(
 ) -> tuple[list[Parts], set[int]]:
     """The placements from the present one to whole matrices, and the batch axes that get mesh axes.
 
-    One mesh axis moves at a time, the largest first, since XLA moves several at once by gathering all.
+    One mesh axis moves at a time, the largest first, because XLA moves several at once by gathering all.
     """
     path, touched = [list(parts)], set()
     pieces = list(shape)

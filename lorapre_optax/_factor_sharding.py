@@ -1,4 +1,4 @@
-"""Shape and sharding of a factor: the rank, second to last, takes the mesh axes that the others leave over."""
+"""Shape and sharding of a factor: its rank axis, second to last, takes the mesh axes that the others leave."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from layout_optax.axes import (
 
 
 def with_rank(shape: Sequence[int], rank: int) -> tuple[int, ...]:
-    """A shape with the rank axis second to last."""
+    """Inserts the rank axis into a shape, second to last."""
     return (*shape[:-1], rank, shape[-1])
 
 
 def factor_sharding(
     own: NamedSharding | None, ndim: int, removed: Sequence[int], rank: int | None = None
 ) -> NamedSharding | None:
-    """The sharding of a factor of a parameter.
+    """Returns the sharding of a factor of a parameter.
 
-    The factor's axes keep the mesh axes that they have in the parameter. The rank axis takes those of the
-    removed axes, as many as divide the rank; a mesh axis that does not shard the parameter stays unused.
+    The factor's axes keep the mesh axes that they have in the parameter. The rank axis takes as many mesh axes
+    of the removed axes as divide the rank. A mesh axis that does not shard the parameter stays unused.
 
     Args:
       own: the parameter's sharding; None gives None.
       ndim: the parameter's number of axes.
-      removed: its axes that the factor lacks.
-      rank: the factor's rank; None leaves the rank axis whole, as products want it.
+      removed: the parameter's axes that the factor lacks.
+      rank: the factor's rank; None leaves the rank axis whole, as products need it.
 
     Example:
       >>> mesh = jax.sharding.AbstractMesh((8,), ("fsdp",))
@@ -54,10 +54,10 @@ def factor_sharding(
 
 
 def rank_whole(factor: jax.Array) -> jax.Array:
-    """A factor with its rank axis whole on each device, its other axes as they are.
+    """Makes the rank axis of a factor whole on each device and leaves its other axes.
 
-    Where types carry shardings this is a gather, if the rank is sharded. On Auto mesh axes it is a constraint
-    on the rank axis alone, since the rest is XLA's to know; without a mesh it is the factor itself.
+    If types carry shardings and the rank is sharded, this is a gather. On Auto mesh axes it constrains only the
+    rank axis, since XLA decides the rest. Without a mesh it returns the factor.
     """
     sharding = named_sharding(factor)
     if sharding is None:
@@ -72,7 +72,7 @@ def rank_whole(factor: jax.Array) -> jax.Array:
 
 
 def constrained(x: jax.Array, whole: Sequence[int]) -> jax.Array:
-    """A traced array on Auto mesh axes with these axes whole on each device; any other as it is."""
+    """Constrains a traced array on Auto mesh axes to have these axes whole on each device."""
     sharding = named_sharding(x)
     if sharding is None or not isinstance(x, Tracer):
         return x

@@ -1,17 +1,17 @@
-"""A matrix as the product of two thin factors: start, one Newton step, balance and reconstruction.
+"""A matrix as the product of two thin factors: initial factors, Newton step, balance and reconstruction.
 
-Pure functions on arrays in the parameter's own axes. For a parameter with batch, row and column axes
-and rank r, and with the paper's m = B A per batch index:
+Pure functions on arrays in the parameter's own axes. They apply to a parameter with batch, row and column axes
+and rank r, with the paper's m = B A per batch index:
 
-* the LEFT factor (B) has the parameter's batch and row axes, the RIGHT factor (A) its batch and column
-  axes, both in the parameter's order, so that their sharding is the parameter's with axes left out;
-* the rank axis stands second to last in both. Accelerators store the last two axes in tiles of 8 x 128;
-  a small rank in last place would be padded to 128, here it costs nothing. A stack of matrices keeps
-  its stack of factors: (layers, in, out) has factors (layers, r, out) and (layers, r, in);
-* on a mesh the rank axis takes the mesh axes of the parameter axes that the factor lacks, as many as divide
-  the rank (`factor_sharding`): no factor lies whole on every device of a mesh that shards its parameter.
-  Products read factors whose rank is whole (`rank_whole`): each device gathers thin factors, and what
-  it adds up is scattered over the rank again.
+* The LEFT factor (B) has the parameter's batch and row axes, the RIGHT factor (A) its batch and column axes,
+  both in the parameter's order. So a factor's sharding is the parameter's without the axes that it lacks.
+* The rank axis is second to last in both. Accelerators store the last two axes in tiles of 8 x 128 and would
+  pad a small rank in last place to 128; second to last it needs no padding. A stack of matrices has a stack of
+  factors: (layers, in, out) has factors (layers, r, out) and (layers, r, in).
+* On a mesh the rank axis takes as many mesh axes of the removed parameter axes as divide the rank
+  (`factor_sharding`), so no device of a mesh that shards a parameter holds a whole factor. Products read
+  factors with a whole rank (`rank_whole`): each device gathers thin factors, and the sums are scattered over
+  the rank again.
 
 Reference: Wang et al., "Taming Momentum: Rethinking Optimizer States Through Low-Rank Approximation",
 ICLR 2026, https://arxiv.org/abs/2602.24283.
@@ -46,11 +46,11 @@ from lorapre_optax._products import Narrow, exact_product, large_product
 DampingKind: TypeAlias = Literal["relative", "absolute"]
 INIT_STD = 0.02
 MAX_JUMP = 30.0
-"""How many times its own size the left factor may grow in a step before the right factor's step shrinks."""
+"""The largest growth of the left factor in a step, relative to its size, before the right step shrinks."""
 
 
 class EinsumAxes(NamedTuple):
-    """Einsum letters of a parameter, its factors (rank ``z``) and its batch axes."""
+    """Einsum axes of a parameter, its factors (rank ``z``) and its batch axes."""
 
     param: str
     left: str
@@ -59,14 +59,14 @@ class EinsumAxes(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """The factors a step starts from, in a scale that float32 holds, and their Gram matrices.
+    """The factors before a step, in a scale that float32 holds, and their Gram matrices.
 
     Attributes:
       left: the left factor after balancing, sharded as stored.
       right: the right factor after balancing, sharded as stored.
-      left_unit: the left factor times a power of two, so that its entries reach between 1/2 and 1; the rank
-        whole on each device.
-      right_unit: the right factor, the rank whole on each device.
+      left_unit: the left factor times a power of two, so that its largest entry is between 1/2 and 1; the rank
+        is whole on each device.
+      right_unit: the right factor, with the rank whole on each device.
       left_scale: shape of the batch axes; ``left = left_unit * left_scale``.
       left_gram: B^T B of ``left_unit``, batch axes and (r, r), replicated.
       right_gram: A A^T of ``right``, batch axes and (r, r), replicated.
@@ -82,13 +82,13 @@ class Prepared(NamedTuple):
 
 
 class Step(NamedTuple):
-    """New factors, and the pseudo-inverse products they were made from (at the old factors).
+    """New factors, and the pseudo-inverse products (at the old factors) that give them.
 
     Attributes:
       left: (1-g) B + g G A^+.
       right: (1-g) A + g B^+ G.
-      left_step: G A^+, shaped like the left factor; the rank whole on each device.
-      right_step: B^+ G, shaped like the right factor; the rank whole on each device.
+      left_step: G A^+, shaped like the left factor, with the rank whole on each device.
+      right_step: B^+ G, shaped like the right factor, with the rank whole on each device.
     """
 
     left: jax.Array
@@ -98,7 +98,7 @@ class Step(NamedTuple):
 
 
 def einsum_axes(layout: ParamLayout, ndim: int) -> EinsumAxes:
-    """Einsum letters for a parameter of ``ndim`` axes.
+    """Einsum axes for a parameter of ``ndim`` axes.
 
     Example:
       >>> einsum_axes(ParamLayout("matrix", (2,), (1,)), 3)
@@ -112,23 +112,23 @@ def einsum_axes(layout: ParamLayout, ndim: int) -> EinsumAxes:
 def init_factors(
     path: str, param: Any, layout: ParamLayout, rank: int, dtype: Any = None, seed: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """The paper's start: a zero left factor and a right factor drawn from N(0, 0.02^2).
+    """The paper's initial factors: a zero left factor and a right factor drawn from N(0, 0.02^2).
 
-    The draw hashes the leaf's path and each entry's coordinates (see `layout_optax.keys`): it depends
-    neither on the order of a dict nor on sharding, and layer 3 of a stack draws the numbers of
-    ``layers/3`` in a list. No key is kept.
+    The draw hashes the leaf's path and each entry's coordinates (see `layout_optax.keys`). It depends neither
+    on the order of a dict nor on sharding, and layer 3 of a stack draws the same numbers as ``layers/3`` in a
+    list. No key is stored.
 
     Args:
       path: the leaf's path in normal form.
       param: an array, tracer or `jax.ShapeDtypeStruct`.
-      layout: its layout with non-negative axes.
+      layout: the parameter's layout with non-negative axes.
       rank: r >= 1.
-      dtype: of both factors; None for float32, float64 for a float64 parameter.
-      seed: tells the moments of one parameter apart.
+      dtype: dtype of both factors; None for float32, float64 for a float64 parameter.
+      seed: distinguishes the moments of one parameter.
 
     Returns:
-      The left and the right factor, with the sharding of `factor_sharding` where the parameter's can be read
-      off it (of a tracer on an Explicit mesh only).
+      The left and the right factor, with the sharding of `factor_sharding` if the parameter's is known (for a
+      tracer, on an Explicit mesh only).
     """
     dtype = compute_dtype(param.dtype) if dtype is None else dtype
     left_shape = with_rank(shape_without(param.shape, layout.column_axes), rank)
@@ -149,7 +149,7 @@ def normal_factor(
     side: Literal["left", "right"],
     seed: int = 0,
 ) -> jax.Array:
-    """Standard normal numbers shaped like a factor, by hashing coordinates; float32, on no mesh."""
+    """Standard normal numbers shaped like a factor, from hashed coordinates; float32, on no mesh."""
     removed, kept = (
         (layout.row_axes, layout.column_axes)
         if side == "right"
@@ -157,7 +157,7 @@ def normal_factor(
     )
     shape = with_rank(shape_without(param.shape, removed), rank)
     rank_axis = len(shape) - 2
-    # The one axis after the rank moves up by one; the factor is then a small "parameter" of its own.
+    # The one axis after the rank moves up by one, and the factor becomes a small "parameter".
     core = tuple(a if a < rank_axis else a + 1 for a in remaining(kept, removed))
     words = np.asarray(path_words(path), np.uint32)
     own = ParamLayout("matrix", (rank_axis,), core)
@@ -168,9 +168,9 @@ def normal_factor(
 def _hashed_normal(
     words: jax.Array, seed: jax.Array, shape: tuple[int, ...], layout: ParamLayout
 ) -> jax.Array:
-    """Standard normal numbers from hashed coordinates: XLA compiles it once for each shape."""
+    """Standard normal numbers from hashed coordinates; XLA compiles this once per shape."""
     bits = bits_of_seeds(seeds_of_words(list(words), shape, layout, seed), shape, layout)
-    # 23 bits and the middle of each cell: never 0 or 1, where the quantile is infinite.
+    # 23 bits at the middle of each cell: never 0 or 1, where the quantile is infinite.
     uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
     return jnp.sqrt(jnp.float32(2)) * jax.lax.erf_inv(2 * uniform - 1)
 
@@ -182,7 +182,7 @@ def reconstruct(
     like: jax.Array,
     narrow: Narrow | None = None,
 ) -> jax.Array:
-    """The product B A in the parameter's axes, shaped and sharded like ``like``; ranks are whole."""
+    """The product B A in the parameter's axes, shaped and sharded like ``like``; factors have whole ranks."""
     names = einsum_axes(layout, like.ndim)
     equation = f"{names.left},{names.right}->{names.param}"
     return large_product(
@@ -196,7 +196,7 @@ def past(
     """The product B A of the old factors, shaped and sharded like ``like``."""
     names = einsum_axes(layout, like.ndim)
     product = reconstruct(prepared.left_unit, prepared.right_unit, layout, like, narrow)
-    # The scale is a power of two: after the product it costs no bit and saves gathering B beside its unit.
+    # The scale is a power of two: multiplying after the product is exact and saves gathering B as well.
     return product * broadcast(prepared.left_scale, names.param, names.batch)
 
 
@@ -205,9 +205,9 @@ def prepare(
 ) -> Prepared:
     """Balances the factors and computes their Gram matrices.
 
-    Relative damping does not see the factors' scales, so they are free: the right factor is kept near
-    one and the left one is looked at in units of its own size, and a Gram matrix neither overflows nor
-    underflows. Absolute damping does see them and gets the factors as they are.
+    Relative damping does not depend on the factors' scales, so they are free. The right factor is kept near one
+    and the left one is measured in units of its own size, so that Gram matrices neither overflow nor underflow.
+    Absolute damping does depend on the scales and gets the factors unchanged.
     """
     names = einsum_axes(layout, ndim)
     if kind == "relative":
@@ -231,30 +231,30 @@ def newton_step(
     narrow: Narrow | None = None,
     scale: jax.Array | float = 1.0,
 ) -> Step:
-    """One Newton step of both factors towards a target (Theorem 3.1), from the old factors.
+    """Computes one Newton step of both factors towards a target (Theorem 3.1), from the old factors.
 
     ::
 
         B' = (1-g) B + g G A^T (A A^T)^-1
         A' = (1-g) A + g (B^T B)^-1 B^T G
 
-    Both factors step at once, so their product gets a cross term g^2 G A^+ B^+ G: the square of a gradient
-    over the momentum that it meets. A momentum that has died away, or one gradient of 10^6 times the usual
-    size, makes it explode. With relative damping the right factor's step is therefore shrunk where
-    the left one would jump by more than `MAX_JUMP` times its size (a gradient some thousand times
-    larger than those before it), and left out where B is lost in rounding beside G A^+, as the rule does
-    from its start B = 0. Nothing short of that is touched.
+    Both factors step at once, so their product gets a cross term g^2 G A^+ B^+ G, of the size of a squared
+    gradient over the momentum. It explodes if the momentum has vanished, or if one gradient has 10^6 times the
+    usual size. With relative damping the right factor's step is therefore shrunk where the left one would jump
+    by more than `MAX_JUMP` times its size (a gradient some thousand times larger than those before it). It is
+    skipped where B is lost in rounding against G A^+, as the rule does from its start B = 0. Other steps do not
+    change.
 
     Args:
-      target: G, of the parameter's shape, float32 or wider.
+      target: G, with the parameter's shape, float32 or wider.
       prepared: the old factors, see `prepare`.
       left_inverse: damped (B^T B)^-1 of ``prepared.left_gram``.
       right_inverse: damped (A A^T)^-1 of ``prepared.right_gram``.
       gamma: rate of each factor.
       layout: the parameter's layout with non-negative axes.
-      kind: of the damping.
+      kind: the kind of damping.
       narrow: how to round the operands of the products with G.
-      scale: of the target, G is ``scale * target``: multiplied into the factors, which are small.
+      scale: the factor of G = ``scale * target``, multiplied into the factors, which are small.
     """
     names = einsum_axes(layout, target.ndim)
     own, rank = explicit_sharding(target), prepared.left.shape[-2]
@@ -268,8 +268,8 @@ def newton_step(
         found = rank_whole(large_product(equation, target, factor * scale, narrow, whole))
         return found, placed(found, factor_sharding(own, target.ndim, removed, rank))
 
-    # The inverses act on the thin factors first. What is left after the product is a sum over devices of
-    # which each keeps its part of the rank: XLA makes one reduce-scatter of the two.
+    # The inverses act on the thin factors first. The product leaves a sum over devices, of which each device
+    # keeps its part of the rank: XLA makes one reduce-scatter of the two.
     left_whole, left_step = product(
         f"{names.param},{names.right}->{names.left}",
         solve(right_inverse, names.right, prepared.right_unit),
@@ -311,8 +311,8 @@ def remembered(
 ) -> jax.Array:
     """``decay B A - weight / 2 (P_B G + G P_A)``, as one product of twice the rank.
 
-    P_B and P_A project on the spans of the old factors; their products with G reuse the step's. With
-    ``weight`` times G this is what the factors cannot hold of a target, added to the history.
+    P_B and P_A project on the spans of the old factors; their products with G reuse those of the step. Adding
+    ``weight`` times G adds the part of a target that the factors cannot hold to the history.
     """
     names = einsum_axes(layout, target.ndim)
     unit = broadcast(prepared.left_scale, names.right, names.batch)
@@ -331,12 +331,12 @@ def remembered(
 def balance(
     left: jax.Array, right: jax.Array, layout: ParamLayout, ndim: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Moves scale from one factor to the other so that the right one's largest entry is in [1/2, 1).
+    """Moves scale between the factors so that the right one's largest entry is in [1/2, 1).
 
-    (B s, A / s) is the same momentum, and nothing in the rule pins s: left alone, the norms drift apart, and
-    zero gradients let both factors decay until the subspace is lost. With the right factor's size
-    pinned all decay goes into the left one, which may reach zero and start again as it did at first.
-    s is a power of two, so that not a bit of the product changes. One s per batch index.
+    (B s, A / s) is the same momentum, and the rule does not determine s. Without balancing the norms drift
+    apart, and zero gradients let both factors decay until the subspace is lost. With the right factor's size
+    fixed, only the left factor decays; it may reach zero and start again as at first. s is a power of two, so
+    the product does not change by a bit. There is one s per batch index.
     """
     names = einsum_axes(layout, ndim)
     scale = power_of_two(right, names.right, names.batch)
@@ -347,17 +347,17 @@ def balance(
 
 
 def gram(factor: jax.Array, side: str, names: EinsumAxes) -> jax.Array:
-    """Gram matrix over everything but batch and rank; replicated, since it is tiny."""
+    """Gram matrix over all axes but batch and rank; replicated, since it is small."""
     sharding = explicit_sharding(factor)
     split = None
     if sharding is not None:
-        # Batch and rank as the factor has them, each device its rows of its matrices.
+        # Keep batch and rank as the factor has them: each device computes on its rows of its matrices.
         entries = dict(zip(side, spec_entries(sharding, factor.ndim), strict=True))
         spec = (*(entries[axis] for axis in names.batch), entries["z"], None)
         split = NamedSharding(sharding.mesh, PartitionSpec(*spec))
     equation = f"{side},{side.replace('z', 'Z')}->{names.batch}zZ"
     found = exact_product(equation, factor, rank_whole(factor), split)
-    # In a step of its own: else each device gathers the factors of all batch indices.
+    # A separate step: otherwise each device gathers the factors of all batch indices.
     if split is None:
         return constrained(constrained(found, (found.ndim - 1,)), range(found.ndim))
     return placed(found, NamedSharding(split.mesh, PartitionSpec()))
@@ -369,7 +369,7 @@ def core_axes(side: str, batch: str) -> tuple[int, ...]:
 
 
 def broadcast(values: jax.Array, side: str, batch: str) -> jax.Array:
-    """Batch-shaped values with axes of size one where the factor has core axes."""
+    """Adds axes of size one to batch-shaped values where the factor has core axes."""
     return jnp.expand_dims(values, core_axes(side, batch))
 
 
@@ -379,8 +379,13 @@ def _ones(factor: jax.Array, side: str, batch: str) -> jax.Array:
 
 
 def power_of_two(factor: jax.Array, side: str, batch: str) -> jax.Array:
-    """Per batch index the power of two just above a factor's largest entry; 1 for a zero factor."""
+    """The power of two just above a factor's largest entry per batch index; 1 for a zero factor."""
     largest = jnp.max(jnp.abs(factor), axis=core_axes(side, batch))
-    exponent = jnp.clip(jnp.frexp(largest)[1], -120, 120)
-    power = jnp.ldexp(jnp.ones_like(largest), exponent)
+    # From the exponent's bits: frexp and ldexp take five times as many operations to compile.
+    info = jnp.finfo(largest.dtype)
+    integer = jnp.int64 if info.bits == 64 else jnp.int32
+    field = jax.lax.bitcast_convert_type(largest, integer) >> info.nmant
+    one = 1 - int(info.minexp)  # the field of 1, and of numbers below 2
+    power = (jnp.clip(field + 1, one - 120, one + 120) << info.nmant).astype(integer)
+    power = jax.lax.bitcast_convert_type(power, largest.dtype)
     return jnp.where((largest > 0) & jnp.isfinite(largest), power, 1)

@@ -1,10 +1,10 @@
-"""LoRA-Pre on the tables, SinkGD on the matrices: hardly any state at all."""
+"""LoRA-Pre on embedding and head, SinkGD on the matrices, for very little state."""
 
 from typing import Any, Literal, Unpack
 
 import optax
 
-from layout_optax.hyperparameters import Number, check_number, check_rate, choose
+from layout_optax.hyperparameters import Number
 from layout_optax.layout import LayoutLike
 from layout_optax.routing import OTHER, WholeModel, by_role, takes_whole_model, times
 from lorapre_optax._adam import (
@@ -13,10 +13,9 @@ from lorapre_optax._adam import (
     full_adam,
     scale_by_lorapre_adam,
 )
-from lorapre_optax._factors import DampingKind
 from lorapre_optax._moment import InitialSubspace
 from lorapre_optax._rank import RankLike, checking_keys
-from sage_optax import scale_by_sage, scale_by_sinkhorn
+from sage_optax import scale_by_sinkhorn
 
 
 @takes_whole_model(weight_decay=0.01)
@@ -27,67 +26,56 @@ def lorapre_sinkgd(
     b2: Number = 0.95,
     eps: Number = 1e-8,
     *,
-    table_scale: Number = 1.0,
     bias_correction: BiasCorrection = "exact",
     bound: Number | None = 1.0,
     residual: Number | None = 0.9,
     second_moment: SecondMoment = "low_rank",
-    gamma1: Number | None = None,
-    gamma2: Number | None = None,
     damping: Number = 1e-4,
-    damping_kind: DampingKind = "relative",
     initial_subspace: InitialSubspace = "gradient",
     factor_dtype: Any = None,
-    full_rank_fallback: bool = True,
     scale: Any = 10.0,
     iterations: Any = 5,
-    sinkhorn_eps: Any = 1e-8,
     variant: Literal["unit", "sqrt"] = "unit",
-    vector_rule: Literal["adamw", "sage"] = "adamw",
-    head_rule: Literal["table", "matrix", "adamw"] = "table",
     layout: LayoutLike = None,
     **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoRA-Pre Adam on embedding and head, SinkGD on matrices, full AdamW on vectors.
 
-    A composite of two papers' methods that neither describes. Per parameter :math:`\theta` of role :math:`k`
+    This composite combines the methods of two papers; neither describes it. Per parameter :math:`\theta` of
+    role :math:`k`
 
     .. math::
       \theta \leftarrow \theta - \eta_k (u + \lambda \theta), \qquad
-      u = \mathrm{table\_scale} \cdot \mathrm{LoRA\text{-}Pre}(g), \;
+      u = \mathrm{LoRA\text{-}Pre}(g), \;
       \mathrm{scale} \cdot \mathrm{Sinkhorn}(g) \text{ or } \mathrm{Adam}(g)
 
-    State: four factors of r numbers a row or column of each table, two moments a vector, nothing for
-    matrices. In the 1.3B Llama of the SAGE paper at rank 64 that is 67.5 MB in float32 where AdamW keeps
-    10.6 GB.
+    The state holds four factors of r numbers per row or column of embedding and head, two moments per vector,
+    and nothing for matrices. In the 1.3B Llama of the SAGE paper at rank 64 it takes 67.5 MB in float32, where
+    AdamW's takes 10.6 GB.
 
-    Having no paper to follow, its defaults are the options of `lorapre_optax.RECOMMENDED`. For the paper's rule
-    on the tables give ``bias_correction="paper", bound=None, residual=None, initial_subspace="normal"``.
+    There is no paper to follow, so its defaults are the options of `lorapre_optax.RECOMMENDED`. For the paper's
+    rule on embedding and head give
+    ``bias_correction="paper", bound=None, residual=None, initial_subspace="normal"``.
+
+    It is a call of `layout_optax.by_role`. For another rule on the head or the vectors, or another option of
+    `scale_by_lorapre_adam` or `sage_optax.scale_by_sinkhorn`, write that call; the second example does.
 
     Args:
-      learning_rate: a number or schedule for every role that has no rate of its own.
-      rank: see `lorapre_optax.RankLike`, applied to embedding and head.
-      b1: of the tables and of AdamW on the rest. Every number here may be a schedule.
-      b2: of the tables and of AdamW on the rest.
-      eps: of the tables and of AdamW on the rest.
-      table_scale: multiplies the direction of tables with factors: ``scale`` of `scale_by_lorapre_adam`.
+      learning_rate: a number or schedule for every role without a learning rate of its own.
+      rank: rank of the factors of embedding and head; see `lorapre_optax.RankLike`.
+      b1: decay of the first moment, for LoRA-Pre and for AdamW. Every number except the rank may be a schedule.
+      b2: decay of the second moment, for LoRA-Pre and for AdamW.
+      eps: added to the denominator, for LoRA-Pre and for AdamW.
       bias_correction: see `scale_by_lorapre_adam`.
       bound: see `scale_by_lorapre_adam`.
-      residual: see `scale_by_lorapre_adam`; the recommended value goes with ``b1=0.9``.
+      residual: see `scale_by_lorapre_adam`; the recommended value is for ``b1=0.9``.
       second_moment: see `scale_by_lorapre_adam`.
-      gamma1: see `scale_by_lorapre_adam`.
-      gamma2: see `scale_by_lorapre_adam`.
       damping: see `low_rank_ema`.
-      damping_kind: see `low_rank_ema`.
       initial_subspace: see `low_rank_ema`.
-      factor_dtype: see `low_rank_ema`; of the tables.
-      full_rank_fallback: see `low_rank_ema`.
-      scale: multiplies the matrices' direction before weight decay is added.
+      factor_dtype: see `low_rank_ema`; for embedding and head.
+      scale: multiplies the direction of matrices before weight decay is added.
       iterations: see `sage_optax.scale_by_sinkhorn`.
-      sinkhorn_eps: eps of `sage_optax.scale_by_sinkhorn`.
       variant: see `sage_optax.scale_by_sinkhorn`.
-      vector_rule: ``"adamw"`` or ``"sage"``.
-      head_rule: ``"table"`` (LoRA-Pre), ``"matrix"`` (SinkGD) or ``"adamw"`` with full moments.
       layout: see `layout_optax.ParamLayout`; None infers it.
       **whole_model: see `layout_optax.by_role`.
 
@@ -95,7 +83,7 @@ def lorapre_sinkgd(
       The transformation; with `optax.inject_hyperparams` pass ``static_args=STATIC_ARGS``.
 
     Raises:
-      ValueError: see `scale_by_lorapre_adam` and `sage_optax.sinkgd_hybrid`.
+      ValueError: see `scale_by_lorapre_adam` and `sage_optax.scale_by_sinkhorn`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -106,40 +94,37 @@ def lorapre_sinkgd(
       -0.001 -0.001443
       >>> sorted(x.shape for x in jax.tree.leaves(state) if x.ndim)  # nothing for the kernel
       [(4, 32), (4, 32), (4, 64), (4, 64)]
+
+      >>> from layout_optax import by_role  # an untied head as a matrix, vectors by SAGE
+      >>> from lorapre_optax import RECOMMENDED
+      >>> from sage_optax import scale_by_sage
+      >>> matrix = optax.chain(scale_by_sinkhorn(), optax.scale(10.0))
+      >>> tables = scale_by_lorapre_adam(4, damping_kind="absolute", **RECOMMENDED)
+      >>> rules = {"embedding": tables, "head": matrix, "matrix": matrix, "vector": scale_by_sage()}
+      >>> state = by_role(rules, 1e-3, weight_decay=0.01).init(params)
     """
-    check_rate("table_scale", table_scale)
-    check_number("sinkhorn_eps", sinkhorn_eps, 0)
     table = scale_by_lorapre_adam(
         rank,
         b1,
         b2,
         eps,
-        scale=table_scale,
         bias_correction=bias_correction,
         bound=bound,
         residual=residual,
         second_moment=second_moment,
-        gamma1=gamma1,
-        gamma2=gamma2,
         damping=damping,
-        damping_kind=damping_kind,
         initial_subspace=initial_subspace,
         factor_dtype=factor_dtype,
-        full_rank_fallback=full_rank_fallback,
         layout=layout,
     )
     adam = full_adam(b1, b2, eps)
-    vectors = {"adamw": adam, "sage": scale_by_sage(layout=layout)}
-    matrix = times(
-        scale_by_sinkhorn(iterations, sinkhorn_eps, variant=variant, layout=layout), scale
-    )
+    matrix = times(scale_by_sinkhorn(iterations, variant=variant, layout=layout), scale)
     directions = {
         "embedding": table,
-        "head": choose("head_rule", head_rule, {"table": table, "matrix": matrix, "adamw": adam}),
-        "vector": choose("vector_rule", vector_rule, vectors),
+        "head": table,
+        "vector": adam,
         "matrix": matrix,
         OTHER: adam,
     }
     tx = by_role(directions, learning_rate, layout=layout, **whole_model)
-    roles = ("embedding", "head") if head_rule == "table" else ("embedding",)
-    return checking_keys(tx, rank, layout, roles)
+    return checking_keys(tx, rank, layout, ("embedding", "head"))

@@ -49,9 +49,10 @@ def scale_by_lorapre_lion(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
+    product_dtype: Any = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Lion's direction from a low-rank momentum: the factors decay with b2, the sign mixes with b1.
+    """Computes Lion's direction from a low-rank momentum: factors decay with b2, the sign mixes with b1.
 
     ::
 
@@ -59,34 +60,35 @@ def scale_by_lorapre_lion(
         B' = (1-g) B + g G A^T (A A^T)^-1               g = 1 - sqrt(b2)
         A' = (1-g) A + g (B^T B)^-1 B^T G
 
-    The paper names the extension to further optimizers and tries none; this is ours. A sign gives every
-    entry the same size, so it amplifies what a low rank gets wrong. On embedding tables that works
-    badly: a sketch with SAGE's sign on the table of a small model reached perplexity 43 at rank 16, and 51
-    with a residual, where the full momentum reached 26. `lorapre_lion` therefore keeps tables full.
+    The paper suggests the extension to further optimizers and tries none, so this rule is not in the paper. A
+    sign gives every entry the same size and so amplifies the error of a low rank. On embeddings it works badly:
+    a sketch with SAGE's sign on the embedding of a small model reached perplexity 43 at rank 16, and 51 with a
+    residual, while the full momentum reached 26. `lorapre_lion` therefore keeps embedding and head full.
 
     Args:
-      rank: an int, a fraction of the smaller side, a mapping from roles or path patterns, or a function;
-        see `lorapre_optax.RankLike`. Vectors and leaves where factors do not pay get `optax.scale_by_lion`.
-      b1: weight of the old momentum in the sign, in [0, 1). Every number here may be a schedule.
+      rank: an int, a fraction of the smaller side, a mapping from roles or path patterns, or a function; see
+        `lorapre_optax.RankLike`. Vectors, and leaves where factors save no memory, use `optax.scale_by_lion`.
+      b1: weight of the old momentum in the sign, in [0, 1). Every number except the rank may be a schedule.
       b2: decay of the momentum, in [0, 1).
       scale: multiplies the direction of leaves with factors.
-      residual: kappa in [0, b1]; None for no such term. The history holds b2's average, of weight
+      residual: kappa in [0, b1], or None for no residual. The history holds b2's average, of weight
         1 - b2^(t-1) at step t, and enters with b1, so the sign's argument gets
-        kappa (1 - b2^(t-1)) (G - (P_B G + G P_A) / 2): with kappa = b1 what lies outside the tracked
-        subspace weighs as much as what lies inside, and step 1 has no such term.
-      gamma: g; None couples it as above.
+        kappa (1 - b2^(t-1)) (G - (P_B G + G P_A) / 2). With kappa = b1 the gradient outside the tracked
+        subspace has the same weight as inside. Step 1 has no such term.
+      gamma: g; None uses the value above.
       damping: see `low_rank_ema`.
       damping_kind: see `low_rank_ema`.
       initial_subspace: see `low_rank_ema`.
       factor_dtype: see `low_rank_ema`.
       full_rank_fallback: see `low_rank_ema`.
-      layout: see `layout_optax.ParamLayout`; None infers it. Leaves that are not ours pass through.
+      product_dtype: see `scale_by_lorapre_adam`; static.
+      layout: see `layout_optax.ParamLayout`; None infers it. Unmanaged leaves pass through.
 
     Returns:
       A transformation with state `LowRankState`. Updates keep their dtype.
 
     Raises:
-      ValueError: for numbers out of range, at construction where they are concrete.
+      ValueError: for numbers out of range, at construction if they are concrete.
 
     Example:
       >>> import jax
@@ -102,7 +104,13 @@ def scale_by_lorapre_lion(
     check_number("gamma", gamma, 0, 1)
     check_rate("scale", scale)
     options = MomentOptions(
-        rank, damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback
+        rank,
+        damping,
+        damping_kind,
+        initial_subspace,
+        factor_dtype,
+        full_rank_fallback,
+        product_dtype,
     )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -119,7 +127,7 @@ def scale_by_lorapre_lion(
             d1, d2, rate, kappa, factor = in_dtype(g.dtype, *numbers)
             if not history.factored:
                 past = history.past(g)
-                # The order of operations is optax's, so that results agree bit for bit.
+                # Follow optax's order of operations, so that results agree bit for bit.
                 direction, moment = jnp.sign((1.0 - d1) * g + d1 * past), (1 - d2) * g + d2 * past
                 return direction, history.keep(None, moment)
             newton = history.step(g, rate)
@@ -152,30 +160,32 @@ def lorapre_lion(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
+    product_dtype: Any = None,
     others: Literal["lion", "sage"] = "lion",
     layout: LayoutLike = None,
     **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
     """LoRA-Pre Lion for a whole model: low-rank momentum on matrices, full Lion on everything else.
 
-    Embedding and head keep a full momentum on purpose: signs over a low-rank one do badly on tables, see
+    Embedding and head keep a full momentum, because signs of a low-rank one do badly there; see
     `scale_by_lorapre_lion`.
 
     Args:
-      learning_rate: a number or schedule for every role that has no rate of its own.
-      rank: see `scale_by_lorapre_lion`, applied to the matrices.
-      b1: of the matrices and of Lion or SAGE on the rest.
-      b2: of the matrices and of Lion or SAGE on the rest.
+      learning_rate: a number or schedule for every role without a learning rate of its own.
+      rank: rank of the matrices' factors; see `scale_by_lorapre_lion`.
+      b1: weight of the old momentum in the sign, for the matrices and for Lion or SAGE on the rest.
+      b2: decay of the momentum, for the matrices and for Lion or SAGE on the rest.
       scale: see `scale_by_lorapre_lion`.
       residual: see `scale_by_lorapre_lion`.
       gamma: see `scale_by_lorapre_lion`.
       damping: see `low_rank_ema`.
       damping_kind: see `low_rank_ema`.
       initial_subspace: see `low_rank_ema`.
-      factor_dtype: see `low_rank_ema`; of the matrices.
+      factor_dtype: see `low_rank_ema`; for the matrices.
       full_rank_fallback: see `low_rank_ema`.
-      others: ``"lion"`` or ``"sage"`` for embedding, head and vectors. Leaves that a rule gave to nobody
-        get Lion.
+      product_dtype: see `scale_by_lorapre_adam`; static.
+      others: ``"lion"`` or ``"sage"`` for embedding, head and vectors. Leaves excluded by a layout rule use
+        Lion.
       layout: see `layout_optax.ParamLayout`; None infers it.
       **whole_model: see `layout_optax.by_role`.
 
@@ -183,7 +193,7 @@ def lorapre_lion(
       The transformation; with `optax.inject_hyperparams` pass ``static_args=STATIC_ARGS``.
 
     Raises:
-      ValueError: see `scale_by_lorapre_lion`; unknown options or roles.
+      ValueError: see `scale_by_lorapre_lion`; also for unknown options or roles.
 
     Example:
       >>> import jax
@@ -205,6 +215,7 @@ def lorapre_lion(
         initial_subspace=initial_subspace,
         factor_dtype=factor_dtype,
         full_rank_fallback=full_rank_fallback,
+        product_dtype=product_dtype,
         layout=layout,
     )
     return route_matrices(

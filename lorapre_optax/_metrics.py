@@ -1,4 +1,4 @@
-"""What the factors of a run hold of its gradients: numbers for logging, computed on request."""
+"""Metrics of how much of a run's gradients the factors hold, computed on request."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ def lorapre_metrics(
     damping: float = 1e-4,
     layout: LayoutLike = None,
 ) -> dict[str, dict[str, jax.Array]]:
-    """How much of a gradient the factors can take in, matrix by matrix; pure, for use under `jax.jit`.
+    """Measures the share of a gradient that the factors can absorb, per matrix; pure, for use under `jax.jit`.
 
     ::
 
         energy_share = (||P_B G||^2 + ||G P_A||^2) / (2 ||G||^2)
 
-    with the projections P_B and P_A on the spans of the OLD factors: the weight with which the Newton step of
-    `low_rank_ema` takes in G (the product gains g(1-g) (P_B G + G P_A)). Near 1 the rank is enough; near r/p
-    or r/q the factors see no more of G than of noise. What is missing enters the direction once and is
-    then forgotten, unless there is a ``residual``.
+    The projections P_B and P_A act on the spans of the OLD factors. The share is the weight with which the
+    Newton step of `low_rank_ema` absorbs G (the product gains g(1-g) (P_B G + G P_A)). Near 1 the rank is large
+    enough. Near r/p or r/q the factors hold no more of G than of noise. The rest enters the direction once and
+    is then forgotten, unless there is a ``residual``.
 
     Args:
-      state: the state of any optax chain BEFORE the update; its low-rank first moments are looked at (of a
-        parameter with several of them the first).
-      gradients: what the update is about to see, a tree like the parameters.
-      updates: what the update made of them; adds their size.
+      state: the state of any optax chain BEFORE the update. The function reads its low-rank first moments, and
+        only the first if a parameter has several.
+      gradients: the input of the update, a tree like the parameters.
+      updates: the output of the update; adds its size to the metrics.
       damping: relative damping of the optimizer, which the projections share.
-      layout: as given to the optimizer; None infers it.
+      layout: the ``layout`` of the optimizer; None infers it.
 
     Returns:
-      For every parameter whose first moment has factors, by path, arrays in float32 or wider of the shape
-      of its batch axes, one number a matrix: ``energy_share`` in [0, 1] (0 for a zero gradient); with
-      ``updates`` also ``update_rms`` and ``update_max``, the largest magnitude. Empty without factors.
+      For every parameter whose first moment has factors, by path, arrays in float32 or wider with the shape of
+      its batch axes, one number per matrix: ``energy_share`` in [0, 1] (0 for a zero gradient); with
+      ``updates`` also ``update_rms`` and ``update_max``, the largest magnitude. Empty if no moment has factors.
 
     Raises:
       ValueError: if a gradient or an update is missing or does not fit its factors; it names the path.
@@ -85,7 +85,7 @@ def lorapre_metrics(
 
 
 def _unit(gradient: Any, layout: ParamLayout) -> jax.Array:
-    """A gradient in float32 or wider, its largest entry one per batch index: squares stay in range."""
+    """A gradient in float32 or wider with largest entry one per batch index, so that squares stay in range."""
     return normalised(jnp.asarray(gradient).astype(compute_dtype(gradient.dtype)), layout)
 
 

@@ -1,6 +1,6 @@
-"""One low-rank moment of every leaf: its state, its options, its start and its step.
+"""One low-rank moment of every leaf: its state, its options, its initial value and its step.
 
-An optimizer chooses targets and how to read the moment. Each update has two parts::
+An optimizer chooses the targets and reads the moments. Each update has two parts::
 
     stepped = step_leaves(leaves, options, step, (state, target))    # the paper's equations, leaf by leaf
     values, state = collect(leaves, count, stepped, state)
@@ -31,7 +31,7 @@ from lorapre_optax._factor_sharding import with_rank
 from lorapre_optax._factors import DampingKind
 from lorapre_optax._products import Narrow, narrow_operands
 from lorapre_optax._rank import RankLike, check_rule, leaf_rank, look_up, warn_of_full_ranks
-from lorapre_optax._subspace import Start, gradient_right
+from lorapre_optax._subspace import Start, gradient_rights
 
 InitialSubspace: TypeAlias = Literal["normal", "gradient"]
 Value: TypeAlias = jax.Array | float
@@ -39,11 +39,11 @@ Target: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
 class LowRankState(NamedTuple):
-    """A moment of every parameter, as factors or in full. Trees shaped like the parameters.
+    """A moment of every parameter, as factors or in full. The trees are shaped like the parameters.
 
     Attributes:
-      count: steps taken, int32.
-      left: factors B, zero at the start: the parameter's batch and row axes with the rank second to last;
+      count: the number of steps taken, int32.
+      left: factors B, initially zero: the parameter's batch and row axes with the rank second to last;
         ``MaskedNode`` where the moment is full or the leaf is unmanaged.
       right: factors A: batch and column axes with the rank second to last; ``MaskedNode`` likewise.
       full: full moments of the leaves without factors; ``MaskedNode`` elsewhere.
@@ -57,18 +57,18 @@ class LowRankState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MomentOptions:
-    """How factors follow their target; every low-rank momentum shares these options.
+    """Options that every low-rank momentum shares: how factors follow their target.
 
     Attributes:
       rank: see `lorapre_optax.RankLike`.
-      damping: of the r x r systems. The paper does not give its value.
-      damping_kind: ``"relative"`` adds damping * trace(gram) / r to each diagonal, so that the size of
-        gradients does not matter, and keeps the factors balanced. ``"absolute"`` adds damping itself and
-        leaves the factors as the rule makes them, for parity with other implementations.
+      damping: damping of the r x r systems. The paper does not give its value.
+      damping_kind: ``"relative"`` adds damping * trace(gram) / r to each diagonal, so that the scale of
+        gradients does not matter, and keeps the factors balanced. ``"absolute"`` adds damping itself and does
+        not balance the factors, for parity with other implementations.
       initial_subspace: ``"normal"`` (paper) or ``"gradient"``, see `lorapre_optax._subspace`.
       factor_dtype: storage dtype of factors and full moments; None for float32 (float64 for float64).
         Arithmetic uses float32 or wider regardless.
-      full_rank_fallback: keep a full moment where r (p + q) >= p q.
+      full_rank_fallback: whether to keep a full moment where r (p + q) >= p q.
       product_dtype: dtype of the operands of products with a whole matrix, see `scale_by_lorapre_adam`.
     """
 
@@ -81,7 +81,7 @@ class MomentOptions:
     product_dtype: Any = None
 
     def __post_init__(self):
-        """Refuses options that cannot be meant."""
+        """Refuses invalid options."""
         float_dtype("product_dtype", self.product_dtype)
         check_number("damping", self.damping, 0)
         check_one_of("damping_kind", self.damping_kind, ("relative", "absolute"))
@@ -90,7 +90,7 @@ class MomentOptions:
 
 
 class Kept(NamedTuple):
-    """What a state keeps of one leaf, in the state's dtypes; ``MaskedNode`` where it keeps nothing."""
+    """The next state of one leaf, in the state's dtypes; ``MaskedNode`` for fields that it does not use."""
 
     left: Any
     right: Any
@@ -109,11 +109,11 @@ class FullHistory:
         return self.moment.astype(like.dtype)
 
     def step(self, target: jax.Array, gamma: Value, scale: Value = 1.0) -> None:
-        """A full moment has no factors that could step."""
+        """Does nothing: a full moment has no factors."""
         del target, gamma, scale
 
     def keep(self, step: None, moment: jax.Array) -> Kept:
-        """The new moment, to be stored."""
+        """The new moment, for the state."""
         del step
         full = moment.astype(self.moment.dtype)
         return Kept(optax.MaskedNode(), optax.MaskedNode(), full)
@@ -137,7 +137,7 @@ class FactoredHistory:
         return _factors.past(self.old, self.layout, like, self.narrow)
 
     def step(self, target: jax.Array, gamma: Value, scale: Value = 1.0) -> _factors.Step:
-        """One Newton step of both factors towards ``scale * target``, see `_factors.newton_step`."""
+        """Takes one Newton step of both factors towards ``scale * target``; see `_factors.newton_step`."""
         return _factors.newton_step(
             target,
             self.old,
@@ -155,26 +155,26 @@ class FactoredHistory:
     ) -> jax.Array:
         """``decay B A - weight (P_B T + T P_A) / 2`` for the target T of ``step``.
 
-        With ``weight T`` it is ``decay B A`` and ``weight`` times the part of T that the factors cannot hold.
+        Adding ``weight T`` adds ``weight`` times the part of T that the factors cannot hold to ``decay B A``.
         """
         return _factors.remembered(like, self.old, step, decay, weight, self.layout, self.narrow)
 
     def keep(self, step: _factors.Step, moment: jax.Array) -> Kept:
-        """The new factors, to be stored; the state does not keep the moment itself."""
+        """The new factors, for the state, which does not store the moment itself."""
         del moment
         left, right = step.left.astype(self.dtype), step.right.astype(self.dtype)
         return Kept(left, right, optax.MaskedNode())
 
 
 History: TypeAlias = Any
-"""A `FullHistory` or a `FactoredHistory`; each takes back in ``keep`` what its own ``step`` returned."""
+"""A `FullHistory` or a `FactoredHistory`. ``keep`` takes the result of the same object's ``step``."""
 
 
 def init(options: MomentOptions, layout: LayoutLike, seed: int = 0) -> Callable[..., LowRankState]:
-    """The ``init`` of one low-rank moment; ``seed`` tells the moments of one optimizer apart.
+    """Returns the ``init`` of one low-rank moment; ``seed`` distinguishes the moments of one optimizer.
 
-    It refuses leaves that are no real floating-point arrays and rank mappings with a key that matches nothing,
-    and warns of ranks that save nothing.
+    It refuses leaves that are not real floating-point arrays, and rank mappings with a key that matches
+    nothing. It warns of ranks that save nothing.
     """
 
     def init_fn(params: PyTree) -> LowRankState:
@@ -182,7 +182,7 @@ def init(options: MomentOptions, layout: LayoutLike, seed: int = 0) -> Callable[
         leaves = flatten_with_layout(layout, params)
         leaves.check_trainable()
         check_rule(options.rank, leaves)
-        if options.full_rank_fallback and not seed:  # once an optimizer, not once a moment
+        if options.full_rank_fallback and not seed:  # once per optimizer, not per moment
             warn_of_full_ranks(options.rank, leaves)
         kept = leaves.map(lambda path, own, leaf: _start(path, own, leaf, options, seed))
         return _state(leaves, jnp.zeros([], jnp.int32), kept, lambda kept: kept)
@@ -196,24 +196,24 @@ def step_leaves(
     step: Callable[..., tuple[Any, ...]],
     *moments: tuple[LowRankState, Target],
 ) -> PyTree:
-    """Calls ``step(path, layout, leaf, *histories)`` for every leaf that is ours.
+    """Calls ``step(path, layout, leaf, *histories)`` for every managed leaf.
 
-    The systems of many leaves and moments are solved by one call, see `lorapre_optax._solves`. Leaves go in
-    groups whose systems stay under a limit, each after the one before it: so the temporaries of one group are
-    gone when those of the next one come.
+    One call solves the systems of many leaves and moments, see `lorapre_optax._solves`. Leaves form groups
+    whose systems stay under a size limit, and the groups run one after the other, so the temporaries of one
+    group are freed before the next.
 
     Args:
       leaves: the updates with their layouts.
-      options: how the factors follow.
-      step: the equations of one leaf; the last results are its `Kept` for each moment.
-      *moments: states with their targets, element-wise functions of the updates. Only
-        ``initial_subspace="gradient"`` reads the targets here.
+      options: the options of the moments.
+      step: the equations of one leaf; its last results are the `Kept` of each moment.
+      *moments: states with their targets, element-wise functions of the updates. This function reads the
+        targets only for ``initial_subspace="gradient"``.
 
     Returns:
-      A tree of what ``step`` returned.
+      A tree of the results of ``step``.
 
     Raises:
-      ValueError: for a state that is not of these updates; it names the path.
+      ValueError: for a state that does not belong to these updates; it names the path.
     """
     for state, _ in moments:
         leaves.map(_check_fits, state.left, state.right, state.full)
@@ -240,7 +240,7 @@ def step_leaves(
 
 
 def _in_order(leaves: LayoutLeaves, lefts: list[list[Any]]) -> list[list[int]]:
-    """Positions of our leaves in groups whose Gram matrices stay under `_solves.GROUP_BYTES`."""
+    """Positions of managed leaves in groups whose Gram matrices stay under `_solves.GROUP_BYTES`."""
     groups: list[list[int]] = []
     filled = 0
     for i, layout in enumerate(leaves.layouts):
@@ -277,18 +277,26 @@ def _open(
     factored = [each for each in flat if not isinstance(each[2], optax.MaskedNode)]
     kind = options.damping_kind
 
-    def prepare(i: int, target: Target, left: jax.Array, right: jax.Array) -> _factors.Prepared:
+    def start(i: int, target: Target, left: jax.Array, right: jax.Array) -> Start:
         leaf, layout = leaves.leaves[i], leaves.layouts[i]
         assert layout is not None
-        dtype = compute_dtype(leaf.dtype)
-        right = right.astype(dtype)
-        if options.initial_subspace == "gradient":
-            start = Start(leaves.paths[i], layout, leaf, target, right)
-            # The target is made in the branch: what a branch is given has to be written.
-            right = jax.lax.cond(count == 0, lambda: gradient_right(start), lambda: start.right)
-        return _factors.prepare(left.astype(dtype), right, layout, jnp.ndim(leaf), kind)
+        return Start(leaves.paths[i], layout, leaf, target, right.astype(compute_dtype(leaf.dtype)))
 
-    prepared = [prepare(*each) for each in factored]
+    starts = [start(*each) for each in factored]
+    rights = [each.right for each in starts]
+    if options.initial_subspace == "gradient" and starts:
+        # Compute the targets in the branch: inputs of a branch have to be written. One branch serves the group.
+        rights = jax.lax.cond(count == 0, lambda: gradient_rights(starts), lambda: rights)
+    prepared = [
+        _factors.prepare(
+            left.astype(compute_dtype(each.leaf.dtype)),
+            right,
+            each.layout,
+            jnp.ndim(each.leaf),
+            kind,
+        )
+        for each, (_, _, left, _), right in zip(starts, factored, rights, strict=True)
+    ]
     inverses = _solves.damped_inverses(
         [(old.left_gram, old.right_gram) for old in prepared], at(options.damping, count), kind
     )
@@ -318,7 +326,7 @@ def collect(
 
     Args:
       leaves: the updates with their layouts.
-      count: of the next states.
+      count: the step count of the next states.
       stepped: for every managed leaf a tuple: its value, then a `Kept` for each state.
       *states: the states that the step started from.
 
@@ -345,12 +353,12 @@ def as_updates(leaves: LayoutLeaves, values: PyTree) -> PyTree:
 
 
 def next_count(state: LowRankState) -> jax.Array:
-    """The number of the step that starts from a state, from 1."""
+    """The number, from 1, of the step that starts from a state."""
     return jnp.asarray(optax.safe_increment(state.count))
 
 
 def coupled_gamma(decay: Value) -> Value:
-    """1 - sqrt(decay): each of two factors takes half of the decay. Written without cancellation."""
+    """1 - sqrt(decay): each of two factors takes half of the decay. Computed without cancellation."""
     return (1 - decay) / (1 + decay**0.5)
 
 
@@ -360,16 +368,16 @@ def bias_weight(decay: Value, count: jax.Array, dtype: Any) -> jax.Array:
 
 
 def residual_weight(kappa: Value, decay: Value, count: jax.Array, dtype: Any) -> jax.Array:
-    """Kappa (1 - b^(t-1)): the weight of what the factors cannot hold.
+    """Kappa (1 - b^(t-1)): the weight of the part that the factors cannot hold.
 
-    The history holds weight b (1 - b^(t-1)) at step t. With kappa = b the part outside gets exactly the
-    weight of the part inside, and nothing at t = 1, where there is no history to make up for.
+    The history has weight b (1 - b^(t-1)) at step t. With kappa = b the part outside gets exactly the weight of
+    the part inside, and nothing at t = 1, where there is no history.
     """
     return kappa * (1 - jnp.asarray(decay, dtype) ** (count - 1).astype(dtype))
 
 
 def _start(path: str, layout: ParamLayout, leaf: Any, options: MomentOptions, seed: int) -> Kept:
-    """Zero moments of one parameter: factors where they pay, else a full moment."""
+    """The initial zero moment of one parameter: factors where they save memory, otherwise a full moment."""
     dtype = options.factor_dtype
     dtype = compute_dtype(leaf.dtype) if dtype is None else dtype
     fallback = options.full_rank_fallback
@@ -402,7 +410,7 @@ def factor_shapes(
 def _check_fits(
     path: str, layout: ParamLayout, leaf: Any, left: Any, right: Any, full: Any
 ) -> None:
-    """Refuses a moment that is not of its update's shape."""
+    """Refuses a moment that does not have its update's shape."""
     shape = jnp.shape(leaf)
     if is_empty(left):
         check_shapes(path, shape, full, shape)
@@ -418,7 +426,7 @@ def _state(
     kept_of: Callable[[Any], Kept],
     old: LowRankState | None = None,
 ) -> LowRankState:
-    """A state from what each leaf keeps; unmanaged leaves keep what they had, at first ``MaskedNode``."""
+    """A state from the `Kept` of each leaf; unmanaged leaves keep their nodes, initially ``MaskedNode``."""
     nothing = [Kept(*(optax.MaskedNode(),) * 3)] * len(leaves.leaves)
     if old is not None:
         fields = map(leaves.align, (old.left, old.right, old.full))

@@ -1,9 +1,9 @@
-"""Momentum as two thin factors: the low-rank EMA and trace that every optimizer here is built on.
+"""Momentum as two thin factors: the low-rank EMA and trace that the optimizers here use.
 
 An EMA ``m <- b m + (1-b) g`` is one gradient step of size 1-b on 1/2 ||m - g||^2, so momentum is a linear model
-trained online. LoRA-Pre keeps that model as a product B A and trains each factor by a Newton step towards a
-target. What the target is (the gradient, its absolute value, the gradient over 1-mu) and what is read from the
-product is all that Adam's two moments, Muon's accumulator and heavy-ball momentum differ in.
+trained online. LoRA-Pre stores that model as a product B A and trains each factor by a Newton step towards a
+target. Adam's two moments, Muon's accumulator and heavy-ball momentum differ only in the target (the gradient,
+its absolute value, the gradient over 1-mu) and in how they read the product.
 """
 
 from __future__ import annotations
@@ -50,41 +50,43 @@ def low_rank_ema(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
+    product_dtype: Any = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """An exponential moving average of the updates whose history is kept as two thin factors.
+    """An exponential moving average of the updates with a history of two thin factors.
 
-    In place of the updates G it returns (equations 4 to 6 of the paper's Algorithm 1)::
+    It replaces the updates G by (equations 4 to 6 of the paper's Algorithm 1)::
 
         m  = b B A + (1-b) T              T = target(G), and the PREVIOUS factors
         B' = (1-g) B + g T A^T (A A^T)^-1
         A' = (1-g) A + g (B^T B)^-1 B^T T
 
-    over 1 - b^t with ``debias``. The fresh T enters in full: only the past is compressed. NaN or Inf in an
-    update reaches the factors; wrap the chain in `optax.apply_if_finite` where that can happen.
+    divided by 1 - b^t if ``debias``. The current T enters in full; only the past is compressed. A NaN or
+    infinite update reaches the factors, so wrap the chain in `optax.apply_if_finite` if that can happen.
 
     Args:
-      decay: b in [0, 1), or a schedule, as every number here may be.
-      rank: an int, a fraction of the smaller side, a mapping from roles or path patterns, or a function;
-        see `lorapre_optax.RankLike`. Leaves without factors get `optax.ema`.
+      decay: b in [0, 1). Every number except the rank may be a schedule.
+      rank: an int, a fraction of the smaller side, a mapping from roles or path patterns, or a function; see
+        `lorapre_optax.RankLike`. Leaves without factors use `optax.ema`.
       target: element-wise map of the updates (``jnp.abs``, a multiple); None for the identity.
-      gamma: g; None couples it to the decay, 1 - g = sqrt(b), since two factors decay together.
-      residual: kappa in [0, b], None for the paper's rule. Adds kappa (1 - b^(t-1)) times the part of T
-        that the factors cannot hold, T - (P_B T + T P_A) / 2; kappa = b gives it the weight that T
-        inside the tracked subspace gathers over time.
-      debias: divide by 1 - b^t, as `optax.ema` does.
-      damping: of the r x r systems, see ``damping_kind``.
+      gamma: g; None uses 1 - g = sqrt(b), since two factors decay together.
+      residual: kappa in [0, b], or None for the paper's rule. Adds kappa (1 - b^(t-1)) times the part of T that
+        the factors cannot hold, T - (P_B T + T P_A) / 2. With kappa = b this part has the weight that T inside
+        the tracked subspace accumulates over time.
+      debias: whether to divide by 1 - b^t, as `optax.ema` does.
+      damping: damping of the r x r systems, see ``damping_kind``.
       damping_kind: ``"relative"`` (times trace / r of each system) or ``"absolute"``.
-      initial_subspace: ``"normal"`` (paper) or ``"gradient"``: from the first update.
+      initial_subspace: ``"normal"`` (paper), or ``"gradient"`` to start from the first update's row space.
       factor_dtype: storage dtype of the state; None for float32 (float64 for float64 parameters).
-      full_rank_fallback: keep a full moment where factors would not be smaller.
+      full_rank_fallback: whether to keep a full moment where factors would not be smaller.
+      product_dtype: see `scale_by_lorapre_adam`; static.
       layout: see `layout_optax.ParamLayout`; None infers it.
 
     Returns:
       A transformation with state `LowRankState`. Updates keep their dtype.
 
     Raises:
-      ValueError: for numbers out of range, at construction where they are concrete.
+      ValueError: for numbers out of range, at construction if they are concrete.
 
     Example:
       >>> params = {"mlp": {"kernel": jnp.ones((24, 40))}}
@@ -100,7 +102,13 @@ def low_rank_ema(
     check_number("gamma", gamma, 0, 1)
     check_number("residual", residual, 0, 1)
     options = MomentOptions(
-        rank, damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback
+        rank,
+        damping,
+        damping_kind,
+        initial_subspace,
+        factor_dtype,
+        full_rank_fallback,
+        product_dtype,
     )
 
     map_target = jnp.asarray if target is None else target
@@ -145,9 +153,10 @@ def low_rank_trace(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
+    product_dtype: Any = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The accumulator ``m = mu m + G`` (heavy ball, Muon) whose history is kept as two thin factors.
+    """The accumulator ``m = mu m + G`` (heavy ball, Muon) with a history of two thin factors.
 
     Its fixed point is G / (1-mu), so it is the low-rank EMA of the target T = G / (1-mu) (Algorithm 2)::
 
@@ -157,15 +166,16 @@ def low_rank_trace(
 
     Args:
       decay: mu in [0, 1).
-      rank: see `low_rank_ema`. Leaves without factors get `optax.trace`.
-      nesterov: return G + mu m instead of m.
-      gamma: 1 - d; None couples it as above.
+      rank: see `low_rank_ema`. Leaves without factors use `optax.trace`.
+      nesterov: whether to return G + mu m instead of m.
+      gamma: 1 - d; None uses the value above.
       residual: kappa in [0, mu], see `low_rank_ema`.
       damping: see `low_rank_ema`.
       damping_kind: see `low_rank_ema`.
       initial_subspace: see `low_rank_ema`.
       factor_dtype: see `low_rank_ema`.
       full_rank_fallback: see `low_rank_ema`.
+      product_dtype: see `scale_by_lorapre_adam`; static.
       layout: see `low_rank_ema`.
 
     Returns:
@@ -181,7 +191,13 @@ def low_rank_trace(
     check_number("gamma", gamma, 0, 1)
     check_number("residual", residual, 0, 1)
     options = MomentOptions(
-        rank, damping, damping_kind, initial_subspace, factor_dtype, full_rank_fallback
+        rank,
+        damping,
+        damping_kind,
+        initial_subspace,
+        factor_dtype,
+        full_rank_fallback,
+        product_dtype,
     )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -206,7 +222,7 @@ def step_trace(
     gamma: Number | None,
     residual: Number | None,
 ) -> tuple[PyTree, LowRankState]:
-    """The trace of every leaf in float32 or wider, see `low_rank_trace`, and the next state."""
+    """Returns the trace of every leaf in float32 or wider, see `low_rank_trace`, and the next state."""
     before, t = state.count, next_count(state)
     mu = at(decay, before)
     rate = coupled_gamma(mu) if gamma is None else at(gamma, before)

@@ -1,8 +1,8 @@
-"""LoRA-Pre Muon: an orthogonalised accumulator whose history is two thin factors (Algorithm 2)."""
+"""LoRA-Pre Muon: orthogonalised momentum whose history is two thin factors (Algorithm 2)."""
 
 import math
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, Literal, TypeAlias, Unpack
 
 import jax.numpy as jnp
 import optax
@@ -15,6 +15,7 @@ from layout_optax.hyperparameters import (
     check_factor_decay,
     check_number,
     check_rate,
+    choose,
     float_dtype,
     in_dtype,
 )
@@ -23,6 +24,7 @@ from layout_optax.leaves import LayoutLeaves, flatten_with_layout
 from layout_optax.routing import WholeModel, takes_whole_model
 from lorapre_optax._adam import full_adam, scale_by_lorapre_adam
 from lorapre_optax._distributed_newton_schulz import distributed_orthogonalize
+from lorapre_optax._factored_rms import scale_by_factored_rms
 from lorapre_optax._factors import DampingKind
 from lorapre_optax._moment import InitialSubspace, LowRankState, MomentOptions, as_updates, init
 from lorapre_optax._momentum import step_trace
@@ -31,6 +33,8 @@ from lorapre_optax._products import Narrow, narrow_operands
 from lorapre_optax._rank import RankLike
 from lorapre_optax._recommended import RECOMMENDED
 from lorapre_optax._routing import Others, route_matrices
+
+TableRule: TypeAlias = Literal["others", "factored_rms"]
 
 
 def scale_by_lorapre_muon(
@@ -54,21 +58,21 @@ def scale_by_lorapre_muon(
     ns_dtype: Any = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon's direction from a low-rank accumulator: Algorithm 2, from the previous factors.
+    """Computes Muon's direction from a low-rank accumulator: Algorithm 2, with the previous factors.
 
     ::
 
         m = mu B A + G                                            (see `low_rank_trace`)
         direction = NewtonSchulz(m) * sqrt(max(1, fan_out / fan_in))
 
-    Vectors have nothing to orthogonalise: their accumulator is returned as it is.
+    Vectors are not orthogonalised; their direction is the accumulator.
 
     Args:
-      rank: see `low_rank_ema`. Matrices where factors do not pay keep a full accumulator.
-      mu: decay of the accumulator, in [0, 1). Every number here may be a schedule.
-      ns_steps: Newton-Schulz iterations; a float is rounded.
-      eps: added to the norm that the iteration starts from.
-      nesterov: orthogonalise G + mu m instead of m.
+      rank: see `low_rank_ema`. Matrices where factors save no memory keep a full accumulator.
+      mu: decay of the accumulator, in [0, 1). Every number except the rank may be a schedule.
+      ns_steps: number of Newton-Schulz iterations; a float is rounded.
+      eps: added to the norm that the iteration divides by at first.
+      nesterov: whether to orthogonalise G + mu m instead of m.
       scale: multiplies the direction of matrices.
       consistent_rms: if given, the shape factor is sqrt(max(fan_in, fan_out)) times this number instead
         (0.2 gives about the RMS of AdamW), as in `optax.contrib.muon`.
@@ -79,19 +83,19 @@ def scale_by_lorapre_muon(
       initial_subspace: see `low_rank_ema`.
       factor_dtype: see `low_rank_ema`.
       full_rank_fallback: see `low_rank_ema`.
-      whole_matrices: on a mesh, stack equal matrices, spread the stack over the devices and iterate on whole
-        matrices there, instead of on sharded ones: two exchanges of each shard in place of several
-        a step. A mesh axis that divides no stack is gathered, which repeats work on its devices.
+      whole_matrices: on a mesh, whether to stack equal matrices, distribute the stack over the devices and
+        iterate on whole matrices instead of sharded ones. Each shard then moves twice instead of several times
+        per step. A mesh axis that divides no stack is gathered, and its devices repeat the same work.
       product_dtype: see `scale_by_lorapre_adam`; static.
-      ns_dtype: dtype that Newton-Schulz runs in. None: bfloat16 for bfloat16 gradients on accelerators, as
-        in `optax.contrib.muon`, else float32; ``"float32"`` everywhere float32; static.
-      layout: see `layout_optax.ParamLayout`; None infers it. Leaves that are not ours pass through.
+      ns_dtype: dtype of the Newton-Schulz iteration. None means bfloat16 for bfloat16 gradients on
+        accelerators, as in `optax.contrib.muon`, otherwise float32; ``"float32"`` always uses float32; static.
+      layout: see `layout_optax.ParamLayout`; None infers it. Unmanaged leaves pass through.
 
     Returns:
       A transformation with state `LowRankState`. Updates keep their dtype.
 
     Raises:
-      ValueError: for numbers out of range, at construction where they are concrete.
+      ValueError: for numbers out of range, at construction if they are concrete.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -151,7 +155,7 @@ def scale_by_lorapre_muon(
 
 
 def _whole(steps: Any) -> Any:
-    """A number of iterations that a schedule or an injected float gives, rounded to the nearest."""
+    """Rounds a number of iterations, from a schedule or an injected float, to the nearest integer."""
     return steps if isinstance(steps, int) else jnp.rint(jnp.asarray(steps)).astype(jnp.int32)
 
 
@@ -162,7 +166,7 @@ def _narrow(ns_dtype: Any, leaf: Any) -> Narrow | None:
 def _distributed(
     leaves: LayoutLeaves, moments: PyTree, steps: Any, eps: Any, ns_dtype: Any
 ) -> PyTree:
-    """The moments with every matrix orthogonalised, equal matrices in one stack over the devices."""
+    """Orthogonalises the moments of all matrices, with equal matrices in one stack over the devices."""
     values = leaves.align(moments)
     matrices = {
         i: own
@@ -215,22 +219,23 @@ def lorapre_muon(
     adam_b1: Number = 0.9,
     adam_b2: Number = 0.999,
     table_rank: RankLike = None,
+    table_rule: TableRule = "others",
     others: Others = "adamw",
     layout: LayoutLike = None,
     **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
-    """LoRA-Pre Muon for a whole model: matrices orthogonalised, everything else full AdamW or SAGE.
+    """LoRA-Pre Muon for a whole model: orthogonalised matrices, full AdamW or SAGE on everything else.
 
-    An orthogonalised direction has entries of about 1 / sqrt(larger side): its learning rate is some
-    twenty times AdamW's, so give the other roles their own, or set ``consistent_rms=0.2``. With
-    ``table_rank`` the state of a whole model is thin factors and vectors.
+    An orthogonalised direction has entries of about 1 / sqrt(larger side), so its learning rate is about twenty
+    times AdamW's. Give the other roles their own learning rates, or set ``consistent_rms=0.2``. With
+    ``table_rank`` the state of a whole model is only thin factors and vectors.
 
     Args:
-      learning_rate: a number or schedule for every role that has no rate of its own.
-      rank: see `scale_by_lorapre_muon`, applied to the matrices.
+      learning_rate: a number or schedule for every role without a learning rate of its own.
+      rank: rank of the matrices' factors; see `scale_by_lorapre_muon`.
       mu: see `scale_by_lorapre_muon`.
       ns_steps: see `scale_by_lorapre_muon`.
-      eps: of the iteration and of AdamW on the rest.
+      eps: eps of Newton-Schulz, and of AdamW on the rest.
       nesterov: see `scale_by_lorapre_muon`.
       scale: see `scale_by_lorapre_muon`.
       consistent_rms: see `scale_by_lorapre_muon`.
@@ -246,9 +251,12 @@ def lorapre_muon(
       ns_dtype: see `scale_by_lorapre_muon`; static.
       adam_b1: b1 of AdamW on the rest.
       adam_b2: b2 of AdamW on the rest.
-      table_rank: if given, embedding and head get LoRA-Pre Adam at this rank with the options of
-        `lorapre_optax.RECOMMENDED`: then no moment of a matrix or table is kept in full. Ours, not the paper's.
-      others: ``"adamw"`` or ``"sage"``, see `lorapre_adamw`.
+      table_rank: if given, embedding and head use LoRA-Pre Adam at this rank with the options of
+        `lorapre_optax.RECOMMENDED`, and no matrix, embedding or head keeps a full moment. Not in the paper.
+      table_rule: ``"factored_rms"`` gives embedding and head Adafactor's direction (arXiv:1804.04235): the
+        gradient over a factored estimate of its rms, clipped to an rms of 1. An embedding of V x d then keeps
+        V + d floats. ``"others"`` uses the rule of ``others``. Not in the paper.
+      others: ``"adamw"`` or ``"sage"``; see `lorapre_adamw`.
       layout: see `layout_optax.ParamLayout`; None infers it.
       **whole_model: see `layout_optax.by_role`.
 
@@ -256,7 +264,7 @@ def lorapre_muon(
       The transformation; with `optax.inject_hyperparams` pass ``static_args=STATIC_ARGS``.
 
     Raises:
-      ValueError: see `scale_by_lorapre_muon`.
+      ValueError: see `scale_by_lorapre_muon`; also for both a ``table_rank`` and a ``table_rule``.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -287,7 +295,14 @@ def lorapre_muon(
         layout=layout,
     )
     check_adam(adam_b1, adam_b2, eps, prefix="adam_")
-    table = None
+    table = choose(
+        "table_rule", table_rule, {"others": None, "factored_rms": scale_by_factored_rms(layout)}
+    )
+    if table_rank is not None and table is not None:
+        raise ValueError(
+            f"table_rank={table_rank!r} and table_rule={table_rule!r} both decide what embedding and head "
+            "keep; give one of them."
+        )
     if table_rank is not None:
         table = scale_by_lorapre_adam(
             table_rank,

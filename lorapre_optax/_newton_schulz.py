@@ -1,7 +1,7 @@
 """Orthogonalisation by the quintic Newton-Schulz iteration, in the parameter's own axes.
 
-optax's own is public only inside `optax.contrib.scale_by_muon`, which keeps a full momentum and reshapes
-its input, and reshaping a sharded matrix is an error on a mesh of Explicit axes. This one agrees with it.
+optax has this iteration only inside `optax.contrib.scale_by_muon`, which keeps a full momentum and reshapes its
+input. Reshaping a sharded matrix is an error on a mesh of Explicit axes. The results here agree with optax's.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ def orthogonalize(
     eps: jax.Array | float = 1e-8,
     narrow: Narrow | None = None,
 ) -> jax.Array:
-    """About the nearest matrix with orthonormal rows or columns, per batch index.
+    """Approximates the nearest matrix with orthonormal rows or columns, per batch index.
 
-    ``X <- a X + (b S + c S^2) X`` with ``S = X X^T``, from X over its Frobenius norm. With these
-    coefficients the singular values do not converge to 1 but end between about 0.7 and 1.2. S is taken on
+    ``X <- a X + (b S + c S^2) X`` with ``S = X X^T``, starting from X over its Frobenius norm. With these
+    coefficients the singular values do not converge to 1 but end between about 0.7 and 1.2. S is computed on
     the smaller side.
 
     Args:
       x: float32 or wider, any number of row, column and batch axes.
-      layout: its layout with non-negative axes.
+      layout: the layout of x with non-negative axes.
       steps: number of iterations; may be traced.
       eps: added to the norm, in units of the largest entry, so that tiny inputs are not shrunk.
-      narrow: the dtype that the iteration runs in, where that is not x's; products then still sum in
-        float32. The norm is taken in x's.
+      narrow: the dtype of the iteration if it is not x's; products then still sum in float32. The norm is
+        computed in x's dtype.
 
     Returns:
       Shape and dtype of x.

@@ -1,4 +1,4 @@
-"""Matrix products at the precision that each needs, chosen when a program is lowered for its platform."""
+"""Matrix products at the precision that each needs, chosen at lowering for the platform."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from layout_optax.hyperparameters import float_dtype
 
 
 class Narrow(NamedTuple):
-    """A dtype below float32 that the operands of some products are rounded to; sums stay float32.
+    """A dtype below float32 for the operands of some products; sums stay float32.
 
     Attributes:
-      dtype: of the operands.
-      everywhere: on a CPU too, where a narrow product saves nothing; else on accelerators alone.
+      dtype: dtype of the operands.
+      everywhere: whether to round on a CPU too, where it saves nothing, or on accelerators only.
     """
 
     dtype: Any
@@ -26,18 +26,18 @@ class Narrow(NamedTuple):
 
 
 def narrow_operands(name: str, option: Any, dtype: Any) -> Narrow | None:
-    """How to round for a leaf of some dtype: as the option says, by default bfloat16 for bfloat16.
+    """Chooses the rounding for a leaf's dtype: as the option says, by default bfloat16 for bfloat16.
 
     Args:
-      name: of the option, for messages.
+      name: the option's name, for messages.
       option: a float dtype or its name; None for the default.
-      dtype: of the gradient.
+      dtype: the gradient's dtype.
 
     Returns:
-      None where operands stay as they are.
+      The dtype to round to, or None for no rounding.
 
     Raises:
-      ValueError: if the option is no float dtype.
+      ValueError: if the option is not a float dtype.
 
     Example:
       >>> narrow_operands("product_dtype", None, jnp.bfloat16)
@@ -61,9 +61,9 @@ def large_product(
     *,
     narrow_result: bool = False,
 ) -> jax.Array:
-    """An einsum with a parameter at one end, at the default precision; the result is as wide as ``a``.
+    """An einsum with a parameter as operand or result, at default precision; the result is as wide as ``a``.
 
-    ``narrow_result`` writes it in the narrow dtype: for one that is as large as a parameter.
+    ``narrow_result`` writes the result in the narrow dtype, for results as large as a parameter.
     """
 
     def as_they_are(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -91,9 +91,9 @@ def exact_product(
 ) -> jax.Array:
     """An einsum with nearly all of float32's digits.
 
-    On CUDA three passes of TF32, which keep 22 bits of each operand, in place of float32 outside the tensor
-    cores. Fewer digits do harm (docs/results/precision.md): one pass of TF32 makes momentum 16 % too long,
-    three passes of bfloat16 make it 0.6 % too short, so a TPU takes all of its six.
+    On CUDA it uses three passes of TF32, which keep 22 bits of each operand, instead of float32 outside the
+    tensor cores. Fewer digits do harm (docs/results/precision.md): one pass of TF32 makes momentum 16 % too
+    long, and three passes of bfloat16 make it 0.6 % too short, so a TPU uses all six.
     """
 
     def at(precision: Any):

@@ -1,4 +1,4 @@
-"""Which rank each parameter's momentum gets, and where factors do not pay (the full-rank fallback)."""
+"""The rank of each parameter's momentum, and the full-rank fallback where factors save no memory."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ RankLike: TypeAlias = (
     | Callable[[str, ParamLayout, tuple[int, ...]], "int | float | None"]
     | None
 )
-"""How ranks are given: an integer; a fraction in (0, 1) of the smaller side; None for a full moment; a
-mapping; or a function of path, layout and shape. The keys of a mapping are whole paths, roles, or regular
-expressions searched in the path: a key equal to the path wins (so that `suggest_ranks` can be given as it
-is), then the first match in the mapping's order; a leaf without a match keeps a full moment. A key that
-matches no leaf is an error."""
+"""The type of every ``rank`` argument: an integer; a fraction in (0, 1) of the smaller side; None for a full
+moment; a mapping; or a function of path, layout and shape. The keys of a mapping are whole paths, roles, or
+regular expressions searched in the path. A key equal to the path wins, so the result of `suggest_ranks` is a
+valid rank; then the first match in the mapping's order wins. A leaf without a match keeps a full moment. A key
+that matches no leaf is an error."""
 
 
 def leaf_rank(
     rank: RankLike, path: str, layout: ParamLayout, shape: Sequence[int], *, fallback: bool = True
 ) -> int | None:
-    """The rank of one parameter's factors, or None where its moment is kept in full.
+    """Returns the rank of one parameter's factors, or None if its moment is full.
 
-    A moment is kept in full for vectors, where the rule says None, and, with ``fallback``, where factors
-    would not be smaller: r (p + q) >= p q. Without ``fallback`` a rank above min(p, q) becomes min(p, q).
+    A moment is full for vectors, where the rule gives None, and, with ``fallback``, where factors would not be
+    smaller: r (p + q) >= p q. Without ``fallback`` a rank above min(p, q) becomes min(p, q).
 
     Args:
       rank: see `RankLike`.
-      path: the leaf's path in normal form, used in rules and messages.
-      layout: its layout with non-negative axes.
-      shape: its shape.
-      fallback: whether factors that do not pay are replaced by a full moment.
+      path: the leaf's path in normal form, for rules and messages.
+      layout: the leaf's layout with non-negative axes.
+      shape: the leaf's shape.
+      fallback: whether a full moment replaces factors that save no memory.
 
     Raises:
       ValueError: for a rank below 1 or a fraction outside (0, 1); the message gives the path.
@@ -73,13 +73,13 @@ def check_rule(
     leaves: LayoutLeaves,
     roles: Collection[str] = ("embedding", "head", "matrix"),
 ) -> None:
-    """Refuses a mapping with a key that matches nothing, or none that matches a leaf with rows and columns.
+    """Refuses a mapping with a key that matches nothing, or without a match for any leaf with rows and columns.
 
-    A key may be the path of a leaf that another optimizer has (so that the result of `suggest_ranks` can be
-    given as it is), and a role that the model lacks.
+    A key may be the path of a leaf that another optimizer trains, so that the result of `suggest_ranks` is
+    valid, and it may be a role that the model lacks.
 
     Raises:
-      ValueError: naming the key, with the nearest name; also for a key that is no regular expression.
+      ValueError: with the key and the nearest name; also for a key that is not a regular expression.
     """
     tables = [
         (path, layout)
@@ -111,7 +111,7 @@ def check_rule(
 
 
 def warn_of_full_ranks(options_rank: RankLike, leaves: LayoutLeaves) -> None:
-    """Warns, in one line with counts, of ranks that save nothing where full moments take the factors' place."""
+    """Warns once, with counts, of ranks that save nothing because full moments replace the factors."""
     asked, useless = 0, []
     for path, layout, leaf in zip(leaves.paths, leaves.layouts, leaves.leaves, strict=True):
         if layout is None or layout.role == "vector" or not math.prod(leaf.shape):
@@ -148,12 +148,12 @@ def _key(rank: Mapping[str, Any], path: str, layout: ParamLayout) -> str | None:
 
 
 def warn_of_other_roles(rank: RankLike, leaves: LayoutLeaves, roles: Collection[str]) -> None:
-    """Warns of keys of a mapping that only match parameters whose moments are no factors.
+    """Warns of keys of a mapping that match only parameters without factors.
 
     Args:
       rank: see `RankLike`.
-      leaves: of all parameters.
-      roles: those whose moments can be factors.
+      leaves: the leaves of all parameters.
+      roles: the roles whose moments can be factors.
     """
     if not isinstance(rank, Mapping):
         return
@@ -180,7 +180,7 @@ def checking_keys(
     layout: LayoutLike,
     roles: Collection[str],
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation, whose init checks the keys of ``rank`` on all parameters."""
+    """Makes a transformation's init check the keys of ``rank`` on all parameters."""
 
     def init_fn(params: PyTree) -> PyTree:
         if isinstance(rank, Mapping):
@@ -193,7 +193,7 @@ def checking_keys(
 
 
 def look_up(rank: Any, path: str, layout: ParamLayout, shape: tuple[int, ...]) -> Any:
-    """The rule's answer for one leaf: a number or None."""
+    """The rule's result for one leaf: a number or None."""
     if isinstance(rank, Mapping):
         key = _key(rank, path, layout)
         return None if key is None else rank[key]

@@ -1,4 +1,4 @@
-"""The options we recommend for LoRA-Pre Adam, beside the paper's, which are the defaults."""
+"""The options that we recommend for LoRA-Pre Adam and Muon; the defaults are the papers'."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -12,10 +12,26 @@ RECOMMENDED: Mapping[str, Any] = MappingProxyType(
         "initial_subspace": "gradient",
     }
 )
-"""``lorapre_adamw(rate, rank, **RECOMMENDED)``: what a factored Adam lacks beside Adam, put back.
+"""Options for ``lorapre_adamw(learning_rate, rank, **RECOMMENDED)`` that bring factored Adam closer to Adam.
 
-The exact bias correction; a residual of b1 (0.9), which gives gradient outside the tracked subspace the weight
-that it has inside; Adam's natural bound of 1 on the direction; factors that start in the first gradient's row
-space. The defaults of `lorapre_adamw` are the paper's. What each option is worth is measured in
-``docs/results/lorapre_quality.md``.
+They are the exact bias correction; a residual of b1 (0.9), which gives the gradient outside the tracked
+subspace the same weight as inside; Adam's own bound of 1 on the direction; and factors that start in the row
+space of the first gradient. The defaults of `lorapre_adamw` are the paper's.
+``docs/results/lorapre_quality.md`` measures the effect of each option.
+"""
+
+RECOMMENDED_MUON: Mapping[str, Any] = MappingProxyType(
+    {
+        "rank": 4,
+        "consistent_rms": 0.2,
+        "table_rule": "factored_rms",
+        "learning_rate_multipliers": MappingProxyType({"embedding": 4.0, "head": 4.0}),
+        "adam_b2": 0.95,
+    }
+)
+"""Options for ``lorapre_muon(learning_rate, **RECOMMENDED_MUON)``: the least state that kept AdamW's quality.
+
+Matrices have a momentum of rank 4 and orthogonalised updates with about AdamW's rms, embedding and head
+Adafactor's rule at four times the learning rate, vectors AdamW. For more state give a higher ``rank``:
+``{**RECOMMENDED_MUON, "rank": 32}``. ``docs/results/recipes.md`` has the runs that this rests on.
 """

@@ -1,7 +1,7 @@
-"""Other ranks for a state that exists: a saved run goes on with more factors, fewer, or none.
+"""Changes the ranks of an existing state, so that a saved run continues with more factors, fewer, or none.
 
-Everything happens in the state; the optimizer with the new ranks then takes it over. The
-singular value decompositions are of r x r matrices, except where a full moment is to become factors.
+Only the state changes; the optimizer with the new ranks then uses it. The singular value decompositions are
+of r x r matrices, except where a full moment becomes factors.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from lorapre_optax._states import (
 from lorapre_optax._truncation import truncated_matrix, truncated_product
 
 _SEEDS = (11, 12)
-"""Of the fresh rows of first and second moments; ``init`` draws with 0 and 1."""
+"""Seeds of the new rows of first and second moments; ``init`` uses 0 and 1."""
 
 
 def resize_ranks(
@@ -57,31 +57,32 @@ def resize_ranks(
     layout: LayoutLike = None,
     full_rank_fallback: bool = True,
 ) -> PyTree:
-    """Gives the low-rank moments of an optimizer state other ranks and keeps what they hold.
+    """Changes the ranks of the low-rank moments in an optimizer state and keeps their content.
 
-    * A smaller rank keeps the best approximation of B A: its truncated singular value decomposition, with
-      the roots of the singular values on both sides.
-    * A larger rank adds zero columns to B and fresh random rows, at the old rows' scale, to A. The product does
-      not change by a bit, and the new directions learn from the next gradient on.
-    * A leaf whose factors would not pay any more gets its moment in full, and one whose full moment can be
-      factors again gets those. LoRA-Pre Adam's second moment is the square of its product.
+    * A smaller rank keeps the best approximation of B A: its truncated singular value decomposition, with the
+      roots of the singular values on both sides.
+    * A larger rank adds zero columns to B and new random rows, at the scale of the old rows, to A. The product
+      does not change by a bit, and the new directions learn from the next gradient on.
+    * A leaf whose factors no longer save memory gets a full moment, and a full moment becomes factors where
+    they
+      save memory again. LoRA-Pre Adam's second moment is the square of its product.
     * An equal rank changes nothing.
 
-    A `LowRankState` without a single factor is left alone: it may be one that never has any (the full Adam
-    of `lorapre_adamw`'s tables, ``second_moment="full"``). So a state that was resized to full moments
-    everywhere cannot be resized back.
+    A `LowRankState` without any factor does not change, since it may never have any (the full Adam that
+    `lorapre_adamw` uses on embedding and head, ``second_moment="full"``). A state that was resized to full
+    moments everywhere can therefore not be resized back.
 
-    Counts, dtypes and sharding stay; the random rows depend on the leaf's path and batch indices only, like
-    those of ``init``. The result has the structure, shapes and dtypes of ``tx.init(params)`` of the same
-    optimizer made with the new ranks. Meant to be called once, between runs: on a mesh it replicates the
-    factors of one leaf at a time, and a full moment that becomes factors.
+    Counts, dtypes and shardings stay. The random rows depend only on the leaf's path and batch indices, like
+    those of ``init``. The result has the structure, shapes and dtypes of ``tx.init(params)`` of the optimizer
+    with the new ranks. Call this function once, between runs: on a mesh it replicates the factors of one leaf
+    at a time, and any full moment that becomes factors.
 
     Args:
-      state: the state of any optax chain that contains low-rank moments, whatever wraps them.
-      ranks: the new ranks, as the new optimizer takes ``rank``; see `lorapre_optax.RankLike`.
+      state: the state of any optax chain that contains low-rank moments, inside any wrappers.
+      ranks: the ``rank`` argument of the new optimizer; see `lorapre_optax.RankLike`.
       params: the parameters, or their `jax.ShapeDtypeStruct`.
-      layout: as given to the optimizer; None infers it.
-      full_rank_fallback: as given to the new optimizer.
+      layout: the ``layout`` of the optimizer; None infers it.
+      full_rank_fallback: the ``full_rank_fallback`` of the new optimizer.
 
     Returns:
       The state for the optimizer with the new ranks.
@@ -126,7 +127,7 @@ def resize_ranks(
 
 
 class _Leaf(NamedTuple):
-    """What a moment belongs to, and whether it is Adam's second."""
+    """The parameter of a moment, and whether the moment is Adam's second."""
 
     path: str
     layout: ParamLayout
@@ -134,7 +135,7 @@ class _Leaf(NamedTuple):
     second: bool
 
     def shardings(self, own: NamedSharding | None, rank: int) -> list[NamedSharding | None]:
-        """Those of the left and the right factor of this rank, for a parameter sharded so."""
+        """Shardings of the left and the right factor of this rank, for a parameter with this sharding."""
         removed = (self.layout.column_axes, self.layout.row_axes)
         return [factor_sharding(own, len(self.shape), axes, rank) for axes in removed]
 
@@ -146,7 +147,7 @@ class _Leaf(NamedTuple):
 
 
 def _resized(moment: Moment, rank: int | None, leaf: _Leaf) -> Moment:
-    """One moment at its new rank; None: in full."""
+    """Resizes one moment; None gives a full moment."""
     if not moment.factored:
         return moment if rank is None else _factorised(moment, rank, leaf)
     if rank is None:
@@ -158,7 +159,7 @@ def _resized(moment: Moment, rank: int | None, leaf: _Leaf) -> Moment:
 
 
 def _grown(moment: Moment, rank: int, leaf: _Leaf) -> Moment:
-    """Zero columns for the left factor, fresh rows for the right one."""
+    """Adds zero columns to the left factor and new rows to the right one."""
     left, right = moment.left, moment.right
     old = left.shape[-2]
     zeros = jnp.zeros((*left.shape[:-2], rank - old, left.shape[-1]), left.dtype)
@@ -169,9 +170,9 @@ def _grown(moment: Moment, rank: int, leaf: _Leaf) -> Moment:
     axes = core_axes(names.right, names.batch)
     scale = broadcast(jnp.sqrt(jnp.mean(square, axis=axes)) * unit, names.right, names.batch)
     own = _of_parameter(moment, leaf)
-    # What has one rank is sharded for that rank; rows of two are joined where the rank is whole.
+    # Each part is sharded for its own rank, so the parts are joined where the rank is whole.
     whole, new = leaf.shardings(own, 1), leaf.shardings(own, rank)
-    # The later rows of the longer draw, on top of another seed: no row of `init` comes again.
+    # The later rows of a longer draw with another seed, so that no row of `init` repeats.
     fresh = placed(leaf.noise(rank)[..., old:, :], whole[1])
     fresh = (jnp.where(scale > 0, scale, INIT_STD) * fresh).astype(right.dtype)
     joined = [
@@ -182,7 +183,7 @@ def _grown(moment: Moment, rank: int, leaf: _Leaf) -> Moment:
 
 
 def _shrunk(moment: Moment, rank: int, leaf: _Leaf) -> Moment:
-    """The best factors of the smaller rank."""
+    """Returns the best factors of the smaller rank."""
     left, right = moment.left, moment.right
     wide = (_replicated(factor.astype(compute_dtype(factor.dtype))) for factor in (left, right))
     noise = placed(leaf.noise(rank), _replication(right))
@@ -195,7 +196,7 @@ def _shrunk(moment: Moment, rank: int, leaf: _Leaf) -> Moment:
 
 
 def _multiplied_out(moment: Moment, leaf: _Leaf) -> Moment:
-    """The full moment that the factors stand for."""
+    """Returns the full moment of a pair of factors."""
     names = einsum_axes(leaf.layout, len(leaf.shape))
     dtype = compute_dtype(moment.left.dtype)
     left, right = moment.left.astype(dtype), moment.right.astype(dtype)
@@ -213,7 +214,7 @@ def _multiplied_out(moment: Moment, leaf: _Leaf) -> Moment:
 
 
 def _factorised(moment: Moment, rank: int, leaf: _Leaf) -> Moment:
-    """Factors of a full moment."""
+    """Returns factors of a full moment."""
     full = moment.full
     wide = _replicated(full.astype(compute_dtype(full.dtype)))
     wide = jnp.sqrt(jnp.maximum(wide, 0)) if leaf.second else wide
@@ -229,7 +230,7 @@ def _factorised(moment: Moment, rank: int, leaf: _Leaf) -> Moment:
 
 
 def _of_parameter(moment: Moment, leaf: _Leaf) -> NamedSharding | None:
-    """The sharding of the parameter as that of its two factors tells it."""
+    """The sharding of the parameter, derived from the shardings of its two factors."""
     ours, theirs = known_sharding(moment.left), known_sharding(moment.right)
     if ours is None or theirs is None:
         return None
@@ -240,7 +241,7 @@ def _of_parameter(moment: Moment, leaf: _Leaf) -> NamedSharding | None:
 
 
 def _replication(x: jax.Array) -> NamedSharding | None:
-    """Replication over the mesh that an array lives on, if any."""
+    """Replication over an array's mesh, if it has one."""
     sharding = known_sharding(x)
     return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
 

@@ -1,4 +1,4 @@
-"""Which parameters a low-rank optimizer gets: matrices; the rest keeps full moments, or SAGE by option."""
+"""Routes low-rank momentum to matrices; the other roles keep full moments, or SAGE by option."""
 
 from typing import Any, Literal, TypeAlias, Unpack
 
@@ -26,19 +26,19 @@ def route_matrices(
     rank: RankLike = None,
     **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
-    """One optimizer for a model: `layout_optax.by_role` with low-rank momentum on the matrices.
+    """Calls `layout_optax.by_role` with low-rank momentum on the matrices.
 
     Args:
       matrix: direction of the matrices.
-      full: the same family's direction with full moments, for unmanaged leaves and where ``others`` is
-        ``family``.
+      full: direction of the same family with full moments, for unmanaged leaves and for other roles if
+        ``others`` is ``family``.
       others: direction of embedding, head and vectors: ``family`` or ``"sage"``.
-      learning_rate: of every role without its own.
-      layout: decides the roles; the directions must have been made with the same.
-      family: the name that ``others`` has for ``full``.
+      learning_rate: learning rate of every role without its own.
+      layout: the layout that gives the roles; the directions must use the same.
+      family: the value of ``others`` that selects ``full``.
       sage: SAGE's direction; None for its defaults.
-      table: direction of embedding and head; None for that of ``others``.
-      rank: of the matrices, whose keys are checked against all parameters at init.
+      table: direction of embedding and head; None uses that of ``others``.
+      rank: rank of the matrices; init checks its keys against all parameters.
       **whole_model: see `layout_optax.by_role`.
     """
     sage = scale_by_sage(layout=layout) if sage is None else sage

@@ -29,36 +29,37 @@ def lorapre_sgd(
     initial_subspace: InitialSubspace = "normal",
     factor_dtype: Any = None,
     full_rank_fallback: bool = True,
+    product_dtype: Any = None,
     others: Literal["sgd", "sage"] = "sgd",
     layout: LayoutLike = None,
     **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
-    """SGD with momentum for a whole model: low-rank traces of matrices, full ones of everything else.
+    """SGD with momentum for a whole model: low-rank traces of matrices, full traces of everything else.
 
     ::
 
         m = mu B A + G          the factors follow G / (1-mu), see `low_rank_trace`
         theta <- theta - rate (scale m + weight_decay theta)
 
-    The paper covers momentum as such and tries Adam and Muon; this is its Algorithm 2 without the
-    orthogonalisation. Where moments are full it is `optax.sgd` with an accumulator in float32.
+    The paper covers momentum in general and tries Adam and Muon. This is its Algorithm 2 without the
+    orthogonalisation. Full moments follow `optax.sgd`, with a float32 accumulator.
 
     Args:
-      learning_rate: a number or schedule for every role that has no rate of its own.
-      rank: see `low_rank_ema`, applied to the matrices.
-      momentum: mu in [0, 1), of every leaf. Every number here may be a schedule.
-      nesterov: take G + mu m for m, as `optax.sgd` does.
+      learning_rate: a number or schedule for every role without a learning rate of its own.
+      rank: rank of the matrices' factors; see `low_rank_ema`.
+      momentum: mu in [0, 1), for every leaf. Every number except the rank may be a schedule.
+      nesterov: whether to use G + mu m instead of m, as `optax.sgd` does.
       scale: multiplies the direction of matrices.
       residual: kappa in [0, mu], see `low_rank_ema`; None in the paper.
       gamma: see `low_rank_trace`.
       damping: see `low_rank_ema`.
       damping_kind: see `low_rank_ema`.
       initial_subspace: see `low_rank_ema`.
-      factor_dtype: see `low_rank_ema`; of the matrices.
+      factor_dtype: see `low_rank_ema`; for the matrices.
       full_rank_fallback: see `low_rank_ema`.
-      others: ``"sgd"`` or ``"sage"`` for embedding, head and vectors. Leaves that a rule gave to nobody
-        get SGD. SAGE's updates have entries of about 1: with ``"sage"`` give those roles a rate of
-        their own.
+      product_dtype: see `scale_by_lorapre_adam`; static.
+      others: ``"sgd"`` or ``"sage"`` for embedding, head and vectors. Leaves excluded by a layout rule use SGD.
+        SAGE's updates have entries of about 1, so give those roles their own learning rate with ``"sage"``.
       layout: see `layout_optax.ParamLayout`; None infers it.
       **whole_model: see `layout_optax.by_role`.
 
@@ -67,7 +68,7 @@ def lorapre_sgd(
       their dtype.
 
     Raises:
-      ValueError: for numbers out of range, at construction where they are concrete; unknown options or roles.
+      ValueError: for numbers out of range, at construction if they are concrete; for unknown options or roles.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -89,6 +90,7 @@ def lorapre_sgd(
         initial_subspace=initial_subspace,
         factor_dtype=factor_dtype,
         full_rank_fallback=full_rank_fallback,
+        product_dtype=product_dtype,
         layout=layout,
     )
     return route_matrices(

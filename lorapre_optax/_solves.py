@@ -1,8 +1,8 @@
-"""Damped inverses of small Gram matrices, many at once.
+"""Damped inverses of many small Gram matrices at once.
 
-A Llama has some hundred matrices and each moment two r x r systems; one kernel for each would cost far more
-than the arithmetic. Systems of one rank, whatever the shape of their parameters, are stacked and solved by
-one batched Cholesky call, in groups under a byte limit.
+A Llama has about a hundred matrices, and each moment two r x r systems. One kernel per system would cost far
+more than the arithmetic. Systems of one rank, whatever the shapes of their parameters, are stacked and solved
+by one batched Cholesky call, in groups under a byte limit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Triangles: TypeAlias = Callable[[jax.Array], jax.Array]
 """Inverts lower triangular (n, r, r) matrices."""
 
 LEAST = 32
-"""Rows of a triangle that accelerators invert by a solve; larger ones are put together by products."""
+"""Largest triangle that accelerators invert by one solve; products combine larger ones."""
 
 GROUP_BYTES = 32 * 2**20
 """The most bytes of Gram matrices that are solved at once (a single leaf is never split): 128 of rank 256,
@@ -31,16 +31,16 @@ about as many as a GPU has multiprocessors."""
 def damped_inverses(
     grams: PyTree, damping: jax.Array | float, kind: DampingKind = "relative"
 ) -> PyTree:
-    """(gram + damping)^-1 of every Gram matrix in a tree, of any ranks and batch shapes.
+    """Computes (gram + damping)^-1 of every Gram matrix in a tree, of any ranks and batch shapes.
 
-    A float32 Gram matrix carries rounding of about r * 6e-8 of its largest eigenvalue: a relative
-    damping below 1e-5 can leave it indefinite, and the factorisation then gives NaN.
+    A float32 Gram matrix has a rounding error of about r * 6e-8 of its largest eigenvalue. A relative damping
+    below 1e-5 can leave it indefinite, and the factorisation then gives NaN.
 
     Args:
       grams: symmetric arrays of shape (..., r, r).
       damping: lambda. ``"relative"`` adds lambda * trace(gram) / r to the diagonal of each Gram matrix,
-        ``"absolute"`` lambda itself.
-      kind: of the damping.
+        ``"absolute"`` adds lambda itself.
+      kind: the kind of damping.
 
     Returns:
       A tree like ``grams``.
@@ -54,21 +54,25 @@ def damped_inverses(
 
 
 def damped_inverse_roots(grams: PyTree, damping: float) -> PyTree:
-    """L^-1 of the damped Cholesky factors L L^T, which make rows with these Gram matrices orthonormal."""
+    """L^-1 of the damped Cholesky factors L L^T; it makes rows with these Gram matrices orthonormal.
+
+    Every platform uses solves here: only a first step and the metrics need roots, and the products that would
+    save their time have to be compiled with every step.
+    """
     return _in_groups(
-        lambda stack, invert_lower: invert_lower(_cholesky(stack, damping, "relative")), grams
+        lambda stack, _: _solve_identity(_cholesky(stack, damping, "relative")), grams
     )
 
 
 def _in_groups(solve: Callable[[jax.Array, Triangles], jax.Array], tree: PyTree) -> PyTree:
-    """Applies a function of (n, r, r) arrays to a tree of arrays (..., r, r), one call a group."""
+    """Applies a function of (n, r, r) arrays to a tree of arrays (..., r, r), one call per group."""
     matrices, structure = jax.tree.flatten(tree)
     results: list[jax.Array | None] = [None] * len(matrices)
     for group in _groups(matrices):
         stacks = [matrices[i].reshape(-1, *matrices[i].shape[-2:]) for i in group]
         stack = jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0]
-        # XLA:CPU spreads a batched LAPACK call over its threads and waits for them; two such calls at
-        # once can wait for ever on few cores. One matrix at a time needs no other thread.
+        # XLA:CPU distributes a batched LAPACK call over its threads and waits for them. Two such calls at once
+        # can wait forever on few cores. One matrix at a time needs no other thread.
         solved = jax.lax.platform_dependent(
             stack,
             cpu=lambda x: jax.lax.map(lambda each: solve(each[None], _solve_identity)[0], x),
@@ -83,7 +87,7 @@ def _in_groups(solve: Callable[[jax.Array, Triangles], jax.Array], tree: PyTree)
 
 
 def _groups(matrices: Sequence[jax.Array]) -> Iterable[list[int]]:
-    """Positions of matrices of one rank and dtype, in runs that stay under `GROUP_BYTES`."""
+    """Positions of matrices of one rank and dtype, in groups that stay under `GROUP_BYTES`."""
     by_kind: dict[tuple[int, str], list[list[int]]] = {}
     filled: dict[tuple[int, str], int] = {}
     for i, matrix in enumerate(matrices):
@@ -109,16 +113,16 @@ def _cholesky(grams: jax.Array, damping: jax.Array | float, kind: DampingKind) -
 
 
 def _solve_identity(lower: jax.Array) -> jax.Array:
-    """Inverses of lower triangular (n, r, r) matrices, by one solve."""
+    """Inverts lower triangular (n, r, r) matrices by one solve."""
     identity = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
     return jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
 
 
 def _invert_by_halves(lower: jax.Array) -> jax.Array:
-    """The same, by solves of `LEAST` rows on the diagonal and batched products.
+    """Inverts lower triangular matrices by solves of `LEAST` rows on the diagonal and batched products.
 
-    [[A, 0], [B, C]] has the inverse [[A^-1, 0], [-C^-1 B A^-1, C^-1]]. A solve goes through its rows one
-    by one, whatever an accelerator could do at once; products of all the blocks of one size do not.
+    [[A, 0], [B, C]] has the inverse [[A^-1, 0], [-C^-1 B A^-1, C^-1]]. A solve goes through its rows one by
+    one, while an accelerator computes the products of all blocks of one size at once.
     """
     n, rank, _ = lower.shape
     if rank <= LEAST:
@@ -130,7 +134,7 @@ def _invert_by_halves(lower: jax.Array) -> jax.Array:
     padded += jnp.diag((jnp.arange(size) >= rank).astype(lower.dtype))
 
     def blocks(width: int, below: bool) -> jax.Array:
-        """Blocks of some width on the diagonal, or those below every other one of them."""
+        """Blocks of some width on the diagonal, or the blocks below every other one of them."""
         step = 2 * width if below else width
         first = width if below else 0
         return jnp.stack(

@@ -1,7 +1,7 @@
-"""Low-rank moments inside the state of any optax chain: where they are, and whose.
+"""Finds low-rank moments, and the parameters they belong to, in the state of any optax chain.
 
-`optax.partition` and `optax.masked` may put one ``MaskedNode`` in the place of a whole subtree, so nodes are
-found by path and not by the structure of the parameters.
+`optax.partition` and `optax.masked` may replace a whole subtree by one ``MaskedNode``, so nodes are found by
+path and not by the structure of the parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorapre_optax._moment import LowRankState, factor_shapes
 
 
 class Moment(NamedTuple):
-    """One parameter's part of a `LowRankState`: ``MaskedNode`` where there is nothing."""
+    """One parameter's part of a `LowRankState`; ``MaskedNode`` for absent fields."""
 
     path: str
     left: Any
@@ -27,12 +27,12 @@ class Moment(NamedTuple):
 
     @property
     def factored(self) -> bool:
-        """Whether it is kept as factors."""
+        """Whether the moment is stored as factors."""
         return not is_empty(self.left)
 
 
 class Owner(NamedTuple):
-    """The parameter, gradient or shape that a moment belongs to; ``layout`` None where not ours."""
+    """The parameter, gradient or shape that a moment belongs to; ``layout`` is None for an unmanaged leaf."""
 
     layout: ParamLayout | None
     leaf: Any
@@ -46,19 +46,19 @@ def moments(state: LowRankState) -> list[Moment]:
 
 
 def with_moments(state: LowRankState, new: list[Moment]) -> LowRankState:
-    """The state with other moments, in the order that `moments` gave them."""
+    """Replaces the moments of a state, in the order of `moments`."""
     treedef = jax.tree_util.tree_structure(state.left, is_leaf=is_empty)
     trees = (treedef.unflatten([getattr(each, f) for each in new]) for f in Moment._fields[1:])
     return LowRankState(state.count, *trees)
 
 
 def is_factored(state: LowRankState) -> bool:
-    """Whether any of its moments is kept as factors."""
+    """Whether any moment of a state is stored as factors."""
     return any(moment.factored for moment in moments(state))
 
 
 def first_moments(state: PyTree) -> Iterator[LowRankState]:
-    """The low-rank states in an optimizer state, of Adam's two moments only the first."""
+    """The low-rank states in an optimizer state; of Adam's two moments only the first."""
     for node in jax.tree.leaves(state, is_leaf=_is_low_rank):
         if _is_low_rank(node):
             yield node.mu if isinstance(node, LorapreAdamState) else node
@@ -72,8 +72,8 @@ def map_states(
     """Maps the low-rank states in an optimizer state; also returns how many nodes hold them.
 
     Args:
-      first: of first moments and of bare states.
-      second: of Adam's second moments, whose factors follow abs(G) and whose full moments G^2.
+      first: function of first moments and of states outside Adam.
+      second: function of Adam's second moments, whose factors follow abs(G) and whose full moments follow G^2.
       state: the state of any optax chain.
     """
     found = 0
@@ -91,7 +91,7 @@ def map_states(
 
 
 def owners(params: PyTree, layout: LayoutLike) -> dict[str, Owner]:
-    """The leaves of a tree and their layouts, by path; empty leaves left out."""
+    """The leaves of a tree and their layouts, by path, without empty leaves."""
     leaves = flatten_with_layout(layout, params)
     rows = zip(leaves.paths, leaves.layouts, leaves.leaves, strict=True)
     return {path: Owner(found, leaf) for path, found, leaf in rows if not is_empty(leaf)}
@@ -103,10 +103,10 @@ def owner_of(moment: Moment, found: Mapping[str, Owner], name: str) -> tuple[Par
     Args:
       moment: a moment.
       found: see `owners`.
-      name: what the tree of leaves is called, for messages.
+      name: the name of the tree of leaves, for messages.
 
     Raises:
-      ValueError: if the tree has no such leaf, or one that does not fit the moment; it names the path.
+      ValueError: if the tree has no such leaf, or a leaf that does not fit the moment; it names the path.
     """
     path = moment.path
     if path not in found:
@@ -114,7 +114,7 @@ def owner_of(moment: Moment, found: Mapping[str, Owner], name: str) -> tuple[Par
     layout, leaf = found[path]
     if layout is None:
         raise ValueError(
-            f"the state has a moment for '{path}', which is not ours by this layout. Give the "
+            f"the state has a moment for '{path}', which this layout leaves unmanaged. Give the "
             "layout that the optimizer was made with."
         )
     if moment.factored:

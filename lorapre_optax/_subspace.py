@@ -1,13 +1,13 @@
-"""The first subspace from the first gradient: a randomised range finder in the parameter's own axes.
+"""The initial subspace from the first gradient: a randomised range finder in the parameter's own axes.
 
-The paper starts the right factor at random; its span then has to be found over many steps. Here it starts
-as the leading row space of the first gradient (Halko, Martinsson and Tropp, 2011, algorithm 4.4 with one
-power iteration, https://arxiv.org/abs/0909.4061).
+The paper starts the right factor at random, and its span takes many steps to adapt. Here it starts as the
+leading row space of the first gradient (Halko, Martinsson and Tropp, 2011, algorithm 4.4 with one power
+iteration, https://arxiv.org/abs/0909.4061).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from layout_optax.axes import explicit_sharding, placed, sharding_without
 from layout_optax.layout import ParamLayout
 from lorapre_optax._factor_sharding import factor_sharding, rank_whole
-from lorapre_optax._factors import broadcast, einsum_axes, gram, normal_factor
+from lorapre_optax._factors import EinsumAxes, broadcast, einsum_axes, gram, normal_factor
 from lorapre_optax._products import exact_product
 from lorapre_optax._solves import damped_inverse_roots
 
@@ -25,7 +25,7 @@ _SEED = 7
 
 
 class Start(NamedTuple):
-    """A moment at its first step: whose it is, what it follows and the right factor from ``init``."""
+    """A moment at its first step: its parameter, its target and the right factor from ``init``."""
 
     path: str
     layout: ParamLayout
@@ -34,49 +34,57 @@ class Start(NamedTuple):
     right: jax.Array
 
 
-def gradient_right(start: Start) -> jax.Array:
-    """A right factor whose rows span the leading row space of the target.
+def gradient_rights(starts: Sequence[Start]) -> list[jax.Array]:
+    """Returns right factors whose rows span the leading row spaces of the targets.
 
-    Random combinations of the target's rows, made orthonormal by the Cholesky factor of their Gram matrix;
-    one power iteration; orthonormal again. A target that is zero or not finite keeps the right factor
-    it had, per batch index. The combinations are divided by the target's largest entry: the target itself,
-    which is large, stays as it is.
+    It takes random combinations of a target's rows and makes them orthonormal by the Cholesky factor of their
+    Gram matrix, before and after one power iteration. If a target is zero or not finite, its right factor
+    does not change, per batch index. The combinations are divided by the target's largest entry, which avoids
+    scaling the large target itself.
 
     Args:
-      start: a moment; its path seeds the combinations.
+      starts: moments; their paths seed the random combinations. All Gram matrices of a rank are factorised at
+        once.
 
     Returns:
-      An array like ``start.right``.
+      An array like ``start.right`` for each.
     """
-    layout, right = start.layout, start.right
-    target = start.target(start.leaf.astype(right.dtype))
-    names = einsum_axes(layout, target.ndim)
-    core = layout.row_axes + layout.column_axes
-    largest = jnp.max(jnp.abs(target), axis=core, keepdims=True)
-    unit = jnp.where(largest > 0, largest, 1)
+    opened = [_Open(start) for start in starts]
+    found = _orthonormal([each.rows(each.noise()) for each in opened], opened)
+    powers = [each.rows(each.columns(right)) for each, right in zip(opened, found, strict=True)]
+    found = _orthonormal(powers, opened)
+    return [_or_old(*each) for each in zip(found, starts, strict=True)]
 
-    def rows(left: jax.Array) -> jax.Array:
+
+class _Open:
+    """A target with its largest entry per batch index; products of its quotient with factors."""
+
+    def __init__(self, start: Start):
+        self.start, self.layout = start, start.layout
+        self.target = start.target(start.leaf.astype(start.right.dtype))
+        self.names = einsum_axes(self.layout, self.target.ndim)
+        self.core = self.layout.row_axes + self.layout.column_axes
+        largest = jnp.max(jnp.abs(self.target), axis=self.core, keepdims=True)
+        self.unit = jnp.squeeze(jnp.where(largest > 0, largest, 1), self.core)
+
+    def noise(self) -> jax.Array:
+        """A left factor of normal numbers."""
+        start, target = self.start, self.target
+        rank = start.right.shape[-2]
+        noise = normal_factor(start.path, target, self.layout, rank, "left", _SEED)
+        own = explicit_sharding(target)
+        sharding = factor_sharding(own, target.ndim, self.layout.column_axes)
+        return placed(noise, sharding).astype(target.dtype)
+
+    def rows(self, left: jax.Array) -> jax.Array:
         """B^T G over the largest entry."""
-        scale = jnp.squeeze(unit, core)
-        return rows_from(target, left / broadcast(scale, names.left, names.batch), layout)
+        unit = broadcast(self.unit, self.names.left, self.names.batch)
+        return rows_from(self.target, left / unit, self.layout)
 
-    noise = normal_factor(start.path, target, layout, right.shape[-2], "left", _SEED)
-    own = explicit_sharding(target)
-    noise = placed(noise, factor_sharding(own, target.ndim, layout.column_axes))
-    found = _orthonormal(rows(noise.astype(target.dtype)), start, target)
-    found = _orthonormal(rows(_columns(target, found, unit, layout)), start, target)
-    return _or_old(found, start, target.ndim)
-
-
-def _columns(
-    target: jax.Array, right: jax.Array, unit: jax.Array, layout: ParamLayout
-) -> jax.Array:
-    """G A^T over the largest entry of G."""
-    names = einsum_axes(layout, target.ndim)
-    scale = broadcast(
-        jnp.squeeze(unit, layout.row_axes + layout.column_axes), names.right, names.batch
-    )
-    return columns_from(target, right / scale, layout)
+    def columns(self, right: jax.Array) -> jax.Array:
+        """G A^T over the largest entry."""
+        unit = broadcast(self.unit, self.names.right, self.names.batch)
+        return columns_from(self.target, right / unit, self.layout)
 
 
 def normalised(target: jax.Array, layout: ParamLayout) -> jax.Array:
@@ -101,17 +109,22 @@ def columns_from(target: jax.Array, right: jax.Array, layout: ParamLayout) -> ja
     return rank_whole(jnp.einsum(equation, target, right, out_sharding=sharding))
 
 
-def _orthonormal(rows: jax.Array, start: Start, target: jax.Array) -> jax.Array:
-    """The same span with orthonormal rows, up to the damping."""
-    names = einsum_axes(start.layout, target.ndim)
-    root = damped_inverse_roots(gram(rows, names.right, names), _DAMPING)
-    equation = f"{names.batch}zZ,{names.right.replace('z', 'Z')}->{names.right}"
-    return exact_product(equation, root, rows, sharding_without(rows, ()))
+def _orthonormal(rows: Sequence[jax.Array], opened: Sequence[_Open]) -> list[jax.Array]:
+    """Rows with the same spans, orthonormal up to the damping."""
+    grams = [gram(x, each.names.right, each.names) for x, each in zip(rows, opened, strict=True)]
+    roots = damped_inverse_roots(grams, _DAMPING)
+
+    def product(root: jax.Array, rows: jax.Array, names: EinsumAxes) -> jax.Array:
+        equation = f"{names.batch}zZ,{names.right.replace('z', 'Z')}->{names.right}"
+        return exact_product(equation, root, rows, sharding_without(rows, ()))
+
+    names = [each.names for each in opened]
+    return [product(*each) for each in zip(roots, rows, names, strict=True)]
 
 
-def _or_old(rows: jax.Array, start: Start, ndim: int) -> jax.Array:
-    """The new rows where they are finite and not all zero, else the old right factor."""
-    names = einsum_axes(start.layout, ndim)
+def _or_old(rows: jax.Array, start: Start) -> jax.Array:
+    """The new rows if they are finite and not all zero, else the old right factor."""
+    names = einsum_axes(start.layout, start.leaf.ndim)
     axes = tuple(axis for axis, letter in enumerate(names.right) if letter not in names.batch)
     size = jnp.sum(jnp.abs(rows), axis=axes)
     usable = broadcast(jnp.isfinite(size) & (size > 0), names.right, names.batch)

@@ -1,4 +1,4 @@
-"""Ranks from a few gradients: how many directions hold a given share of their mean."""
+"""Suggests ranks from a few gradients: how many directions hold a given share of their mean."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from lorapre_optax._subspace import normalised
 def suggest_ranks(
     params: PyTree, gradients: Sequence[PyTree], energy: float = 0.9, *, layout: LayoutLike = None
 ) -> dict[str, int]:
-    """A rank for every parameter with rows and columns, from a few gradients.
+    """Suggests a rank for every parameter with rows and columns, from a few gradients.
 
-    The mean of the gradients stands in for a momentum M; the rank is the smallest r with ::
+    The mean of the gradients approximates a momentum M. The rank is the smallest r with ::
 
         sigma_1^2 + ... + sigma_r^2  >=  energy * ||M||_F^2
 
-    and the largest such r over the batch indices of a stack, whose matrices share one. A handful of
-    gradients of different batches, some way into training, says more than one at the start. The spectrum
-    comes from the Gram matrix of the smaller side, in float32 or wider: shares of the energy below
-    about 1e-6 are rounding and count as zero.
+    and, for a stack, the largest such r over the batch indices, since its matrices share one rank. A few
+    gradients of different batches, some way into training, are more informative than one at the start. The
+    spectrum comes from the Gram matrix of the smaller side, in float32 or wider, so shares of the energy below
+    about 1e-6 are rounding errors and count as zero.
 
     Args:
       params: a pytree of arrays or `jax.ShapeDtypeStruct`.
       gradients: one or more trees like ``params``.
       energy: the share that the factors should be able to hold, in (0, 1].
-      layout: as given to the optimizer; None infers it.
+      layout: the ``layout`` of the optimizer; None infers it.
 
     Returns:
-      A rank of at least 1 by path, for matrices, embeddings and heads; to be given as ``rank=`` as it is.
-      A zero mean gives 1. Ranks that do not pay (see `lorapre_optax.RankLike`) are not left out:
-      the optimizer falls back to full moments there.
+      A rank of at least 1 by path, for matrices, embeddings and heads: a valid ``rank`` argument. A zero mean
+      gives 1. The result includes ranks that save no memory (see `lorapre_optax.RankLike`); the optimizer keeps
+      full moments there.
 
     Raises:
       ValueError: for an energy out of range, no gradients, a gradient of another structure or shape, or one
@@ -75,7 +75,7 @@ def suggest_ranks(
 
 
 def _aligned(params: PyTree, gradient: PyTree, index: int) -> list[jax.Array]:
-    """The gradient's leaves in the order of the parameters'."""
+    """The gradient's leaves in the order of the parameters' leaves."""
     (ours, structure), (theirs, other) = (
         jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty) for tree in (params, gradient)
     )
@@ -96,21 +96,21 @@ def _aligned(params: PyTree, gradient: PyTree, index: int) -> list[jax.Array]:
 def _spectra(
     gradients: Sequence[jax.Array], layout: ParamLayout
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """Squared singular values of the mean, ascending, up to a scale: batch axes and the smaller side.
+    """Squared singular values of the mean, ascending, up to a scale: batch axes, then the smaller side.
 
-    Also whether each gradient is finite.
+    Also returns whether each gradient is finite.
     """
     wide = [jnp.asarray(g).astype(compute_dtype(g.dtype)) for g in gradients]
     finite = [jnp.all(jnp.isfinite(g)) for g in wide]
     core = layout.row_axes + layout.column_axes
-    # Unit size before the mean and after: squares neither overflow nor vanish, whatever cancels.
+    # Normalise before and after the mean, so that squares neither overflow nor underflow despite cancellation.
     largest = functools.reduce(
         jnp.maximum, [jnp.max(jnp.abs(g), axis=core, keepdims=True) for g in wide]
     )
     largest = jnp.where(largest > 0, largest, 1)
     mean = functools.reduce(jnp.add, [g / largest for g in wide]) / len(wide)
     peak = jnp.max(jnp.abs(mean), axis=core, keepdims=True)
-    mean = jnp.where(peak > jnp.finfo(mean.dtype).eps, mean, 0)  # else only rounding is left
+    mean = jnp.where(peak > jnp.finfo(mean.dtype).eps, mean, 0)  # else only rounding error remains
     grams = _small_gram(normalised(mean, layout), layout)
     return jnp.linalg.eigvalsh(grams), finite
 
@@ -138,7 +138,7 @@ def _upper(letters_kept: str) -> dict[int, int]:
 
 
 def _rows(spectra: jax.Array) -> Iterator[np.ndarray]:
-    """Spectra in descending order, one a matrix."""
+    """Spectra in descending order, one per matrix."""
     yield from np.asarray(spectra, np.float64).reshape(-1, spectra.shape[-1])[:, ::-1]
 
 
@@ -147,5 +147,5 @@ def _rank(spectrum: np.ndarray, energy: float) -> int:
     rounding = 1e-6 * spectrum[0]
     spectrum = np.where(spectrum > rounding, spectrum, 0)
     held = np.cumsum(spectrum)
-    # The sum itself must count as reached for energy = 1.
+    # For energy = 1 the whole sum must be enough.
     return int(np.searchsorted(held, energy * held[-1] * (1 - 1e-12))) + 1

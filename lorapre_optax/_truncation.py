@@ -1,7 +1,7 @@
-"""Factors of a given rank from a product of factors or from a whole matrix: truncated decompositions.
+"""Factors of a given rank from a product of factors or from a whole matrix, by truncated decompositions.
 
-Unlike an update, which never leaves the parameter's axes, these work on (batch, rows, columns) matrices
-with unsharded axes: QR and singular value decompositions know nothing else.
+Updates stay in the parameter's axes. These functions work on (batch, rows, columns) matrices with unsharded
+axes instead, since QR and singular value decompositions support nothing else.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def truncated_product(
     QR of both thin factors, then the singular value decomposition of the r x r core.
 
     Args:
-      left: B, float32 or wider, unsharded, as everything here.
+      left: B, float32 or wider, unsharded like all arguments.
       right: A.
       noise: standard normal numbers shaped like the new right factor; their rank is the new one.
       layout: the parameter's layout with non-negative axes.
       shape: the parameter's shape.
 
     Returns:
-      The new factors, U sqrt(S) and sqrt(S) V^T. Where the product has fewer directions than the rank,
-      the left factor has zeros and the right one noise.
+      The new factors, U sqrt(S) and sqrt(S) V^T. Where the product has fewer directions than the rank, the left
+      factor has zeros and the right factor noise.
     """
     names = einsum_axes(layout, len(shape))
     scales = [
@@ -54,7 +54,7 @@ def truncated_product(
         )
     )
     u, s, vt = jnp.linalg.svd(_matmul(left_r, jnp.swapaxes(right_r, -1, -2)), full_matrices=False)
-    # Root by root: the product of the two scales need not be a number that float32 holds.
+    # Take the roots separately: the product of the two scales may leave the range of float32.
     unit = jnp.sqrt(scales[0]) * jnp.sqrt(scales[1])
     u, v = _matmul(left_q, u), _matmul(right_q, jnp.swapaxes(vt, -1, -2))
     return _from_directions(u, s, v, unit, noise, layout, shape, names)
@@ -84,15 +84,15 @@ def _from_directions(
     shape: tuple[int, ...],
     names: EinsumAxes,
 ) -> tuple[jax.Array, jax.Array]:
-    """Factors from singular triplets; ``unit`` is the root of the scale that was taken out of ``s``."""
+    """Factors from singular triplets; ``unit`` is the root of the scale that was divided out of ``s``."""
     rank = noise.shape[-2]
     noise = _as_matrices(noise, names.right, names.batch, "z").astype(v.dtype)
     rounding = s.shape[-1] * jnp.finfo(s.dtype).eps * s[..., :1]
     u, s, v = u[..., :rank], s[..., :rank], v[..., :rank]
     alive = s > rounding
     root = jnp.where(alive, jnp.sqrt(s), 0) * unit[..., None]
-    # A row of zeros would never learn: what is not a direction starts as the paper's factors do, at the
-    # scale of the rows that are.
+    # A row of zeros would never learn, so missing directions start as the paper's factors do, at the scale of
+    # the other rows.
     square = jnp.sum(jnp.square(root), axis=-1) / jnp.maximum(jnp.sum(alive, axis=-1), 1)
     scale = jnp.sqrt(square / max(1, v.shape[-2]))
     scale = jnp.where(scale > 0, scale, INIT_STD)[..., None, None]
@@ -113,13 +113,13 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _order(names: str, batch: str, last: str) -> list[int]:
-    """Axis positions: batch axes, then those that are neither, then ``last``."""
+    """Axis positions: batch axes, then the axes that are in neither group, then ``last``."""
     middle = [name for name in names if name not in batch + last]
     return [names.index(name) for name in (*batch, *middle, *last)]
 
 
 def _as_matrices(x: jax.Array, names: str, batch: str, last: str) -> jax.Array:
-    """An array with its batch axes first and two axes behind them, the second made of ``last``."""
+    """An array with its batch axes first and two axes after them; ``last`` makes up the second."""
     x = jnp.transpose(x, _order(names, batch, last))
     kept = x.shape[: len(batch)]
     columns = math.prod(x.shape[x.ndim - len(last) :])

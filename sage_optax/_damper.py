@@ -17,9 +17,9 @@ EpsMode = Literal["absolute", "relative"]
 def lion_step(
     g: jax.Array, mu: jax.Array, b1: float | jax.Array, b2: float | jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Lion's direction from the old momentum, and the new momentum.
+    """Returns Lion's direction from the old momentum, and the new momentum.
 
-    Order and promotion are `optax.lion`'s, so that results agree bit for bit in any dtype.
+    Order and promotion follow `optax.lion`, so results agree bit for bit in any dtype.
     """
     with standard_promotion():
         direction = jnp.sign((1.0 - b1) * g + b1 * mu)
@@ -36,22 +36,22 @@ def sage_damping(
     damper: Literal["both", "ema"],
     eps_mode: EpsMode,
 ) -> tuple[jax.Array, jax.Array]:
-    """The safe damper H of one leaf, and the new magnitude.
+    """Returns the safe damper H of one leaf, and the new magnitude.
 
     Args:
       g: the gradient, float32 or wider.
       magnitude: the old S, the parameter's shape without row axes.
       layout: the parameter's layout with non-negative axes.
-      count: the number of this step, from 1.
+      count: the number of this step, starting at 1.
       b2: decay of S.
       eps: offset of the denominators.
-      damper: with or without the instantaneous term.
-      eps_mode: whether eps is in the gradient's units or a share of the rms.
+      damper: ``"both"`` includes the instantaneous term, ``"ema"`` does not.
+      eps_mode: whether eps has the gradient's units or is a fraction of the rms.
 
     Returns:
       H with the row axes kept as ones, and S of ``magnitude``'s shape.
     """
-    decay = jnp.asarray(b2, g.dtype)  # also where hyperparameters were injected in bfloat16
+    decay = jnp.asarray(b2, g.dtype)  # also if hyperparameters are injected in bfloat16
     instant = jnp.mean(jnp.abs(g), axis=layout.row_axes, keepdims=True)
     average = jnp.expand_dims(magnitude.astype(g.dtype), layout.row_axes)
     average = (1 - decay) * instant + decay * average
@@ -63,9 +63,9 @@ def sage_damping(
 
 
 def _share(s: jax.Array, axes: tuple[int, ...], eps: ArrayLike, eps_mode: EpsMode) -> jax.Array:
-    """``rms(s) / (s + eps)`` over ``axes``, 0 where all of s is 0.
+    """``rms(s) / (s + eps)`` over ``axes``; 0 if all of s is 0.
 
-    Computed on s over its maximum: squares of the smallest and largest float32 would leave the range.
+    Divides s by its maximum first, since squares of the smallest and largest float32 leave the range.
     """
     largest = jnp.max(s, axis=axes, keepdims=True, initial=0)
     divisor = jnp.where(largest == 0, 1, largest)

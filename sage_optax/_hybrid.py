@@ -1,4 +1,4 @@
-"""The hybrids: SAGE-Hybrid, the paper's method, and its two controls."""
+"""The hybrids: SAGE-Hybrid, which is the paper's method, and its two controls."""
 
 from typing import Any, Literal, TypeAlias, Unpack
 
@@ -40,7 +40,7 @@ def sage_hybrid(
     layout: LayoutLike = None,
     **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SAGE-Hybrid, the paper's method: SAGE on tables and vectors, SinkGD on matrices.
+    r"""SAGE-Hybrid, the paper's method: SAGE on embedding, head and vectors, SinkGD on matrices.
 
     arXiv:2604.07663, section 3. Per parameter :math:`\theta` of role :math:`k`
 
@@ -48,28 +48,32 @@ def sage_hybrid(
       \theta \leftarrow \theta - \eta_k (u + \lambda \theta), \qquad
       u = \mathrm{SAGE}(g) \text{ or } \mathrm{scale} \cdot \mathrm{Sinkhorn}(g)
 
-    State: one momentum for embedding, head and vectors, nothing for matrices. In the paper's 1.3B
-    Llama that is 0.979 GiB in float32 where AdamW keeps 9.832, and a quarter of it with
-    ``mu_dtype="int8"``.
+    The state holds one momentum for embedding, head and vectors, and nothing for matrices. In the paper's 1.3B
+    Llama it takes 0.979 GiB in float32, where AdamW's takes 9.832. With ``mu_dtype="int8"`` it takes a quarter
+    of that.
+
+    It is a call of `layout_optax.by_role`. For another option of `scale_by_sinkhorn`, such as
+    ``vectors_dtype``, write that call; the second example does.
 
     Args:
-      learning_rate: a number or schedule for every role that has no rate of its own.
+      learning_rate: a number or schedule for every role without a learning rate of its own.
       b1: see `scale_by_sage`.
       b2: see `scale_by_sage`.
       eps: SAGE's eps; see `scale_by_sage`.
       damper: see `scale_by_sage`; None gives `lion_hybrid`.
       eps_mode: see `scale_by_sage`.
-      mu_dtype: momentum of tables and vectors: None (the parameter's dtype), a float dtype or int8. AdamW
-        parts store their first moment in it unless it is int8.
-      scale: multiplies the matrices' direction before weight decay is added; a number or schedule.
+      mu_dtype: dtype of the momentum of embedding, head and vectors: None (the parameter's dtype), a float
+        dtype or int8. Roles that use AdamW store their first moment in it unless it is int8.
+      scale: multiplies the direction of matrices before weight decay is added; a number or schedule.
       iterations: see `scale_by_sinkhorn`.
-      sinkhorn_eps: eps of `scale_by_sinkhorn`.
+      sinkhorn_eps: ``eps`` of `scale_by_sinkhorn`.
       variant: see `scale_by_sinkhorn`.
       vector_rule: ``"sage"`` as in the released code, or ``"adamw"`` (the paper allows both readings).
-      head_rule: ``"table"`` (SAGE), ``"matrix"`` (SinkGD) or ``"adamw"``.
-      adam_b1: decay of the first moment where AdamW's direction is used. The three may be schedules.
-      adam_b2: decay of its second moment.
-      adam_eps: its eps.
+      head_rule: ``"table"`` (SAGE, as on the embedding), ``"matrix"`` (SinkGD) or ``"adamw"``.
+      adam_b1: decay of the first moment where AdamW is used. ``adam_b1``, ``adam_b2`` and ``adam_eps`` may be
+        schedules.
+      adam_b2: decay of AdamW's second moment.
+      adam_eps: AdamW's eps.
       layout: see `layout_optax.LayoutLike`.
       **whole_model: see `layout_optax.by_role`.
 
@@ -77,8 +81,8 @@ def sage_hybrid(
       The transformation; with `optax.inject_hyperparams` pass ``static_args=STATIC_ARGS``.
 
     Raises:
-      ValueError: for unknown options or roles, a role with both a rate and a multiplier, and what
-        `scale_by_sage` and `scale_by_sinkhorn` refuse.
+      ValueError: for unknown options or roles, a role with both a learning rate and a multiplier, and arguments
+        that `scale_by_sage` and `scale_by_sinkhorn` refuse.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,6 +91,16 @@ def sage_hybrid(
       >>> updates, state = tx.update(params, tx.init(params), params)
       >>> float(updates["embed"][0, 0]), round(float(updates["up"]["kernel"][0, 0]), 6)
       (-0.0010000000474974513, -0.001768)
+
+      >>> from layout_optax import by_role  # other options of SinkGD: its sweeps read a copy in bfloat16
+      >>> from sage_optax import scale_by_sage, scale_by_sinkhorn
+      >>> matrix = optax.chain(scale_by_sinkhorn(vectors_dtype="bfloat16"), optax.scale(10.0))
+      >>> rules = dict.fromkeys(("embedding", "head", "vector"), scale_by_sage())
+      >>> tx = by_role({**rules, "matrix": matrix}, 1e-3, weight_decay=0.01)
+      >>> found = tx.update(params, tx.init(params), params)[0]["up"]["kernel"]
+      >>> tx = sage_hybrid(1e-3)  # on a CPU, which makes no copy, the same bits
+      >>> bool((found == tx.update(params, tx.init(params), params)[0]["up"]["kernel"]).all())
+      True
     """
     sage = scale_by_sage(
         b1, b2, eps, damper=damper, eps_mode=eps_mode, mu_dtype=mu_dtype, layout=layout
@@ -120,9 +134,9 @@ def lion_hybrid(
     layout: LayoutLike = None,
     **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
-    """Lion-Hybrid, the control: Lion on tables and vectors, SinkGD on matrices.
+    """Lion-Hybrid, the control: Lion on embedding, head and vectors, SinkGD on matrices.
 
-    `sage_hybrid` with ``damper=None``: the same state but for O(d) floats a table.
+    This is `sage_hybrid` with ``damper=None``. Its state is smaller only by O(d) floats per embedding or head.
 
     Args:
       learning_rate: see `sage_hybrid`, as for every argument.
@@ -133,7 +147,7 @@ def lion_hybrid(
       iterations: see `sage_hybrid`.
       sinkhorn_eps: see `sage_hybrid`.
       variant: see `sage_hybrid`.
-      head_rule: see `sage_hybrid`; ``"table"`` is Lion here.
+      head_rule: see `sage_hybrid`; ``"table"`` means Lion here.
       layout: see `sage_hybrid`.
       **whole_model: see `layout_optax.by_role`.
 
@@ -183,21 +197,21 @@ def sinkgd_hybrid(
     layout: LayoutLike = None,
     **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
-    """SinkGD-Hybrid: AdamW on tables and vectors, SinkGD on matrices.
+    """SinkGD-Hybrid: AdamW on embedding, head and vectors, SinkGD on matrices.
 
-    Adam and SinkGD often want different rates: give ``matrix_learning_rate`` or change ``scale``.
+    Adam and SinkGD often need different learning rates: set ``matrix_learning_rate`` or change ``scale``.
 
     Args:
       learning_rate: see `sage_hybrid`, as for every argument not named here.
       adam_b1: decay of Adam's first moment.
-      adam_b2: decay of its second moment.
-      adam_eps: its eps.
-      mu_dtype: dtype of Adam's first moment, a float dtype; None for the parameter's.
+      adam_b2: decay of Adam's second moment.
+      adam_eps: Adam's eps.
+      mu_dtype: float dtype of Adam's first moment; None for the parameter's dtype.
       scale: see `sage_hybrid`.
       iterations: see `sage_hybrid`.
       sinkhorn_eps: see `sage_hybrid`.
       variant: see `sage_hybrid`.
-      head_rule: ``"table"`` and ``"adamw"`` are AdamW here, ``"matrix"`` SinkGD.
+      head_rule: ``"table"`` and ``"adamw"`` mean AdamW here, ``"matrix"`` means SinkGD.
       layout: see `sage_hybrid`.
       **whole_model: see `layout_optax.by_role`.
 

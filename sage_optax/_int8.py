@@ -1,9 +1,10 @@
-"""Momentum in one byte an entry: a signed square root on 127 levels, one float32 scale a row.
+"""Momentum in one byte per entry: a signed square root on 127 levels, and one float32 scale per row.
 
-A row of momentum spans several orders of magnitude, so equal steps would flush most of it to zero; steps on
+A row of momentum spans several orders of magnitude, so uniform steps would round most of it to zero. Steps on
 the square root are fine near zero and coarse near the row's maximum. Rounding is stochastic and unbiased in
-the momentum itself (not in its root), so that small gradients move it on average although one update is
-far below a step. Bits come from `layout_optax.keys`: a hash of path, step and coordinates, nothing stored.
+the momentum itself, not in its root. Small gradients therefore move the momentum on average, although one
+update is far below a step. The random bits are a hash of path, step and coordinates (`layout_optax.keys`), so
+no key is stored.
 """
 
 import jax
@@ -18,12 +19,12 @@ LEVELS = 127
 def encode(
     x: jax.Array, path: str, layout: ParamLayout, count: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    r"""Rounds an array to int8 codes and one scale a row.
+    r"""Rounds an array to int8 codes and one scale per row.
 
-    With :math:`u = 127^2 |x| / \max_{row} |x|` and :math:`k = \lfloor\sqrt u\rfloor` the code is
-    :math:`\pm(k + 1)` with probability :math:`(u - k^2) / (2k + 1)`, else :math:`\pm k`, so that
-    `decode` gives ``x`` on average. One entry is off by less than ``row_max * (2k + 1) / 127**2``; zeros, zero
-    rows and a row's maximum are exact.
+    With :math:`u = 127^2 |x| / \max_{row} |x|` and :math:`k = \lfloor\sqrt u\rfloor`, the code is
+    :math:`\pm(k + 1)` with probability :math:`(u - k^2) / (2k + 1)`, else :math:`\pm k`, so that `decode` gives
+    ``x`` on average. The error of one entry is below ``row_max * (2k + 1) / 127**2``. Zeros, zero rows and a
+    row's maximum are exact.
 
     Args:
       x: momentum of any float dtype, the parameter's shape.
@@ -33,7 +34,7 @@ def encode(
 
     Returns:
       int8 codes of ``x``'s shape, and float32 maxima of ``x``'s shape without column axes. A NaN or
-      infinity in ``x`` makes its row's maximum NaN or infinite, whatever the codes are.
+        infinity in ``x`` makes its row's maximum NaN or infinite.
 
     Example:
       >>> vector = ParamLayout("vector", (), (0,))
@@ -54,7 +55,7 @@ def encode(
 
 
 def decode(codes: jax.Array, row_max: jax.Array, layout: ParamLayout) -> jax.Array:
-    """The float32 array that codes and row maxima stand for: ``sign(c) * (c / 127)**2 * row_max``.
+    """Returns the float32 array for codes and row maxima: ``sign(c) * (c / 127)**2 * row_max``.
 
     Args:
       codes: int8, the parameter's shape.

@@ -1,4 +1,4 @@
-"""Options of SAGE and the hybrids: what they mean at a step, and which are refused."""
+"""Checks and defaults for the options of SAGE and the hybrids."""
 
 from typing import Any
 
@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 
 STATIC_ARGS: tuple[str, ...] = ("layout", "mu_dtype", "weight_decay_mask")
-"""Arguments that `optax.inject_hyperparams` must not turn into numbers or schedules. optax wants only names
-that the factory has, so for `sinkgd`, which has no momentum, leave ``"mu_dtype"`` out."""
+"""Arguments that `optax.inject_hyperparams` must not turn into numbers or schedules. optax accepts only names
+that the factory has: `sinkgd` has no momentum, so leave out ``"mu_dtype"`` there. Inside `optax.MultiSteps` add
+``"iterations"`` where the factory has it, or give it as a float: an injected int is weakly typed at init and
+no longer after a step, and JAX compiles the step twice."""
 
 
 def check_options(damper: Any, eps_mode: Any) -> None:
-    """Refuses unknown words.
+    """Refuses unknown option values.
 
     Raises:
-      ValueError: naming the option and its values.
+      ValueError: with the option and its values.
     """
     if damper not in ("both", "ema", None):
         raise ValueError(f"sage: damper must be 'both', 'ema' or None, got {damper!r}.")
@@ -24,7 +26,7 @@ def check_options(damper: Any, eps_mode: Any) -> None:
 
 
 def momentum_dtype(mu_dtype: Any) -> np.dtype | None:
-    """The momentum's dtype, None for the parameter's.
+    """Returns the momentum's dtype; None for the parameter's dtype.
 
     Raises:
       ValueError: if it is neither a float dtype nor int8.

@@ -1,4 +1,4 @@
-"""SinkGD's direction, as the hybrids and other composites route it to matrices."""
+"""SinkGD's direction for the hybrids and other composites."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A damper over rows, ours: rows of small gradients, such as those of rare tokens, move less."""
+"""A damper over rows, not in the paper: rows with small gradients, such as those of rare tokens, move less."""
 
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ class RowDamperState(NamedTuple):
     Attributes:
       sage: the `SageState`.
       row_magnitude: q, the running mean of \|g\| over a row's columns: the parameter's shape without column
-        axes, float32 (float64 for float64 parameters); ``optax.MaskedNode()`` at leaves that are not ours.
+        axes, float32 (float64 for float64 parameters). Unmanaged leaves hold ``optax.MaskedNode()``.
     """
 
     sage: Any
@@ -33,7 +33,7 @@ def with_row_damper(
     b2: optax.ScalarOrSchedule,
     layout: LayoutLike,
 ) -> optax.GradientTransformationExtraArgs:
-    """SAGE's direction times the row damper; see `scale_by_sage`.
+    """Multiplies SAGE's direction by the row damper; see `scale_by_sage`.
 
     Raises:
       ValueError: for a power outside (0, 1].
@@ -82,9 +82,9 @@ def with_row_damper(
 
 
 def row_damping(average: jax.Array, layout: ParamLayout, power: ArrayLike) -> jax.Array:
-    r"""R from the rows' running means; 0 where all of them are 0.
+    r"""Returns R from the rows' running means; 0 where all of them are 0.
 
-    The means' bias correction cancels in the quotient.
+    The bias correction of the means cancels in the quotient.
 
     Args:
       average: q with the column axes kept as ones, float32 or wider.
@@ -97,7 +97,7 @@ def row_damping(average: jax.Array, layout: ParamLayout, power: ArrayLike) -> ja
       >>> [round(float(one), 3) for one in found[:, 0]]
       [1.0, 0.283, 0.0, 0.0]
     """
-    # Divided by the maximum first: squares of the smallest and largest float32 would leave the range.
+    # Divide by the maximum first: squares of the smallest and largest float32 leave the range.
     largest = jnp.max(average, axis=layout.row_axes, keepdims=True, initial=0)
     scaled = average / jnp.where(largest == 0, 1, largest)
     root = rms(scaled, layout.row_axes)

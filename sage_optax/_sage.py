@@ -1,8 +1,8 @@
 """SAGE: Lion's sign momentum times a per-column damper that never exceeds one.
 
 Paper: Lee and Kim, "SAGE: Sign-Adaptive Gradient for Memory-Efficient LLM Optimization", arXiv:2604.07663.
-State of a table (V, d): one momentum and d floats. The functions on arrays do one step of one leaf; the
-transformation owns state and trees.
+The state of an embedding of shape (V, d) is one momentum and d floats. The functions on arrays do one step of
+one leaf; the transformation handles state and trees.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -43,15 +43,15 @@ from sage_optax._rows import with_row_damper
 class SageState(NamedTuple):
     r"""State of `scale_by_sage`; trees are shaped like the parameters.
 
-    Leaves that are not ours hold ``optax.MaskedNode()``.
+    Unmanaged leaves hold ``optax.MaskedNode()``.
 
     Attributes:
-      count: int32 scalar, updates so far.
+      count: int32 scalar, the number of updates so far.
       mu: the momentum m in ``mu_dtype``, or its int8 codes.
-      magnitude: S before bias correction, the running mean over rows of \|g\|: the parameter's shape without
+      magnitude: S before bias correction, the running mean of \|g\| over rows: the parameter's shape without
         row axes, float32 (float64 for float64 parameters). None if ``damper`` is None.
-      mu_row_max: float32 scales of the int8 codes, the parameter's shape without column axes. None
-        unless ``mu_dtype`` is int8.
+      mu_row_max: float32 scales of the int8 codes, the parameter's shape without column axes. None unless
+        ``mu_dtype`` is int8.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -71,7 +71,7 @@ def scale_by_sage(
     row_damper: optax.ScalarOrSchedule | None = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rescales updates by SAGE (arXiv:2604.07663, section 3), without learning rate or decay.
+    r"""Rescales updates by SAGE (arXiv:2604.07663, section 3), without learning rate or weight decay.
 
     Per parameter, with :math:`\operatorname{rms}` over its columns:
 
@@ -83,44 +83,43 @@ def scale_by_sage(
       u &= \operatorname{sign}(b_1 m + (1 - b_1) g) \, H, \quad
         \text{then } m \leftarrow b_2 m + (1 - b_2) g
 
-    A vector has no rows: s is \|g\|. Only S is bias corrected. The order is the paper's (sign of the OLD
-    momentum). The authors' released code updates m first; that is this rule with ``b1 * b2`` for ``b1``
-    (0.891 for the defaults), so pass that to reproduce it.
+    A vector has no rows, so s is \|g\|. Only S is bias corrected. As in the paper, the sign uses the OLD
+    momentum. The authors' released code updates m first, which is this rule with ``b1 * b2`` in place of ``b1``
+    (0.891 for the defaults); pass that value to reproduce it.
 
-    0 <= H <= 1. H is 0 in every column when the step's gradient is exactly zero, so nothing moves
-    then although m may not be zero (``damper="both"``).
+    0 <= H <= 1. With ``damper="both"``, H is 0 in every column if the step's gradient is exactly zero, so
+    nothing moves then even if m is not zero.
 
-    Statistics and averages are computed in float32 at least. With ``damper=None`` the arithmetic is
-    `optax.lion`'s, in the gradient's own dtype, and the result is that of `optax.lion` bit for bit.
+    Statistics and averages are computed in float32 at least. With ``damper=None`` the arithmetic is that of
+    `optax.lion` in the gradient's own dtype, and the result equals `optax.lion`'s bit for bit.
 
-    A NaN or infinite gradient makes the whole leaf's update and S non-finite (H takes an rms over
-    columns); wrap with `optax.apply_if_finite` to contain it.
+    A NaN or infinite gradient makes the update and S of the whole leaf non-finite, since H takes an rms over
+    columns. Wrap the optimizer in `optax.apply_if_finite` to skip such steps.
 
     Args:
       b1: weight of the old momentum in the sign, in [0, 1).
       b2: decay of momentum and magnitude, in [0, 1).
-      eps: offset of the damper's denominators, positive. b1, b2 and eps may be schedules; the bias
-        correction then uses the current b2.
-      damper: ``"both"``; ``"ema"`` without the instantaneous term; None for H = 1, which is Lion and
-        keeps no magnitude.
-      eps_mode: ``"absolute"``, the paper's, in the gradient's units: with s = 1e-8 everywhere H is 0.5.
-        ``"relative"`` multiplies eps by the rms beside it, which makes H independent of the
-        gradient's scale.
-      mu_dtype: dtype of the momentum: None for the parameter's, a float dtype, or int8 (one byte and
-        one float32 a row; square-root levels, unbiased stochastic rounding). In int8 a
-        non-finite gradient entry spoils the momentum of its whole row.
-      row_damper: None, the paper's rule; or an exponent p in (0, 1] or a schedule of it, which is ours: rows
-        of small gradients, such as those of rare tokens, move less. With q the running mean (decay b2) of
-        \|g\| over a row's columns, and the rms over the rows, u is multiplied by
+      eps: offset of the damper's denominators, positive. b1, b2 and eps may be schedules; the bias correction
+        then uses the current b2.
+      damper: ``"both"`` uses both terms and ``"ema"`` drops the instantaneous term. None sets H = 1, which is
+        Lion and keeps no magnitude.
+      eps_mode: ``"absolute"``, as in the paper, has the gradient's units: with s = 1e-8 everywhere H is 0.5.
+        ``"relative"`` multiplies eps by the rms, which makes H independent of the gradient's scale.
+      mu_dtype: dtype of the momentum: None for the parameter's, a float dtype, or int8. int8 takes one byte per
+        entry and one float32 per row, with square-root levels and unbiased stochastic rounding. In int8 a
+        non-finite gradient entry makes the momentum of its whole row non-finite.
+      row_damper: None for the paper's rule; an exponent p in (0, 1], or a schedule of it, for this repository's
+        extension, which moves rows with small gradients less, such as those of rare tokens. With q the running
+        mean (decay b2) of \|g\| over a row's columns, and the rms over the rows, u is multiplied by
 
         .. math:: R = \min\left(\frac{q}{\operatorname{rms}(q)}, 1\right)^p
 
-        0 <= R <= 1 at any scale of the gradient; 1 for a vector, which is a single row. It keeps one float
-        a row. What it is worth: docs/results/recipes.md.
-      layout: what each parameter is; see `layout_optax.LayoutLike`. Leaves that are not ours pass through.
+        0 <= R <= 1 at any scale of the gradient; R is 1 for a vector, which is a single row. It takes one float
+        per row. docs/results/recipes.md measures its effect.
+      layout: see `layout_optax.LayoutLike`. Unmanaged leaves pass through.
 
     Returns:
-      A transformation with state `SageState`; with ``row_damper`` the state is that, as ``sage``, and q, as
+      A transformation with state `SageState`. With ``row_damper`` the state holds that as ``sage``, and q as
       ``row_magnitude``. Updates have the gradient's dtype.
 
     Raises:
@@ -179,7 +178,7 @@ def scale_by_sage(
                 return _Leaf(g, mu, magnitude, row_max)
             narrow = g.dtype
             rate1, rate2, offset = numbers
-            if damper is not None or int8:  # otherwise optax.lion's own arithmetic
+            if damper is not None or int8:  # otherwise use optax.lion's own arithmetic
                 if int8:
                     row_max = open_statistic(row_max, g, layout.column_axes)
                     mu = decode(mu, row_max, layout)
@@ -204,7 +203,7 @@ def scale_by_sage(
         steps = ours.map(step, *(_or_nones(ours, tree) for tree in state[1:]))
 
         def collect(field: str, like: Any) -> Any:
-            """One field of all leaves as a tree, in the dtypes of the old state."""
+            """Collects one field of all leaves into a tree, in the dtypes of the old state."""
             if like is None:
                 return None
             return ours.map(
@@ -237,8 +236,8 @@ def sage(
 ) -> optax.GradientTransformationExtraArgs:
     """SAGE on every parameter, with decoupled weight decay ("SAGE-Pure" in the paper).
 
-    The paper trains with `sage_hybrid`; SAGE alone on matrices does badly there (perplexity 116 against 30
-    at 270M). Every parameter moves by at most ``learning_rate * (1 + weight_decay * |p|)``.
+    The paper trains with `sage_hybrid`. SAGE alone does badly on matrices (perplexity 116 against 30 at 270M).
+    Every parameter moves by at most ``learning_rate * (1 + weight_decay * |p|)``.
 
     Args:
       learning_rate: a number or a schedule.
@@ -248,7 +247,7 @@ def sage(
       damper: see `scale_by_sage`.
       eps_mode: see `scale_by_sage`.
       mu_dtype: see `scale_by_sage`.
-      weight_decay: times the learning rate and the parameter, as in `optax.adamw`.
+      weight_decay: multiplied by the learning rate and the parameter, as in `optax.adamw`.
       weight_decay_mask: tree of booleans, or a callable from parameters to one; None decays everything.
       layout: see `scale_by_sage`.
 
@@ -289,20 +288,20 @@ def sage_damper(
     eps_mode: EpsMode = "absolute",
     layout: LayoutLike = None,
 ) -> Any:
-    """The damper H that `scale_by_sage` applies to a gradient, for logging.
+    """Returns the damper H that `scale_by_sage` applies to a gradient, for logging.
 
     Args:
       updates: the gradients of a step.
-      state: the `SageState` BEFORE that step, made with a damper.
-      b2: as given to `scale_by_sage`.
-      eps: as given to `scale_by_sage`.
-      damper: as given to `scale_by_sage`.
-      eps_mode: as given to `scale_by_sage`.
-      layout: as given to `scale_by_sage`.
+      state: the `SageState` BEFORE that step, with a magnitude.
+      b2: the argument of `scale_by_sage`.
+      eps: the argument of `scale_by_sage`.
+      damper: the argument of `scale_by_sage`.
+      eps_mode: the argument of `scale_by_sage`.
+      layout: the argument of `scale_by_sage`.
 
     Returns:
-      A tree like ``state.magnitude``: H per batch and column entry, between 0 and 1.
-      ``optax.MaskedNode()`` at leaves without SAGE state.
+      A tree like ``state.magnitude``: H per batch and column entry, between 0 and 1. Leaves without SAGE state
+      hold ``optax.MaskedNode()``.
 
     Raises:
       ValueError: if the state keeps no magnitude, or for unknown options.
@@ -335,7 +334,7 @@ def sage_damper(
 
 
 class _Leaf(NamedTuple):
-    """What one step makes of one leaf."""
+    """The result of one step of one leaf."""
 
     direction: jax.Array
     mu: jax.Array
@@ -358,7 +357,7 @@ def _check_kept(state: SageState, damper: Damper, int8: bool) -> None:
 
 
 def _check_leaf(path: str, layout: ParamLayout, g: jax.Array, mu: Any, *others: Any) -> None:
-    """Refuses a leaf's state that is not of its gradient's shape."""
+    """Refuses a leaf's state that does not have its gradient's shape."""
     check_shapes(path, g.shape, mu, g.shape)
     for kept, axes in zip(others, (layout.row_axes, layout.column_axes), strict=True):
         if kept is not None:

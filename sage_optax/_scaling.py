@@ -1,4 +1,4 @@
-"""Factors of rows and columns beyond a float's range: a mantissa and an integer exponent each."""
+"""Row and column factors beyond the range of floats: a mantissa and an integer exponent each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-_ZERO = -(2**20)  # exponent of a zero: below all others, and sums of a few stay in int32
+_ZERO = -(2**20)  # exponent of zero: below all others, and a sum of a few stays in int32
 
 
 class Scaling(NamedTuple):
@@ -39,7 +39,7 @@ def scaling(x: jax.Array, exponent: jax.Array | int = 0) -> Scaling:
 
 
 def total(a: Scaling, b: Scaling) -> Scaling:
-    """``a + b``, not rescaled; whatever rounds away beside the larger one is lost, as in a float."""
+    """``a + b``, not rescaled; the smaller summand loses digits by rounding, as in float addition."""
     top = jnp.maximum(a.exponent, b.exponent)
     return Scaling(
         a.mantissa * power_of_two(a.exponent - top, a.mantissa.dtype)
@@ -49,19 +49,20 @@ def total(a: Scaling, b: Scaling) -> Scaling:
 
 
 def divided(
-    factors: Scaling, norms: Scaling, eps: jax.Array, gain: jax.Array | float = 1.0
+    factors: Scaling, norms: Scaling, eps: Scaling, gain: jax.Array | float = 1.0
 ) -> Scaling:
-    """``gain * factors / (factors * norms + eps)``; where the divisor is 0 it counts as 1.
+    """``gain * factors / (factors * norms + eps)``; a divisor of 0 counts as 1.
 
-    This is the half-step of Sinkhorn's algorithm: ``factors * norms`` are the norms of the iterate's rows
-    or columns. An empty row or column has the factor 0 and keeps it.
+    This is the half-step of Sinkhorn's algorithm: ``factors * norms`` are the norms of the iterate's rows or
+    columns. An empty row or column keeps the factor 0.
 
     Example:
-      >>> float(divided(scaling(jnp.float32(2)), scaling(jnp.float32(3)), jnp.float32(2)).mantissa)
+      >>> two, three = scaling(jnp.float32(2)), scaling(jnp.float32(3))
+      >>> float(divided(two, three, eps=two).mantissa)
       0.5
     """
     current = Scaling(factors.mantissa * norms.mantissa, factors.exponent + norms.exponent)
-    divisor = total(current, scaling(eps))
+    divisor = total(current, eps)
     zero = divisor.mantissa == 0
     return scaling(
         factors.mantissa * gain / jnp.where(zero, 1, divisor.mantissa),
@@ -78,18 +79,18 @@ def as_float(factors: Scaling, highest: int | None = None) -> jax.Array:
 
 
 def scaled(g: jax.Array, rows: Scaling, columns: Scaling) -> jax.Array:
-    """``diag(rows) G diag(columns)``, entry by entry, with 2^18 to spare below the largest number.
+    """``diag(rows) G diag(columns)``, entry by entry, with a margin of 2^18 below the largest float.
 
-    Factors that raise an entry come first and those that lower it last, so no intermediate result is
-    smaller than both the entry and the result. None is too large either where both ``rows G`` and the
-    result are of the size of a norm.
+    Factors that raise an entry come first and factors that lower it come last, so no intermediate result is
+    smaller than both the entry and the result. Where both ``rows G`` and the result have the size of a norm, no
+    intermediate result is too large.
     """
     dtype = rows.mantissa.dtype
     top = int(jnp.finfo(dtype).maxexp)
     raising = jnp.clip(rows.exponent, 0, top - 8) + jnp.minimum(rows.exponent + top - 18, 0)
     lowering = rows.exponent - raising
     half = columns.exponent >> 1
-    # Behind a barrier, or XLA computes the factors' bits once an entry instead of once a row or column.
+    # Without the barrier XLA computes the factors' bits once per entry instead of once per row or column.
     factors = jax.lax.optimization_barrier(
         (
             power_of_two(raising, dtype),

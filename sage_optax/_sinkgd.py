@@ -34,7 +34,7 @@ def scale_by_sinkhorn(
     vectors_dtype: Any = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces each gradient by the iterate of Sinkhorn's algorithm on it; keeps no state at all.
+    r"""Replaces each gradient by its Sinkhorn iterate, without state.
 
     The normalisation of SinkGD (Scetbon et al., "Gradient Multi-Normalization for Stateless and
     Scalable LLM Training", arXiv:2502.06742). With :math:`X = G`, repeat ``iterations`` times
@@ -43,9 +43,9 @@ def scale_by_sinkhorn(
       X_{i\cdot} \leftarrow \frac{X_{i\cdot}}{\lVert X_{i\cdot}\rVert_2 + \epsilon} a, \qquad
       X_{\cdot j} \leftarrow \frac{X_{\cdot j}}{\lVert X_{\cdot j}\rVert_2 + \epsilon} b
 
-    for every row :math:`i`, then for every column :math:`j`: columns come last. Rows are the output units
-    of a matrix, so for a Flax kernel (in, out) the first norm runs over axis 0. Rows and columns are
-    read from the layout, other axes are batch; nothing is transposed or reshaped.
+    for every row :math:`i`, then for every column :math:`j`; columns come last. Rows are the output units of a
+    matrix, so for a Flax kernel (in, out) the first norm runs over axis 0. The layout gives rows and columns;
+    the other axes are batch axes. Nothing is transposed or reshaped.
 
     ``variant="unit"`` has :math:`a = b = 1` (the hybrid of SAGE's authors): columns end with norm 1,
     rows near :math:`\sqrt{n_\mathrm{columns}/n_\mathrm{rows}}`. ``variant="sqrt"`` has
@@ -53,36 +53,35 @@ def scale_by_sinkhorn(
     end with root mean square 1. As eps vanishes the second is :math:`\sqrt{n_\mathrm{rows}}` times the
     first.
 
-    A vector is a single row: its columns are its entries, so both variants give ``sign(g)`` where
-    ``|g|`` stays clear of ``eps`` times its norm. Rows, columns or whole gradients of zeros stay zero. A
-    NaN or an infinity in a gradient makes its whole matrix NaN from the second iteration on (after a
-    single one, at least where the plain loop gives NaN); wrap the optimizer in `optax.apply_if_finite`
-    to skip such steps.
+    A vector is a single row whose entries are its columns, so both variants give ``sign(g)`` where ``|g|`` is
+    large against ``eps`` times its norm. Rows, columns and gradients of zeros stay zero. A NaN or infinite
+    entry makes its whole matrix NaN from the second iteration on; after a single iteration it makes NaN at
+    least where the plain loop does. Wrap the optimizer in `optax.apply_if_finite` to skip such steps.
 
-    Norms are taken in float32 (float64 for float64 gradients) and agree with the loop in float64 however
-    far apart the norms of rows and columns are; a plain float32 loop is wrong above 1e+19, whose
-    square is infinite. Subnormal numbers count as zero. Only the direction is written, and no temporary
-    of the gradient's size in between (on a CPU the squares, in float32).
+    Norms are computed in float32 (float64 for float64 gradients). They agree with a float64 loop however far
+    apart the norms of rows and columns are. A plain float32 loop is wrong above 1e+19, whose square is
+    infinite. Subnormal numbers count as zero. Only the direction is written, and no temporary of the gradient's
+    size (on a CPU the squares are, in float32).
 
     Args:
-      iterations: number of times rows and columns are normalised, at least 1. May be an array (it is
-        the bound of a `jax.lax.fori_loop`), rounded to the nearest integer if it is a float.
-      eps: added to every norm, absolute. May be an array.
+      iterations: number of normalisations of rows and columns, at least 1. It may be an array, since it bounds
+        a `jax.lax.fori_loop`; a float is rounded to the nearest integer.
+      eps: added to every norm, absolute. It may be an array.
       variant: ``"unit"`` or ``"sqrt"``; static.
-      vectors_dtype: on accelerators, a narrower dtype that all sweeps but the last read a copy of the
-        gradient in: ``"bfloat16"`` moves 38 bytes an entry of a float32 gradient in place of 48, and
-        changes the direction by 3e-5 (normal entries) to 3e-4 (Cauchy). None, and a CPU always, reads
-        the gradient; static.
+      vectors_dtype: a narrower dtype for accelerators, in which all sweeps but the last read a copy of the
+        gradient. ``"bfloat16"`` moves 38 bytes per entry of a float32 gradient instead of 48, and changes the
+        direction by 3e-5 (normal entries) to 3e-4 (Cauchy). With None, and always on a CPU, all sweeps read the
+        gradient; static.
       layout: see `layout_optax.LayoutLike`; static.
 
     Returns:
-      A transformation with state ``optax.EmptyState()``. Updates have the shape and dtype of the
-      gradients; leaves that are not ours pass through.
+      A transformation with state ``optax.EmptyState()``. Updates have the shape and dtype of the gradients.
+      Unmanaged leaves pass through.
 
     Raises:
-      ValueError: for an unknown variant, ``iterations`` below 1 or a negative or non-finite ``eps``
-        (traced values are not checked), a ``vectors_dtype`` that is no float dtype, and for a leaf that the
-        layout does not explain.
+      ValueError: for an unknown variant, ``iterations`` below 1, a negative or non-finite ``eps`` (traced
+        values are not checked), a ``vectors_dtype`` that is not a float dtype, and a leaf that the layout does
+        not explain.
 
     Example:
       >>> import jax.numpy as jnp
@@ -98,7 +97,7 @@ def scale_by_sinkhorn(
     def init_fn(params: Any) -> optax.EmptyState:
         check_layout(layout, params)
         leaves = flatten_with_layout(layout, params)
-        # What no rule explains, or nothing can train, is an error now and not in a step.
+        # Refuse unexplained and untrainable leaves now rather than in a step.
         leaves.check_trainable()
         leaves.map(lambda path, *_: note(path, "sinkgd"))
         return optax.EmptyState()
@@ -142,10 +141,10 @@ def sinkgd(
     .. math::
       \theta \leftarrow \theta - \eta \, (\alpha X + \lambda \theta)
 
-    where :math:`X` is the direction of `scale_by_sinkhorn`, :math:`\eta` the learning rate,
-    :math:`\alpha` ``scale`` and :math:`\lambda` ``weight_decay``. The defaults are those of arXiv:2502.06742
-    (meant for a learning rate of 0.02); the hybrid of SAGE's authors uses ``variant="unit"`` and
-    ``scale=10``. Both normalise only matrices well: see the hybrids for a rule per role.
+    where :math:`X` is the direction of `scale_by_sinkhorn`, :math:`\eta` the learning rate, :math:`\alpha`
+    ``scale`` and :math:`\lambda` ``weight_decay``. The defaults come from arXiv:2502.06742, for a learning rate
+    of 0.02; the hybrid of SAGE's authors uses ``variant="unit"`` and ``scale=10``. Both normalise only matrices
+    well; the hybrids use another rule for the other roles.
 
     Args:
       learning_rate: a float or a schedule.
@@ -154,13 +153,14 @@ def sinkgd(
       variant: see `scale_by_sinkhorn`; static.
       scale: multiplies the direction before weight decay is added.
       weight_decay: decay per unit of learning rate.
-      weight_decay_mask: a tree of booleans or a callable from parameters to one: what decays; static.
+      weight_decay_mask: a tree of booleans, True where weight decay applies, or a callable from parameters to
+        such a tree; static.
       vectors_dtype: see `scale_by_sinkhorn`; static.
       layout: see `layout_optax.LayoutLike`; static.
 
     Returns:
-      The chain of `scale_by_sinkhorn`, `optax.scale`, `optax.add_decayed_weights` (so ``update`` needs
-      the parameters) and `optax.scale_by_learning_rate`.
+      A chain of `scale_by_sinkhorn`, `optax.scale`, `optax.add_decayed_weights` and
+      `optax.scale_by_learning_rate`. Its ``update`` needs the parameters.
 
     Raises:
       ValueError: see `scale_by_sinkhorn`.
@@ -190,7 +190,7 @@ def sinkgd(
 
 
 def _check(iterations: Any, eps: Any, variant: Any) -> None:
-    """Refuses settings that cannot work; traced values pass."""
+    """Refuses invalid settings; traced values pass."""
     if variant not in get_args(Variant):
         raise ValueError(f"scale_by_sinkhorn: variant must be 'unit' or 'sqrt', got {variant!r}.")
     for name, value in (("iterations", iterations), ("eps", eps)):

@@ -4,20 +4,22 @@ The loop of SinkGD (Scetbon et al., arXiv:2502.06742) divides rows and columns o
 in turn. Its iterate is always ``X = diag(r) G diag(c)``, and the squared norm of row i is
 ``r_i^2 sum_j G_ij^2 c_j^2``. So all ``2 L`` half-steps only read the gradient, and only r and c change.
 
-Range makes this harder than it sounds. An absolute ``eps`` multiplies the factor of a vanishing row by
-``1 / eps`` at every visit, a gradient may hold a row at 1e+25 beside a column at 1e-25, and squares
-double every exponent. Factors therefore carry an integer exponent (`_scaling.py`), and each of
-two forms keeps its squares in range in its own way:
+Range makes this harder than it looks. An absolute ``eps`` multiplies the factor of a vanishing row by
+``1 / eps`` in every sweep, a gradient may hold a row at 1e+25 beside a column at 1e-25, and squares double
+every exponent. Factors therefore carry an integer exponent (`_scaling.py`), and two forms keep their squares
+in range:
 
-* `_by_products`, for a CPU: one read for the peaks of the rows, one for those of the columns. Squares of the
-  gradient scaled by the peaks are written once, and every half-step is their product with a vector.
-* `_by_sums`, for accelerators, which can square while they read: no squares and no peaks. The first sweep
-  sums squares at three scales in one read and knows all norms; the later sweeps sum the squares of the
-  iterate itself. In all the gradient is read ``2 L + 1`` times and the direction written once.
+* `_by_products`, for a CPU, reads the gradient once for the peaks of the rows and once for those of the
+  columns. It writes the squares of the gradient scaled by the peaks once, and every half-step multiplies them
+  by a vector.
+* `_by_sums`, for accelerators, squares while it reads and needs no stored squares and no peaks. The first
+  sweep sums squares at three scales in one read and gets all norms. Later sweeps sum the squares of the
+  iterate itself. In all it reads the gradient ``2 L + 1`` times and writes the direction once.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -43,34 +45,40 @@ _PEAK_LIFT = 100  # so that a column down to 2^-226 (1e-68) of the other columns
 # iterate whose columns lie far apart, and below its norms (eps may exceed those by far).
 _FIRST_LIFT, _ROW_LIFT, _NORM_LIFT = 100, 70, 30
 _LARGEST_GAIN = 26  # a factor never exceeds 2^26 over the norm of its row at first
-# Known sweeps up to so many are written out: XLA:CUDA transposes what a loop carries, to read it so.
+# Up to this many sweeps, if their number is known, are unrolled: XLA:CUDA transposes what a loop carries.
 _UNROLLED = 8
 
 
 class _Rule(NamedTuple):
-    """The two divisions of a sweep; eps as it stands beside norms of an iterate with columns of norm 1."""
+    """The two divisions of a sweep; eps is scaled for norms of an iterate with columns of norm 1."""
 
-    first_eps: jax.Array  # of rows, in the first sweep
-    row_eps: jax.Array
-    column_eps: jax.Array
-    row_gain: jax.Array | float
+    first_eps: Scaling  # for rows, in the first sweep
+    row_eps: Scaling
+    column_eps: Scaling
+    row_gain: jax.Array | float = 1.0
 
     def gauged(self, rows: Scaling, columns: Scaling, layout: ParamLayout) -> _Rule:
-        """Keeps rows ``sqrt(columns / rows)`` larger after dividing, counting those that are not empty.
+        """Keeps rows ``sqrt(columns / rows)`` larger after dividing, counting only those that are not empty.
 
-        Otherwise r would grow and c shrink by that factor in every sweep.
+        Otherwise r would grow and c would shrink by that factor in every sweep.
         """
         gain = jnp.sqrt(
             _count(columns.mantissa, layout.column_axes) / _count(rows.mantissa, layout.row_axes)
         )
-        return self._replace(row_gain=gain, column_eps=self.column_eps * gain)
+        eps = scaling(self.column_eps.mantissa * gain, self.column_eps.exponent)
+        return self._replace(row_gain=gain, column_eps=eps)
 
-    def sweep(self, norms: Callable[..., Scaling]):
-        """The body of a loop over (rows, columns); ``norms`` are those of G diag(c) or diag(r) G."""
+    def sweep(self, norms: Callable[..., Scaling], *, later: bool = False):
+        """Returns the loop body over (rows, columns); ``norms`` computes those of G diag(c) or diag(r) G.
+
+        ``later`` says that the loop does not take the first sweep.
+        """
 
         def body(step, factors: tuple[Scaling, Scaling]) -> tuple[Scaling, Scaling]:
             rows, columns = factors
-            eps = jnp.where(step == 0, self.first_eps, self.row_eps)
+            eps = self.row_eps
+            if not later:
+                eps = jax.tree.map(lambda a, b: jnp.where(step == 0, a, b), self.first_eps, eps)
             rows = divided(rows, norms(rows, columns, "columns"), eps, self.row_gain)
             return rows, divided(columns, norms(rows, columns, "rows"), self.column_eps)
 
@@ -94,28 +102,45 @@ def sinkhorn(
 
     Args:
       g: a gradient of any float dtype and shape.
-      layout: its layout with non-negative axes. Without row axes (a vector) it is a single row.
+      layout: the gradient's layout with non-negative axes. A vector, without row axes, is a single row.
       iterations: number of sweeps, at least 1 (a smaller traced value counts as 1); may be traced.
       eps: added to each norm; may be traced.
       variant: ``"unit"`` or ``"sqrt"``.
-      vectors_dtype: on an accelerator, the dtype of a copy that all sweeps but the last read; None reads the
-        gradient itself.
+      vectors_dtype: on an accelerator, the dtype of a copy that all sweeps but the last read; None makes all
+        sweeps read the gradient.
 
     Returns:
       ``diag(r) G diag(c)``, shape of ``g``, float32 or wider. Subnormal numbers count as zero.
     """
-    dtype = compute_dtype(g.dtype)
-    eps = jnp.asarray(eps, dtype)
+    options = {"layout": layout, "variant": variant, "vectors_dtype": vectors_dtype}
     if isinstance(iterations, Tracer):
-        iterations = jnp.maximum(jnp.rint(iterations).astype(jnp.int32), 1)
-    else:
-        iterations = round(float(iterations))
+        traced = jnp.maximum(jnp.rint(iterations).astype(jnp.int32), 1)
+        return _direction(g, eps, traced, **options)
+    return _direction(g, eps, known=round(float(iterations)), **options)
+
+
+@functools.partial(jax.jit, static_argnames=("known", "layout", "variant", "vectors_dtype"))
+def _direction(
+    g: jax.Array,
+    eps: jax.Array | float,
+    traced: jax.Array | None = None,
+    *,
+    known: int | None = None,
+    layout: ParamLayout,
+    variant: Variant,
+    vectors_dtype: Any,
+) -> jax.Array:
+    """The direction; traced and lowered once for all gradients of one shape."""
+    dtype = compute_dtype(g.dtype)
+    iterations = traced if known is None else known
     n_rows, n_columns = (
         math.prod(g.shape[axis] for axis in axes) for axes in (layout.row_axes, layout.column_axes)
     )
-    rule, gain = _Rule(eps, eps, eps, 1.0), 1.0
-    if variant == "sqrt":  # the loop's iterate is n^(1/2) times ours, except the gradient itself
-        rule, gain = _Rule(eps, eps / n_rows**0.5, eps / n_columns**0.5, 1.0), n_rows**0.5
+    roots, gain = (1.0, 1.0, 1.0), 1.0
+    if variant == "sqrt":  # the loop's iterate is n^(1/2) times this one, except the gradient
+        roots, gain = (1.0, n_rows**0.5, n_columns**0.5), n_rows**0.5
+    first, row, column = (scaling(jnp.asarray(eps, dtype) / root) for root in roots)
+    rule = _Rule(first, row, column)
 
     def by_products(g: jax.Array) -> tuple[Scaling, Scaling]:
         return _by_products(g, layout, iterations, rule)
@@ -123,20 +148,18 @@ def sinkhorn(
     def by_sums(g: jax.Array) -> tuple[Scaling, Scaling]:
         return _by_sums(g, layout, iterations, rule, vectors_dtype)
 
-    if (
-        n_rows == n_columns == 1
-    ):  # XLA:CPU was seen to make NaN of the other form for single numbers
+    if n_rows == n_columns == 1:  # the other form gave NaN for single numbers on XLA:CPU
         by_sums = by_products
-    # Chosen when the program is lowered, so that one machine can compile for another.
+    # Chosen at lowering, so that one machine can compile for another.
     rows, columns = jax.lax.platform_dependent(g, cpu=by_products, default=by_sums)
     return scaled(g, Scaling(rows.mantissa * gain, rows.exponent), columns)
 
 
-# On a CPU
+# CPU
 
 
 def _by_products(g: jax.Array, layout: ParamLayout, iterations: Any, rule: _Rule):
-    """Both vectors by products of a matrix of squares, which is written once."""
+    """Computes both vectors by products with a matrix of squares, which is written once."""
     dtype = compute_dtype(g.dtype)
     row_peak, column_peak, row_used, column_used = _peaks(g, layout, dtype)
     ones = jnp.expand_dims(zeros_without(g, layout.row_axes, dtype) + 1, layout.row_axes)
@@ -155,7 +178,7 @@ def _by_products(g: jax.Array, layout: ParamLayout, iterations: Any, rule: _Rule
 
 
 def _peaks(g: jax.Array, layout: ParamLayout, dtype: Any):
-    """Exponents of the largest entry of each row, of each column of the rows so scaled; where not 0."""
+    """Exponents of the largest entry of each row, and of each column of the scaled rows; which are not 0."""
     row_peak = jnp.max(
         jnp.abs(g).astype(dtype), axis=layout.column_axes, keepdims=True, initial=0.0
     )
@@ -167,7 +190,7 @@ def _peaks(g: jax.Array, layout: ParamLayout, dtype: Any):
     first, second = jax.lax.optimization_barrier(
         (power_of_two(half, dtype), power_of_two(_PEAK_LIFT - row_exponent - half, dtype))
     )
-    # Not of |g|: XLA would write that, to share it.
+    # Not of |g|: XLA would write |g| to share it.
     lifted = jnp.abs(g.astype(dtype) * first * second)
     column_peak = jnp.max(lifted, axis=layout.row_axes, keepdims=True, initial=0.0)
     column_used = column_peak != 0
@@ -181,37 +204,38 @@ def _weighted(squares: jax.Array, weights: jax.Array, layout: ParamLayout, over:
     if over == "rows":
         axes, others = others, axes
     if {*axes, *others} == {squares.ndim - 2, squares.ndim - 1} and axes and others:
-        # A plain matrix, or a stack with the batch in front: a matrix-vector product as it stands.
+        # A plain matrix, or a stack with the batch in front, needs no transposition for a matrix-vector
+        # product.
         out = contract(squares, jnp.squeeze(weights, others), layout, over)
         return jnp.expand_dims(out, axes)
     # Elsewhere a product would transpose the squares in every half-step.
     terms = squares * weights
     if len(others) > 1:
-        # All are positive. Without abs XLA:CPU sees a product after all, 20 times as slow for a query.
+        # All terms are positive. Without abs XLA:CPU sees a product, 20 times as slow for a query.
         terms = jnp.abs(terms)
     return jnp.sum(terms, axis=axes, keepdims=True)
 
 
-# On accelerators
+# Accelerators
 
 
 def _by_sums(
     g: jax.Array, layout: ParamLayout, iterations: Any, rule: _Rule, vectors_dtype: Any = None
 ):
-    """Both vectors by sums of squares that are never written: ``2 L`` reads of the gradient.
+    """Computes both vectors by sums of squares that are never written: ``2 L`` reads of the gradient.
 
-    Where ``vectors_dtype`` is narrower than the gradient, all sweeps but the last read a copy; the last
-    reads the gradient, so that rows and columns end with exact norms.
+    If ``vectors_dtype`` is narrower than the gradient, all sweeps but the last read a copy. The last reads the
+    gradient, so that rows and columns end with exact norms.
     """
     copy = g
     if vectors_dtype is not None and jnp.finfo(vectors_dtype).bits < jnp.finfo(g.dtype).bits:
-        # Behind a barrier, or every sweep would read the gradient and round it.
+        # Without the barrier every sweep would read the gradient and round it.
         copy = jax.lax.optimization_barrier(g.astype(vectors_dtype))
     return _sweeps(g, copy, layout, iterations, rule)
 
 
 def _sweeps(g: jax.Array, copy: jax.Array, layout: ParamLayout, iterations: Any, rule: _Rule):
-    """All sweeps: the last one over the gradient, those before it over a copy."""
+    """Runs all sweeps: the last over the gradient, those before it over a copy."""
     known = not isinstance(iterations, Tracer)
     source = copy if known and iterations > 1 else g
     rows, columns, lift = _first_sweep(source, layout, rule)
@@ -221,7 +245,7 @@ def _sweeps(g: jax.Array, copy: jax.Array, layout: ParamLayout, iterations: Any,
         def norms(rows: Scaling, columns: Scaling, over: str) -> Scaling:
             return _norms(source, rows, columns, lift, layout, over)
 
-        body = rule.sweep(norms)
+        body = rule.sweep(norms, later=True)
         if known and iterations <= _UNROLLED:
             once = jax.jit(body)  # traced once for all sweeps
             for step in range(start, stop):
@@ -234,9 +258,9 @@ def _sweeps(g: jax.Array, copy: jax.Array, layout: ParamLayout, iterations: Any,
 
 
 def _first_sweep(g: jax.Array, layout: ParamLayout, rule: _Rule):
-    """Factors after one sweep over a gradient of any size, and a power of two for the factors of rows.
+    """Returns the factors after one sweep over any gradient, and a power of two for the row factors.
 
-    Times that power they stay in the range of floats for all sweeps, and leave room below.
+    Multiplied by that power the row factors stay in range for all sweeps, with room below.
     """
     dtype = compute_dtype(g.dtype)
     norms = _all_sizes(g.astype(dtype), layout.column_axes)
@@ -261,11 +285,11 @@ def _first_sweep(g: jax.Array, layout: ParamLayout, rule: _Rule):
 def _all_sizes(x: jax.Array, axes: tuple[int, ...]) -> Scaling:
     """Norms over some axes, kept with size 1, of numbers whose squares may be out of range.
 
-    One read sums the squares at three scales; the finest that does not overflow has all digits.
+    One read sums the squares at three scales, and the finest that does not overflow keeps all digits.
     """
     half = int(jnp.finfo(x.dtype).maxexp) // 2
     shifts = (half, 0, -half - 12)
-    # Three sums that XLA fuses; of one reduction with three results XLA:CUDA would write the squares.
+    # XLA fuses three sums; for one reduction with three results XLA:CUDA would write the squares.
     sums = jax.lax.optimization_barrier(
         [jnp.sum(jnp.square(x * 2.0**shift), axis=axes, keepdims=True) for shift in shifts]
     )
@@ -295,12 +319,12 @@ def _norms(
     power = jnp.clip(shared.exponent, -top, top)
     factors = {over: as_float(other)}
     factors["rows" if over == "columns" else "columns"] = power_of_two(power, dtype)
-    # With the gradient, or XLA converts a narrow one before the loop and every sweep reads that.
+    # With the gradient: otherwise XLA widens a narrow one before the loop and every sweep reads the wide copy.
     g, first, second = jax.lax.optimization_barrier((g, factors["rows"], factors["columns"]))
     squares = jnp.square(g.astype(dtype) * first * second)
     return scaling(jnp.sqrt(jnp.sum(squares, axis=axes, keepdims=True)), back - power)
 
 
 def _count(used: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """How many rows or columns of each matrix are not empty, at least 1."""
+    """The number of non-empty rows or columns of each matrix, at least 1."""
     return jnp.maximum(jnp.sum((used != 0).astype(used.dtype), axis=axes, keepdims=True), 1)

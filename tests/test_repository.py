@@ -41,7 +41,8 @@ PUBLIC = {
         describe infer_layout memory_report resolve_layout state_bytes state_shardings unboxed""",
     "sage_optax": """STATIC_ARGS ParamLayout SageState describe lion_hybrid sage sage_damper sage_hybrid
         scale_by_sage scale_by_sinkhorn sinkgd sinkgd_hybrid state_shardings unboxed""",
-    "lorapre_optax": """RECOMMENDED STATIC_ARGS LorapreAdamState LowRankState ParamLayout describe lorapre_adamw
+    "lorapre_optax": """RECOMMENDED RECOMMENDED_MUON STATIC_ARGS LorapreAdamState LowRankState ParamLayout
+        describe lorapre_adamw
         lorapre_lion lorapre_metrics lorapre_muon lorapre_sgd lorapre_sinkgd low_rank_ema low_rank_trace
         resize_ranks scale_by_lorapre_adam scale_by_lorapre_lion scale_by_lorapre_muon state_shardings
         suggest_ranks unboxed""",
@@ -67,7 +68,7 @@ def test_every_public_name_is_in_the_api_page_and_has_a_docstring(name):
     package = importlib.import_module(name)
     section = (ROOT / "docs" / "api.md").read_text().split(f"\n## `{name}`")[1].split("\n## ")[0]
     reexported = set() if package is layout_optax else set(layout_optax.__all__)
-    assert len(set(package.__all__) - reexported) <= 17
+    assert len(set(package.__all__) - reexported) <= 18
     for public in package.__all__:
         assert f"`{public}`" in section, f"docs/api.md, section {name}, lacks {public}"
         value = getattr(package, public)
@@ -111,6 +112,16 @@ def test_nothing_imports_a_command():
     for path in [*EXAMPLE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
         found = commands.intersection(_imports(path))
         assert not found, f"{path.relative_to(ROOT)} imports {found}"
+
+
+def test_a_command_ends_in_one_way():
+    """`reporting/command.py` says a user's mistake; `data/arithmetic.py` may not import it, being ground."""
+    said = {
+        path.relative_to(EXAMPLE).as_posix()
+        for path in EXAMPLE.rglob("*.py")
+        if re.search(r"""["']error: |USAGE_EXIT = |\breturn 2\b|exit\(2\)""", path.read_text())
+    }
+    assert said == {"reporting/command.py", "data/arithmetic.py"}
 
 
 def test_the_example_is_its_folders_and_its_commands():

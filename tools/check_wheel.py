@@ -1,4 +1,4 @@
-"""Imports the packages from an installed wheel and checks that it is the wheel that was imported."""
+"""Imports the packages from an installed wheel and checks that they come from the wheel."""
 
 import importlib
 import pathlib

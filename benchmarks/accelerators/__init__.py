@@ -1,1 +1,1 @@
-"""What `benchmarks.accelerator` measures on a GPU or TPU, and its page."""
+"""The measurements of `benchmarks.accelerator` on a GPU or TPU, and its page."""

@@ -1,4 +1,4 @@
-"""The page about accelerators: the targets, what was measured, and the figures of 2026-11-27."""
+"""The page about accelerators: the targets, the measurements, and the figures of 2026-11-27."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ TARGETS = (
     ("LoRA-Pre Muon, to optax's Muon", "galore_350m", "bfloat16", "lorapre_muon", "muon", 1.05),
     ("LoRA-Pre Muon, to optax's Muon", "galore_350m", "float32", "lorapre_muon", "muon", 1.0),
 )
-"""Text, preset, dtype, optimizer, what it is compared with, and the largest ratio that is aimed at."""
+"""Text, preset, dtype, optimizer, reference, and the largest ratio to aim for."""
 TEMPORARIES, COMPILE = 2.0, 2.0
 
 
 def page(folder: pathlib.Path, content: dict[str, Any]) -> str:
-    """The page from the figures of 2026-11-27 in a folder and from what was measured since."""
+    """The page from a folder's figures of 2026-11-27 and later measurements."""
     earlier, old_parts, training = (
         json.loads((_ours(folder) / f"h200_{name}.json").read_text())
         for name in ("step_times", "parts", "training")
@@ -53,8 +53,8 @@ def page(folder: pathlib.Path, content: dict[str, Any]) -> str:
     return "\n".join(
         [
             "# On an accelerator\n",
-            "One command measures what follows on a machine with a GPU or TPU, most wanted first, within its "
-            "budget of seconds; it goes on where it stopped:\n",
+            "One command measures the following on a machine with a GPU or TPU, most wanted first, within its "
+            "budget of seconds; a restart continues where it stopped:\n",
             "    python -m benchmarks.accelerator --budget 350\n",
             "## Targets\n",
             _targets(earlier["rows"], cells),
@@ -87,7 +87,7 @@ def _targets(earlier: list[dict[str, Any]], cells: list[dict[str, Any]]) -> str:
         (row["temp"] / row["largest"], row["key"]) for row in earlier if "muon" not in row["key"]
     )
     text = (
-        f"A dash stands for what was not measured: such a target is unverified. Two more hold for every row: "
+        f"A dash marks a target without a measurement, which is unverified. Two more hold for every row: "
         f"temporaries of at most {TEMPORARIES:g} times the largest float32 leaf (the most at 7ebf1c9: "
         f"{largest[0]:.1f}, `{largest[1]}`) and compile seconds of at most {COMPILE:g} times AdamW's.\n"
     )
@@ -103,7 +103,7 @@ def _updates(cells: list[dict[str, Any]], device: str) -> dict[Any, dict[str, An
 
 
 def _ratio(found: dict[Any, dict[str, Any]], preset: str, dtype: str, name: str, to: str) -> str:
-    """A row's ratio to AdamW, over that of what it is compared with; a dash where one is missing."""
+    """A row's ratio to AdamW over its reference's; a dash if one is missing."""
     ours = found.get((preset, dtype, name))
     other = {"ratio": 1.0} if to == "adamw" else found.get((preset, dtype, to))
     return "-" if ours is None or other is None else f"{ours['ratio'] / other['ratio']:.2f}"
@@ -173,7 +173,7 @@ def _earlier(data: dict[str, Any]) -> str:
             )
     return f"""## The figures of {facts["date"]}
 
-{_about(facts)}. The scripts that took them became `benchmarks.accelerator`.
+{_about(facts)}. The scripts that measured them became `benchmarks.accelerator`.
 
 ### Update and apply
 
@@ -188,6 +188,9 @@ Milliseconds, and the error relative to a plain loop in float32 (in bfloat16 the
 iteration is compared with five).
 
 {table(["stack", "dtype", "form", "ms", "error"], sinkhorn)}
+
+The package has no kernel of its own (Pallas): one is worth its code only where it wins a measurement, and the
+trial above, in blocks of 16 columns, lost to sums that XLA compiles. No other form has been measured.
 """
 
 
@@ -255,7 +258,7 @@ factors of two; "edge" means that the best rate was the last that was tried. Per
 
 {table(header, rows)}
 
-One seed tells rows apart that lie far from each other, and no others.
+One seed separates only rows that lie far apart.
 """
 
 

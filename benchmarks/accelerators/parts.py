@@ -1,4 +1,4 @@
-"""The parts that updates and steps are made of, timed alone: Sinkhorn, LoRA-Pre, attention, lookup."""
+"""Times the parts of updates and steps alone: Sinkhorn, LoRA-Pre, attention, embedding lookup."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Shapes:
     Attributes:
         matrices: Stacks of matrices (layers, rows, columns); the first is LoRA-Pre's.
         rank: LoRA-Pre's rank.
-        grams: Gram matrices that are inverted at once.
+        grams: Number of Gram matrices to invert at once.
         attention: Batch, tokens, heads, width of a head.
-        table: Vocabulary and width of the embedding table.
+        table: Vocabulary and width of the embedding.
     """
 
     matrices: tuple[tuple[int, int, int], ...]
@@ -163,7 +163,7 @@ def _model(shapes: Shapes) -> dict[str, Part]:
 
 def _lookup_arguments(shapes: Shapes) -> tuple[Any, ...]:
     (batch, length, _, _), (vocab_size, width) = shapes.attention, shapes.table
-    # Frequent tokens come often, as in text: the square of a uniform number.
+    # Frequent tokens occur often, as in text: the square of a uniform number.
     uniform = jax.random.uniform(jax.random.key(1), (batch, length))
     tokens = (vocab_size * uniform**2).astype(jnp.int32)
     (rows,) = _normal(((batch, length, width),), "bfloat16")

@@ -1,7 +1,7 @@
-"""What a compiled program reads and writes of arrays as large as a parameter, read from its HLO.
+"""Counts reads and writes of parameter-sized arrays by a compiled program, from its HLO.
 
-XLA's fusions keep what happens inside them in registers, so what goes in and comes out of each operation of a
-scheduled program is its traffic in memory, but for what a cache holds between two of them.
+XLA's fusions keep intermediate values in registers, so the inputs and outputs of each operation of a scheduled
+program are its memory traffic, except for what a cache holds between two of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "iota"),
     *("after-all", "partition-id", "copy-done", "async-done", "async-update"),
 }
-"""Operations that move nothing, or what another one counts."""
+"""Operations that move nothing, or that another one counts."""
 PRODUCTS = {"dot", "convolution"}
 
 Shape = tuple[str, int]
@@ -30,7 +30,7 @@ class Move:
     Attributes:
         name: The operation's name in the program.
         product: Whether it is, or holds, a matrix product.
-        times: How often it runs, by the trip counts of the loops around it.
+        times: Number of executions, by the trip counts of the enclosing loops.
         reads: Bytes of each large array that it reads.
         writes: Bytes of each large array that it writes.
         sources: Names of the large arrays that it reads.
@@ -72,26 +72,26 @@ class Program:
 
 
 def moves(text: str, elements: int) -> list[Move]:
-    """All operations of a scheduled HLO module that touch arrays of at least so many elements.
+    """All operations of a scheduled HLO module that touch arrays of at least this many elements.
 
-    Of a conditional the branch that moves least counts. A loop of unknown trip count counts once. What a
-    fusion only takes a slice of, or writes a slice of in place, counts with the size of the slice.
+    Of a conditional the branch with the least traffic counts. A loop of unknown trip count counts once. If a
+    fusion reads only a slice of an array, or writes a slice in place, the size of the slice counts.
 
     Args:
         text: `compiled.as_text()`.
-        elements: The least size of an array that counts.
+        elements: The smallest size of an array that counts.
     """
     program = parse(text)
     return list(_moves(program, program.entry, elements, 1))
 
 
 def reads(found: list[Move]) -> int:
-    """How many large arrays are read in all."""
+    """Number of large arrays read in total."""
     return sum(move.times * len(move.reads) for move in found)
 
 
 def writes(found: list[Move]) -> int:
-    """How many large arrays are written in all."""
+    """Number of large arrays written in total."""
     return sum(move.times * len(move.writes) for move in found)
 
 
@@ -135,7 +135,7 @@ def _operation(line: str) -> Operation | None:
 
 
 def _closing(text: str) -> int:
-    """Just behind the parenthesis that closes the first one."""
+    """The position after the parenthesis that closes the first one."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -195,7 +195,7 @@ def _move(
 
 
 def _read_of(inside: dict[str, Operation]):
-    """What a fusion reads of its operand with some number: all of it, slices of it, or nothing."""
+    """The part of an operand that a fusion reads: all of it, slices of it, or nothing."""
 
     def read(number: int) -> Shape | None:
         parameter = next(
@@ -216,7 +216,7 @@ def _read_of(inside: dict[str, Operation]):
 
 
 def _written(inside: dict[str, Operation]) -> list[Shape]:
-    """What a fusion writes: its results, or the slices that it changes in place."""
+    """The arrays that a fusion writes: its results, or the slices that it changes in place."""
     root = next(op for op in inside.values() if op.is_root)
     results = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
     shapes: list[Shape] = []

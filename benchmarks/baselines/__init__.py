@@ -1,4 +1,4 @@
-"""Peers that no library here has, written after their papers' rules: APOLLO, APOLLO-Mini and Fira."""
+"""Peers that no library here provides, after their papers' rules: APOLLO, APOLLO-Mini and Fira."""
 
 from benchmarks.baselines.apollo import ScaleByApolloState as ScaleByApolloState
 from benchmarks.baselines.apollo import apollo as apollo

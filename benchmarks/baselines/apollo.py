@@ -1,4 +1,4 @@
-"""APOLLO and APOLLO-Mini (arXiv:2412.05270): the gradient, scaled by Adam in a random small space."""
+"""APOLLO and APOLLO-Mini (arXiv:2412.05270): the gradient, scaled by Adam in a random low-rank space."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from benchmarks.baselines.common import (
     channel_scale,
     from_matrices,
     limit_growth,
+    project,
     projected_shape,
-    projects_columns,
     to_matrices,
     with_adamw,
 )
@@ -46,10 +46,10 @@ def scale_by_apollo(
     seed: int = 0,
     layout: Any = None,
 ) -> optax.GradientTransformation:
-    """APOLLO's direction of matrices; each matrix of a stack by itself.
+    """APOLLO's direction of matrices, each matrix of a stack separately.
 
-    With R the projection of G's smaller side by a random matrix with entries N(0, 1/rank), drawn anew every
-    ``update_gap`` steps, and N Adam's direction of R::
+    R projects G's smaller side by a random matrix with entries N(0, 1/rank), drawn anew every
+    ``update_gap`` steps. With N Adam's direction of R::
 
         s = ||N|| / (||R|| + 1e-8)       for each channel of the larger side, or for the matrix (tensorwise)
         direction = G s sqrt(scale), its norm growing by at most 1 % a step
@@ -57,13 +57,13 @@ def scale_by_apollo(
     Args:
       rank: rank r of the projection, at most the smaller side.
       scale: see above; 1 for APOLLO, 128 for APOLLO-Mini.
-      tensorwise: one scale a matrix: APOLLO-Mini.
+      tensorwise: whether to use one scale per matrix, as APOLLO-Mini.
       update_gap: steps between two projections.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to Adam's denominator.
-      seed: of the projections.
-      layout: as every transformation of `layout_optax` takes it.
+      seed: the seed of the projections.
+      layout: see `layout_optax.LayoutLike`.
 
     Example:
       >>> tx = scale_by_apollo(2)
@@ -126,13 +126,6 @@ class _Leaf(NamedTuple):
     norm: jax.Array
 
 
-def project(g: jax.Array, matrix: jax.Array) -> jax.Array:
-    """R: the smaller side of matrices (batch..., rows, columns) by matrices (batch..., side, rank)."""
-    if projects_columns(*g.shape[-2:]):
-        return jnp.einsum("...pq,...qr->...pr", g, matrix)
-    return jnp.einsum("...pq,...pr->...rq", g, matrix)
-
-
 def projection(
     path: str,
     shape: Sequence[int],
@@ -167,7 +160,7 @@ def apollo(
     weight_decay_mask: Any = None,
     seed: int = 0,
 ) -> optax.GradientTransformation:
-    """APOLLO on matrices, AdamW on everything else, at one rate; see `scale_by_apollo`.
+    """APOLLO on matrices, AdamW on everything else, at one learning rate; see `scale_by_apollo`.
 
     Example:
       >>> tx = apollo(1e-2, rank=4)
@@ -196,7 +189,7 @@ def apollo(
 def apollo_mini(
     learning_rate: optax.ScalarOrSchedule, rank: int = 1, *, scale: float = 128.0, **options: Any
 ) -> optax.GradientTransformation:
-    """APOLLO-Mini on matrices: rank 1, one scale a matrix, ``scale`` 128; see `apollo`.
+    """APOLLO-Mini on matrices: rank 1, one scale per matrix, ``scale`` 128; see `apollo`.
 
     Example:
       >>> state = apollo_mini(1e-2).init({"up": {"kernel": jnp.ones((8, 12))}})

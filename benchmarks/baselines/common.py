@@ -1,4 +1,4 @@
-"""What APOLLO and Fira share: gradients as matrices, Adam in a small space, the norm-growth limiter."""
+"""Parts common to APOLLO and Fira: gradients as matrices, Adam in a low-rank space, the norm-growth limiter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from layout_optax import ParamLayout, resolve_layout
+from examples.llama.optimizers.baselines import matrix_or_other
+from layout_optax import ParamLayout
 
 GROWTH = 1.01
 """Factor by which the norm of an update may grow in one step."""
@@ -19,7 +20,7 @@ def to_matrices(x: jax.Array, layout: ParamLayout, path: str) -> jax.Array:
     """A leaf as matrices (batch..., rows, columns), float32 at least.
 
     Raises:
-      ValueError: for rows or columns that are more than one axis.
+      ValueError: for rows or columns of more than one axis.
     """
     if len(layout.row_axes) != 1 or len(layout.column_axes) != 1:
         raise ValueError(f"'{path}': one row axis and one column axis are needed, got {layout}.")
@@ -28,7 +29,7 @@ def to_matrices(x: jax.Array, layout: ParamLayout, path: str) -> jax.Array:
 
 
 def from_matrices(x: jax.Array, layout: ParamLayout, dtype: Any) -> jax.Array:
-    """The leaf of these matrices again, in its dtype."""
+    """The leaf of these matrices, in its own dtype."""
     return jnp.moveaxis(x, (-2, -1), (*layout.row_axes, *layout.column_axes)).astype(dtype)
 
 
@@ -65,17 +66,24 @@ def channel_scale(direction: jax.Array, r: jax.Array) -> jax.Array:
 def limit_growth(
     x: jax.Array, previous: jax.Array, first: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Divides each matrix so that its norm grows by at most one part in a hundred; also its norm then.
+    """Divides each matrix so that its norm grows by at most one per cent; also returns that norm.
 
     Args:
       x: (batch..., rows, columns).
       previous: (batch...), the norms of the step before.
-      first: whether there was no step before, in which case nothing is limited.
+      first: whether this is the first step, which limits nothing.
     """
     norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1)))
     limiter = jnp.maximum(norm / (previous + NORM_EPS), GROWTH) / GROWTH
     limiter = jnp.where(first, 1.0, limiter)
     return x / limiter[..., None, None], norm / limiter
+
+
+def project(g: jax.Array, matrix: jax.Array) -> jax.Array:
+    """R: the smaller side of matrices (batch..., rows, columns) by matrices (batch..., side, rank)."""
+    if projects_columns(*g.shape[-2:]):
+        return jnp.einsum("...pq,...qr->...pr", g, matrix)
+    return jnp.einsum("...pq,...pr->...rq", g, matrix)
 
 
 def with_adamw(
@@ -88,17 +96,10 @@ def with_adamw(
     weight_decay: float,
     weight_decay_mask: Any = None,
 ) -> optax.GradientTransformation:
-    """A direction on matrices, Adam's on all else, then decoupled decay and the rate."""
-
-    def kind(params: Any) -> Any:
-        return jax.tree.map(
-            lambda layout: "matrix" if layout.role == "matrix" else "other",
-            resolve_layout(None, params),
-        )
-
+    """A direction on matrices, Adam's on all else, then decoupled weight decay and the learning rate."""
     rules = {"matrix": matrices, "other": optax.scale_by_adam(b1=b1, b2=b2, eps=eps)}
     return optax.chain(
-        optax.partition({**rules}, kind),
+        optax.partition({**rules}, matrix_or_other),
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -13,6 +13,7 @@ from benchmarks.baselines.common import (
     channel_scale,
     from_matrices,
     limit_growth,
+    project,
     projected_shape,
     projects_columns,
     to_matrices,
@@ -41,9 +42,9 @@ def scale_by_fira(
     eps: float = 1e-8,
     layout: Any = None,
 ) -> optax.GradientTransformation:
-    """Fira's direction of matrices; each matrix of a stack by itself.
+    """Fira's direction of matrices, each matrix of a stack separately.
 
-    With P the leading singular vectors of G's smaller side, taken anew every ``update_gap`` steps,
+    With P the leading singular vectors of G's smaller side, computed every ``update_gap`` steps,
     R = P' G and N Adam's direction of R::
 
         S = phi (G - P P' G),  phi = ||N|| / (||R|| + 1e-8) for each column (row, if R has more rows)
@@ -56,7 +57,7 @@ def scale_by_fira(
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to Adam's denominator.
-      layout: as every transformation of `layout_optax` takes it.
+      layout: see `layout_optax.LayoutLike`.
 
     Example:
       >>> tx = scale_by_fira(2)
@@ -90,7 +91,7 @@ def scale_by_fira(
             g = to_matrices(leaf, layout, path)
             anew = state.count % update_gap == 0
             p = jax.lax.cond(anew, lambda: _singular_vectors(g, p.shape[-1]), lambda: p)
-            r = _down(g, p)
+            r = project(g, p)
             direction, mu, nu = adam(r, mu, nu, count, b1, b2, eps)
             residual = channel_scale(direction, r) * (g - _up(r, p, g.shape))
             residual, norm = limit_growth(residual, norm, state.count == 0)
@@ -113,7 +114,7 @@ class _Leaf(NamedTuple):
 
 
 def _split(found: Any) -> list[Any]:
-    """A tree of `_Leaf` as one tree a field."""
+    """A tree of `_Leaf` as one tree per field."""
     return [
         jax.tree.map(
             lambda x, i=i: x[i] if isinstance(x, _Leaf) else x,
@@ -136,15 +137,8 @@ def _singular_vectors(g: jax.Array, rank: int) -> jax.Array:
     return found.reshape(*batch, *found.shape[-2:])
 
 
-def _down(g: jax.Array, p: jax.Array) -> jax.Array:
-    """R: the smaller side of G projected."""
-    if projects_columns(*g.shape[-2:]):
-        return jnp.einsum("...pq,...qr->...pr", g, p)
-    return jnp.einsum("...pq,...pr->...rq", g, p)
-
-
 def _up(r: jax.Array, p: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """From the small space back to matrices of a shape."""
+    """Maps from the low-rank space back to matrices of a shape."""
     if projects_columns(*shape[-2:]):
         return jnp.einsum("...pr,...qr->...pq", r, p)
     return jnp.einsum("...rq,...pr->...pq", r, p)
@@ -162,7 +156,7 @@ def fira(
     weight_decay: float = 0.0,
     weight_decay_mask: Any = None,
 ) -> optax.GradientTransformation:
-    """Fira on matrices, AdamW on everything else, at one rate; see `scale_by_fira`.
+    """Fira on matrices, AdamW on everything else, at one learning rate; see `scale_by_fira`.
 
     Example:
       >>> state = fira(1e-2, rank=4).init({"up": {"kernel": jnp.ones((8, 12))}})

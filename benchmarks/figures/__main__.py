@@ -3,7 +3,7 @@
     python -m benchmarks.figures
 
 trains the demo model twice, with SAGE-Hybrid and with AdamW, and writes explained.json, explained.md and the
-pictures to docs/results. `--draw-only` draws again from the JSON file.
+pictures to docs/results. `--draw-only` redraws from the JSON file.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def measure(
 
 
 def _lean(run: Any, keep: int) -> Any:
-    """A run whose gradients are those of tables and vectors only, but for one step."""
+    """A run that yields the gradients of embedding, head and vectors only, except at one step."""
     for seen in run:
         if seen.step != keep:
             layers = {**seen.gradients["layers"]}
@@ -68,7 +68,7 @@ def _lean(run: Any, keep: int) -> Any:
 
 
 def draw(results: Mapping[str, Any], folder: pathlib.Path) -> None:
-    """Writes the pictures; momentum_cosine.png if the numbers of `benchmarks.faithfulness` are there."""
+    """Writes the pictures; momentum_cosine.png only if the numbers of `benchmarks.faithfulness` exist."""
     damper.plot(results["damper"], folder / "sage_damper.png")
     sinkhorn.plot(results["sinkhorn"], folder / "sinkhorn_sweeps.png")
     spectrum.plot(results["spectrum"], folder / "momentum_spectrum.png")
@@ -91,9 +91,10 @@ def page(results: Mapping[str, Any]) -> str:
     head = ["role", "median H", "first tenth", "smallest", "damped", "this step's term"]
     return f"""# Damper, sweeps and spectra on real gradients
 
-The numbers behind the pictures of [SAGE](../sage.md), [SinkGD](../sinkgd.md) and
-[LoRA-Pre](../lorapre_explained.md): the demo Llama (hidden size 192) trained for {steps} steps, once with
-SAGE-Hybrid (rate {results["learning_rate"]:g}), once with AdamW. Gradients are clipped, as optimizers see them.
+These are the numbers of the pictures of [SAGE](../sage.md), [SinkGD](../sinkgd.md) and
+[LoRA-Pre](../lorapre_explained.md), from the demo Llama (hidden size 192) trained for {steps} steps, once with
+SAGE-Hybrid (rate {results["learning_rate"]:g}), once with AdamW. Gradients are clipped, as the optimizers see
+them.
 
 {describe_circumstances(results["circumstances"])}
 
@@ -113,7 +114,7 @@ median over all matrices.
 
 {table(["sweeps", "rows", "columns"], norms)}
 
-The stable rank of directions, squared Frobenius over squared spectral norm; 192 is the most there could be:
+The stable rank of directions, squared Frobenius over squared spectral norm, of at most 192:
 
 {table(["direction", "stable rank"], stable)}
 
@@ -132,7 +133,7 @@ decays by sqrt({spectrum.B2}).
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures unless told not to, writes and draws; returns what the JSON file holds."""
+    """Measures unless told not to, writes and draws; returns the JSON file's content."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__)
     parser.add_argument("--steps", type=int, default=150)

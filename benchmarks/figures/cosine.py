@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.faithfulness import MOMENTS
-from benchmarks.figures.style import finish, panels, save
+from benchmarks.figures.style import finish, panels
 from examples.llama.comparing.palette import BLUE, GREEN, RED
+from examples.llama.comparing.plots import save
 
 
 def middles(results: Mapping[str, Any], ranks: Sequence[int], moment: str, what: str) -> np.ndarray:
@@ -24,7 +25,7 @@ def middles(results: Mapping[str, Any], ranks: Sequence[int], moment: str, what:
 
 
 def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Two panels: cosine and ratio of norms against rank, a line a moment."""
+    """Two panels: cosine and ratio of norms against rank, one line per moment."""
     figure, axes = panels(2)
     ranks = sorted(map(int, results["ranks"]))
     for panel, what in zip(axes, ("cosine", "ratio"), strict=True):

@@ -1,4 +1,4 @@
-"""SAGE's damper on the gradients of a real run: how often it damps, how much, and which term does it."""
+"""SAGE's damper on the gradients of a real run: how often and how much it damps, and by which term."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import optax
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.figures.observe import Seen
-from benchmarks.figures.style import finish, panels, save
+from benchmarks.figures.style import finish, panels, short
 from examples.llama.comparing.palette import BLUE, ORANGE, RED
+from examples.llama.comparing.plots import save
 from examples.llama.training.step_statistics import sage_states
 from layout_optax import ParamLayout, infer_layout
 from sage_optax import SageState, sage_damper
@@ -44,12 +45,12 @@ def measure(run: Iterable[Seen], chosen: int) -> dict[str, Any]:
         for role, found in dampers(seen.gradients, seen.state).items():
             both, ema = found["both"], found["ema"]
             roles[role]["quantiles"].append(
-                _short([both.min(), *np.quantile(both, (0.1, 0.5, 0.9))])
+                short([both.min(), *np.quantile(both, (0.1, 0.5, 0.9))])
             )
             roles[role]["damped"].append(float(f"{np.mean(both < 0.9999):.4g}"))
             roles[role]["instant"].append(float(f"{np.mean(both < 0.9999 * ema):.4g}"))
             if seen.step == chosen:
-                columns[role] = {"s": _short(found["s"]), "h": _short(both)}
+                columns[role] = {"s": short(found["s"]), "h": short(both)}
     return {"steps": steps, "roles": roles, "chosen": chosen, "columns": columns}
 
 
@@ -95,7 +96,7 @@ def _relative(gradient: jax.Array, layout: ParamLayout) -> np.ndarray:
 
 
 def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
-    """H over the run for tables and vectors, and H against s at one step."""
+    """H over the run for embedding, head and vectors, and H against s at one step."""
     figure, axes = panels(3)
     for panel, (role, title) in zip(axes, ROLES.items(), strict=False):
         least, low, middle, high = np.array(results["roles"][role]["quantiles"]).T
@@ -138,7 +139,7 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def summary(results: Mapping[str, Any]) -> list[list[str]]:
-    """A row a role: medians over the second half of the run."""
+    """One row per role: medians over the second half of the run."""
     rows = []
     for role, title in ROLES.items():
         found = results["roles"][role]
@@ -147,7 +148,3 @@ def summary(results: Mapping[str, Any]) -> list[list[str]]:
         shares = [float(np.median(found[name][half:])) for name in ("damped", "instant")]
         rows.append([title, *(f"{value:.3f}" for value in (middle, low, least, *shares))])
     return rows
-
-
-def _short(values: Iterable[float]) -> list[float]:
-    return [float(f"{value:.4g}") for value in values]

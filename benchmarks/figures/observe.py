@@ -1,4 +1,4 @@
-"""A run of the demo model whose gradients and optimizer states can be looked at, step by step."""
+"""A run of the demo model that yields its gradients and optimizer states, step by step."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Seen(NamedTuple):
 
     Attributes:
       step: its number, from 1.
-      loss: of its batch.
-      gradients: what the optimizer saw, clipped, a tree like the parameters.
+      loss: the loss of its batch.
+      gradients: the clipped gradients that the optimizer sees, a tree like the parameters.
       state: the optimizer's state before the step.
-      learning_rate: the run's peak rate.
+      learning_rate: the run's peak learning rate.
       corpus_sha256: of the training text.
     """
 
@@ -44,7 +44,7 @@ def steps_of(
     """Trains as configured and yields every step.
 
     Args:
-      config: of the run; its number of steps ends it.
+      config: the run's configuration; its number of steps ends the run.
       model: a shape to use instead of the preset's.
       dataset: prepared data to use instead of reading it.
     """

@@ -1,4 +1,4 @@
-"""What Sinkhorn's sweeps do to real gradients: norms of rows and columns, and singular values."""
+"""The effect of Sinkhorn's sweeps on real gradients: norms of rows and columns, and singular values."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import optax
 
 from benchmarks.faithfulness import matrices_of
 from benchmarks.figures.observe import Seen
-from benchmarks.figures.style import finish, panels, save
+from benchmarks.figures.style import finish, panels, short
 from examples.llama.comparing.palette import BLUE, GREEN, ORANGE, RED
+from examples.llama.comparing.plots import save
 from layout_optax import ParamLayout, infer_layout
 from sage_optax import scale_by_sinkhorn
 
@@ -34,7 +35,7 @@ def measure(run: Iterable[Seen], chosen: int) -> dict[str, Any]:
     spreads: dict[str, list[list[float]]] = {"rows": [], "columns": []}
     for tree in directions.values():
         for side, found in spreads.items():
-            found.append(_short(np.quantile(_spreads(tree, side), (0.1, 0.5, 0.9))))
+            found.append(short(np.quantile(_spreads(tree, side), (0.1, 0.5, 0.9))))
     named = {
         "G": gradients,
         "sign(G)": jax.tree.map(jnp.sign, gradients),
@@ -45,16 +46,16 @@ def measure(run: Iterable[Seen], chosen: int) -> dict[str, Any]:
         "chosen": chosen,
         "sweeps": [0, *SWEEPS],
         **spreads,
-        "spectra": {name: _short(np.median(each, axis=0)) for name, each in spectra.items()},
+        "spectra": {name: short(np.median(each, axis=0)) for name, each in spectra.items()},
         "stable_rank": {
-            name: _short([np.median(np.sum(each**2, axis=1))])[0] for name, each in spectra.items()
+            name: short([np.median(np.sum(each**2, axis=1))])[0] for name, each in spectra.items()
         },
     }
 
 
 @jax.jit
 def normalised(gradients: Any, sweeps: int) -> Any:
-    """SinkGD's direction after some sweeps, whose number is no constant of the program."""
+    """SinkGD's direction after some sweeps, whose number is not a constant of the program."""
     return scale_by_sinkhorn(sweeps).update(gradients, optax.EmptyState())[0]
 
 
@@ -76,7 +77,7 @@ def _spreads(tree: Any, side: str) -> np.ndarray:
 
 
 def _spectra(tree: Any) -> np.ndarray:
-    """Singular values over the largest, one row a matrix, as many as the smallest matrix has."""
+    """Singular values over the largest, one row per matrix, as many as the smallest matrix has."""
     values = _every(tree, lambda stack, _: np.linalg.svd(stack, compute_uv=False))
     few = min(each.shape[1] for each in values)
     return np.concatenate([each[:, :few] / each[:, :1] for each in values])
@@ -107,7 +108,3 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
         yscale="log",
     )
     save(figure, path)
-
-
-def _short(values: Iterable[float]) -> list[float]:
-    return [float(f"{value:.4g}") for value in values]

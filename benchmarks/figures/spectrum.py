@@ -1,4 +1,4 @@
-"""The spectrum of momentum during training: how many directions hold its energy, step by step."""
+"""The spectrum of momentum during training: the number of directions that hold its energy, step by step."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import numpy as np
 
 from benchmarks.faithfulness import matrices_of
 from benchmarks.figures.observe import Seen
-from benchmarks.figures.style import finish, panels, save, whole_numbers
+from benchmarks.figures.style import finish, panels, whole_numbers
 from examples.llama.comparing.palette import BLUE, GREEN, ORANGE, PINK, RED, SKY
+from examples.llama.comparing.plots import save
 
 B1, B2 = 0.9, 0.95
 SHARES = (0.5, 0.9, 0.99)
 TRACKED = {"first": "first moment", "size": "average of |G|"}
-"""Adam's first moment, and what the factors of LoRA-Pre's second moment follow: |G| at decay sqrt(b2)."""
+"""Adam's first moment, and the target of LoRA-Pre's second moment: |G| at decay sqrt(b2)."""
 
 
 def measure(run: Iterable[Seen], chosen: Iterable[int], every: int) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def measure(run: Iterable[Seen], chosen: Iterable[int], every: int) -> dict[str,
 
 @jax.jit
 def follow(averages: Any, matrices: Any) -> Any:
-    """The two averages after another gradient; scale does not matter to a spectrum, so none is corrected."""
+    """The two averages after another gradient, without bias correction: scale does not affect a spectrum."""
     if averages is None:
         zeros = jax.tree.map(jnp.zeros_like, matrices)
         averages = {"first": zeros, "size": zeros}
@@ -79,7 +80,7 @@ def _average(decay: float, target: Any, old: jax.Array, gradient: jax.Array) -> 
 def _held(stack: jax.Array) -> np.ndarray:
     """Share of the energy in the first r singular directions of each matrix, up to the smaller side.
 
-    From the Gram matrix of that side in float64, which is much quicker than a decomposition.
+    It uses the Gram matrix of that side in float64, which is much faster than a decomposition.
     """
     matrices = np.asarray(stack, np.float64)
     if matrices.shape[1] < matrices.shape[2]:
@@ -89,7 +90,7 @@ def _held(stack: jax.Array) -> np.ndarray:
 
 
 def _together(stacks: list[np.ndarray]) -> np.ndarray:
-    """One row a matrix; those with fewer directions hold everything beyond them."""
+    """One row per matrix; matrices with fewer directions hold everything beyond them."""
     most = max(each.shape[1] for each in stacks)
     return np.concatenate(
         [np.pad(each, ((0, 0), (0, most - each.shape[1])), constant_values=1.0) for each in stacks]

@@ -1,8 +1,8 @@
-"""What the pictures share: sizes, grids, and where they are written."""
+"""Common parts of the pictures: sizes, grids, and their output."""
 
 from __future__ import annotations
 
-import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import matplotlib
@@ -19,7 +19,7 @@ from examples.llama.comparing.plots import WIDTH
 
 
 def panels(columns: int, height: float = 4.2, **options: Any) -> tuple[Figure, Any]:
-    """Two panels in a row or three in a column: letters can be read where the picture is 700 pixels wide."""
+    """Two panels in a row or three in a column; letters are readable at a width of 700 pixels."""
     if columns > 2:
         size = (WIDTH, 3.4 * columns)
         return plt.subplots(columns, 1, figsize=size, layout="constrained", **options)
@@ -40,8 +40,6 @@ def whole_numbers(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def save(figure: Figure, path: pathlib.Path) -> None:
-    """Writes the picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def short(values: Iterable[float]) -> list[float]:
+    """Numbers with four significant digits, for JSON."""
+    return [float(f"{value:.4g}") for value in values]

@@ -1,1 +1,1 @@
-"""What an update moves between devices, and what a step needs on each."""
+"""Traffic of an update between devices, and memory of a step on each."""

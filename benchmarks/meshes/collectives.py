@@ -1,4 +1,4 @@
-"""What one update moves between eight devices, by the HLO of the compiled program: ours beside optax's.
+"""Counts the data that one update moves between eight devices, from compiled HLO: ours beside optax's.
 
 Nothing runs, so neither hardware nor load matters; the counts are those of XLA's partitioner for CPU.
 """
@@ -25,6 +25,7 @@ import lorapre_optax as lorapre
 import sage_optax as sage
 from benchmarks.common import circumstances, describe_circumstances, table, write_results
 from benchmarks.meshes.hlo import Collective, collectives
+from examples.llama.devices.mesh import with_sharding
 from layout_optax import state_shardings
 
 RANK = 16
@@ -39,9 +40,9 @@ class Case:
     """One transformation on one parameter.
 
     Attributes:
-      make: the transformation.
-      shape: the parameter's.
-      spec: the parameter's.
+      make: makes the transformation.
+      shape: the parameter's shape.
+      spec: the parameter's spec.
       mesh: sizes of the axes x and y.
       on_explicit: False wraps the update in `jax.sharding.auto_axes` on an Explicit mesh, where it fails.
     """
@@ -63,7 +64,7 @@ def _optax_muon(name: str, first: int) -> optax.GradientTransformation:
 
 
 def _later_steps() -> optax.GradientTransformation:
-    """The recommended options without the search for a subspace, which runs in step 1 alone."""
+    """The recommended options without the search for a subspace, which runs only in step 1."""
     options = {**lorapre.RECOMMENDED, "initial_subspace": "normal"}
     return lorapre.scale_by_lorapre_adam(RANK, **options)
 
@@ -107,15 +108,15 @@ CASES: Mapping[str, Case] = {
 
 
 def program(case: Case, kind: AxisType) -> str:
-    """The compiled HLO text of one update, written as the documentation says."""
+    """The compiled HLO text of one update, as in the documentation."""
     mesh = jax.make_mesh(case.mesh, ("x", "y"), axis_types=(kind, kind))
     name = "layers" if len(case.shape) == 3 else "up"
     placed = {name: {"kernel": NamedSharding(mesh, case.spec)}}
     tx = case.make()
     plain = {name: {"kernel": jax.ShapeDtypeStruct(case.shape, jnp.float32)}}
-    params = jax.tree.map(_with_sharding, plain, placed)
+    params = jax.tree.map(with_sharding, plain, placed)
     shardings = state_shardings(tx, plain, placed)
-    state = jax.tree.map(_with_sharding, jax.eval_shape(tx.init, plain), shardings)
+    state = jax.tree.map(with_sharding, jax.eval_shape(tx.init, plain), shardings)
     update: Any = tx.update
     out = (placed, shardings)
     wrapped = kind == AxisType.Explicit and not case.on_explicit
@@ -127,10 +128,6 @@ def program(case: Case, kind: AxisType) -> str:
     if text is None:
         raise RuntimeError("program: this backend does not give the text of a compiled program.")
     return text
-
-
-def _with_sharding(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def measure(case: Case, kind: AxisType) -> dict[str, Any]:
@@ -180,8 +177,8 @@ def page(results: Mapping[str, Any]) -> str:
 One parameter of 1024 x 2048 on a 2 x 4 mesh as `P('x', 'y')`, or 8 layers of it as `P(None, 'x', 'y')`;
 `fsdp=8` means `P('x', None)` on 8 x 1 and `tensor=8` `P(None, 'y')` on 1 x 8. The rank is {RANK}. Elements are
 counted on one device, over the collectives of the compiled update: the larger side of each, times the trip
-counts of the loops around it ([`meshes/hlo.py`](../../benchmarks/meshes/hlo.py)). The gradient's own reduction
-over the batch is not part of it. optax's Muon and GaLore raise `ShardingTypeError` on Explicit axes and run
+counts of the enclosing loops ([`meshes/hlo.py`](../../benchmarks/meshes/hlo.py)). The gradient's own reduction
+over the batch is not counted. optax's Muon and GaLore raise `ShardingTypeError` on Explicit axes and run
 there inside `jax.sharding.auto_axes`. Nothing is timed.
 
 {describe_circumstances(results["circumstances"])}
@@ -194,8 +191,8 @@ lies in eight parts of its rank between steps; a step gathers it, and adds its c
 are needed as long as no device keeps that factor whole. At rank {RANK} and d = 1024 that is 6.25 %, at d = 4096
 1.6 %.
 
-`whole_matrices=True` moves each shard four times (two mesh axes, there and back) where there is a stack to
-spread; one matrix alone is gathered, which saves traffic and repeats the arithmetic on all eight devices.
+`whole_matrices=True` moves each shard four times (two mesh axes, there and back) if there is a stack to
+distribute. A single matrix is gathered, which saves traffic and repeats the arithmetic on all eight devices.
 """
 
 
@@ -206,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
       arguments: command line, without the program's name.
 
     Returns:
-      What the JSON file holds.
+      The JSON file's content.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(

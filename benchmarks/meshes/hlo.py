@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices: the collectives of its HLO text, times loop counts."""
+"""Finds the data that a compiled program moves between devices: collectives in its HLO, times loop counts."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Collective:
 
     Attributes:
       kind: ``"all-reduce"`` and so on, the asynchronous forms under the same name.
-      elements: of its larger side on one device: the result, or the operands of a reduce-scatter.
-      times: how often it runs: the product of the trip counts of the loops around it.
-      name: the instruction's.
+      elements: elements of its larger side on one device: the result, or the operands of a reduce-scatter.
+      times: number of executions: the product of the trip counts of the enclosing loops.
+      name: the instruction's name.
     """
 
     kind: str
@@ -51,11 +51,11 @@ class Collective:
 def collectives(text: str, *, trip_count: int | None = None) -> list[Collective]:
     """The collectives that one run of a program executes, in the order of its text.
 
-    Of the branches of a conditional the one that moves most is counted.
+    Of the branches of a conditional the one that moves most counts.
 
     Args:
-      text: what ``jax.jit(f).lower(...).compile().as_text()`` returns.
-      trip_count: of loops whose count XLA did not find out.
+      text: the result of ``jax.jit(f).lower(...).compile().as_text()``.
+      trip_count: trip count of loops whose count XLA did not find.
 
     Raises:
       ValueError: if the text has no entry computation, or a loop with collectives has an unknown trip

@@ -1,4 +1,4 @@
-"""Starts several processes on this machine, watches them, and leaves none behind."""
+"""Starts several processes on this machine, watches them, and ends all of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOG_TAIL = 15
-"""Lines of a failed process's log that an error shows."""
+"""Number of lines of a failed process's log in an error."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Command:
     """A process to start.
 
     Attributes:
-        name: What messages call it.
+        name: Its name in messages.
         arguments: Its command line.
         log: File for its output.
     """
@@ -41,16 +41,16 @@ def run_together(
     environment: Mapping[str, str] | None = None,
     on_tick: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs processes side by side until all have ended well.
+    """Runs processes side by side until all have succeeded.
 
     Args:
-        commands: What to start.
-        time_limit: Seconds that they may take together.
+        commands: The processes to start.
+        time_limit: Seconds for all of them together.
         environment: Variables to set on top of this process's.
         on_tick: Called twice a second.
 
     Raises:
-        LaunchError: One ended with an error or the time was up; names it and shows the end of its log.
+        LaunchError: One failed or the time was up; the message names it and shows the end of its log.
     """
     with contextlib.ExitStack() as stack:
         started = {}
@@ -86,7 +86,7 @@ def run_together(
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Compiles whole fine-tuning steps of Llama-3.1-8B for a simulated mesh, from shapes alone, and their memory.
+"""Compiles whole fine-tuning steps of Llama-3.1-8B for a simulated mesh from shapes, and reports their memory.
 
     python -m benchmarks.meshes.lowering
 
@@ -103,7 +103,7 @@ def measure(
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """The page about the results, from the stored numbers alone."""
+    """The page about the results, from the stored numbers only."""
     made = data["setting"]
     rows = []
     for method in METHODS:

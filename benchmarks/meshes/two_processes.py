@@ -2,9 +2,9 @@
 
     python -m benchmarks.meshes.two_processes
 
-Two processes with four simulated CPU devices each find each other over loopback, read their own share of every
-batch and train as one. The same run is made by one process of eight devices; the losses must agree. The folder
-then holds comparison.json and .md, the two runs and the output of each process.
+Two processes with four simulated CPU devices each connect over loopback, read their own share of every batch
+and train as one. One process of eight devices repeats the run; the losses must agree. The folder then holds
+comparison.json and .md, the two runs and the output of each process.
 """
 
 from __future__ import annotations
@@ -50,24 +50,24 @@ class DemoConfig:
     mesh: str = "data=2,fsdp=2,tensor=2"
     """Sizes of the mesh's axes."""
     batch_size: int = 16
-    """Sequences of one step."""
+    """Sequences per step."""
     seq_len: int = 128
-    """Predicted tokens of a sequence."""
+    """Predicted tokens per sequence."""
     compared_steps: int = 20
-    """The losses of so many steps must agree."""
+    """Number of steps whose losses must agree."""
     tolerance: float = 1e-5
     """Largest relative difference that counts as agreement."""
     time_limit: float = 900.0
-    """Seconds that each of the two runs may take."""
+    """Time limit of each of the two runs, in seconds."""
     out: Path = Path("out/distributed")
     """Folder for the comparison, the runs and the logs."""
     options: tuple[str, ...] = ()
-    """Further options of examples.llama.train, in one piece each: --options=--seed=1."""
+    """Further options of examples.llama.train, each as one argument: --options=--seed=1."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """The losses of one step and how far they are apart, as a share of the first."""
+    """The losses of one step and their relative difference."""
 
     step: int
     one: float
@@ -228,7 +228,7 @@ def _train(config: DemoConfig, console: Console, out: Path, processes: int, devi
         run_together(
             commands,
             time_limit=config.time_limit,
-            # The devices are simulated on the CPU, also where there are others.
+            # The devices are simulated on the CPU, even if there are others.
             environment={"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"},
             on_tick=show,
         )

@@ -139,21 +139,18 @@ class Cells:
             label=found.label,
             rank=found.options.get("rank"),
             options=dict(found.options),
-            steps=steps,
             train_curve=[],
         )
         print(
             f"{key} at {rate:g}, {steps} steps, seed {seed}: {row.heldout_perplexity:.2f}",
             flush=True,
         )
-        return jsonable({**dataclasses.asdict(row), "seed": seed})
+        return jsonable({**row.to_dict(), "steps": steps, "seed": seed})
 
 
 def as_row(cell: Mapping[str, Any], named: Variant) -> Row:
     """A cell as a row of a comparison, under a variant's label and options."""
-    names = {field.name for field in dataclasses.fields(Row)}
-    kept = {name: value for name, value in cell.items() if name in names}
-    return Row(**{**kept, "label": named.label, "options": dict(named.options)})
+    return Row.from_dict({**cell, "label": named.label, "options": dict(named.options)})
 
 
 def perplexity_text(cell: Mapping[str, Any] | None) -> str:

@@ -86,7 +86,7 @@ def finished_rows(cells: Cells) -> list[Row]:
         found = full_cells(cells, row)
         if found and all(cell["status"] == "finished" for cell in found):
             mean = statistics.fmean(float(cell["heldout_perplexity"]) for cell in found)
-            rows.append(as_row({**found[0], "heldout_perplexity": mean}, shown(row.key)))
+            rows.append(as_row({**found[0], "heldout_loss": math.log(mean)}, shown(row.key)))
     return rows
 
 
@@ -280,22 +280,9 @@ def _times(rate: float, factor: float) -> float:
 def _bare_row(key: str) -> Row:
     """A row that only has a name, for its style."""
     found = shown(key)
-    nothing = dict.fromkeys(("heldout_loss", "heldout_perplexity", "state_ratio"), math.nan)
-    return Row(
-        optimizer=found.optimizer,
-        label=found.label,
-        status="finished",
-        learning_rate=math.nan,
-        rate_source="",
-        train_loss=None,
-        steps=0,
-        tokens=0,
-        parameters=0,
-        optimizer_state_bytes=0,
-        tokens_per_second=None,
-        median_step_seconds=None,
-        variant=key,
-        rank=found.options.get("rank"),
-        options=dict(found.options),
-        **nothing,
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("steps", "tokens", "parameters", "optimizer_state_bytes", "state_ratio"), 0
     )
+    nothing |= dict.fromkeys(("learning_rate", "heldout_loss"), math.nan)
+    named = {"optimizer": found.optimizer, "rank": found.options.get("rank"), "variant": key}
+    return as_row({**nothing, **named, "status": "finished", "rate_source": ""}, found)

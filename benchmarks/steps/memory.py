@@ -1,9 +1,9 @@
-"""What an optimizer's step takes beside the parameters: state, temporaries, traffic. Compiled, never run.
+"""Memory of an optimizer's step besides the parameters: state, temporaries, traffic. Compiled, never run.
 
     python -m benchmarks.steps.memory --presets galore_60m,sage_1.3b --dtypes float32,bfloat16
 
-Nothing of the model is allocated, so any preset can be measured anywhere. Measured cells are kept in
-memory.json; started again it goes on, and `--again` measures the named optimizers anew.
+Nothing of the model is allocated, so any preset can be measured on any machine. Measured cells are kept in
+memory.json; a restart continues, and `--again` measures the named optimizers anew.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from examples.llama.reporting.summary import size
 KEYS = ("preset", "dtype", "variant", "device")
 PRESETS = ("galore_60m", "galore_350m", "galore_1b", "sage_1.3b")
 TARGET = 2.0
-"""Temporaries in largest leaves (float32) that an update should not exceed, Gram chunks aside."""
+"""Upper aim for an update's temporaries, in largest leaves (float32), without Gram chunks."""
 
 
 def measure(preset: str, dtype: str, key: str) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def measure(preset: str, dtype: str, key: str) -> dict[str, Any]:
 
 
 def _scheduled_for_memory(update: Update) -> int:
-    """Temporaries when XLA orders operations so as to need few, as it does on accelerators by default.
+    """Temporaries if XLA orders operations to need little memory, as it does on accelerators by default.
 
     XLA:CPU by default orders them so that as many as possible can run at once.
     """
@@ -73,19 +73,18 @@ def page(content: dict[str, Any]) -> str:
     parts = [
         f"""# Memory and traffic of one optimizer step
 
-`update` and `apply_updates` on a Llama's parameters, compiled with parameters and state donated.
-State by abstract evaluation; temporaries by XLA's memory analysis, in all and as a multiple of the
-largest parameter in float32 (with stacked layers that is a whole stack, or the table). By default XLA:CPU
-orders operations so that many can run at once, which lengthens the lives of temporaries; "ordered" are those of
-the same program ordered to need little memory (`xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED`),
-as on accelerators. The aim is at most {TARGET:g} of the largest parameter, the Gram chunks of low-rank factors
-aside; what is above is bold. Bytes
-that operations read and write by XLA's cost analysis, a parameter: loops with a fixed number of
-rounds are unrolled for it, bodies of other loops count once, and what a library fusion of XLA:CPU
-writes and reads inside does not count. AdamW in float32 needs 28: parameter, gradient and two
-moments are read, three of them written; XLA:CPU reads what its fusions do not share once more. Fusions
-and library calls (LAPACK, matrix products, XLA:CPU's own library) are those of the compiled program. GaLore's
-row is that of unstacked layers, which it needs: its largest parameter is a table.
+`update` and `apply_updates` on a Llama's parameters, compiled with parameters and state donated. State comes
+from abstract evaluation and temporaries from XLA's memory analysis, in total and as a multiple of the largest
+parameter in float32 (with stacked layers a whole stack, or the embedding). By default XLA:CPU orders
+operations so that many can run at once, which keeps temporaries alive longer; "ordered" are those of the same
+program ordered to need little memory (`xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED`), as on
+accelerators. The aim is at most {TARGET:g} times the largest parameter, without the Gram chunks of low-rank
+factors; higher values are bold. Bytes per parameter that operations read and write come from XLA's cost
+analysis: loops with a fixed number of rounds are unrolled for it, bodies of other loops count once, and reads
+and writes inside a library fusion of XLA:CPU do not count. AdamW in float32 needs 28: parameter, gradient and
+two moments are read, three of them written; XLA:CPU reads once more what its fusions do not share. Fusions and
+library calls (LAPACK, matrix products, XLA:CPU's own library) are those of the compiled program. GaLore's row
+uses unstacked layers, which it needs, so its largest parameter is an embedding or head.
 
 {describe_circumstances(content["circumstances"])}
 """
@@ -123,7 +122,7 @@ def _marked(multiple: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures what is missing and writes memory.json and memory.md.
+    """Measures the missing cells and writes memory.json and memory.md.
 
     Args:
       arguments: command line, without the program's name.

@@ -1,4 +1,4 @@
-"""The trainer's settings for a benchmark, without its command line: JAX, optax and Flax are enough."""
+"""The trainer's settings for a benchmark, without its command line; it needs only JAX, optax and Flax."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def trainer_settings(
     batch_size: int | None = None,
     seq_len: int | None = None,
 ) -> Settings:
-    """The settings that the trainer would decide on, without its command line.
+    """The settings that the trainer would choose, without its command line.
 
     Args:
-        preset_name: The model's shape; its family's protocol gives what is not given.
+        preset_name: The model's shape; its family's protocol gives the defaults.
         key: The optimizer, with options (`examples.llama.optimizers.variants`).
         compute_dtype: Dtype of the matrix products.
         learning_rate: Peak learning rate.
         steps: Optimizer steps.
-        batch_size: Sequences of a step.
-        seq_len: Predicted tokens of a sequence.
+        batch_size: Sequences per step.
+        seq_len: Predicted tokens per sequence.
 
     Raises:
         ValueError: A name is unknown or a number out of range.

@@ -1,12 +1,12 @@
-"""Is an optimizer's step as fast as AdamW's? Updates on real parameter trees, and the trainer's whole step.
+"""Compares an optimizer's step with AdamW's: updates on real parameter trees, and the trainer's whole step.
 
     python -m benchmarks.steps.step_time --presets galore_60m,galore_350m --dtypes float32,bfloat16
     python -m benchmarks.steps.step_time --presets "" --train demo
 
-Every time is a ratio to `optax.adamw` on the same tree, taken in turns in one process. Measured cells are
-kept in step_time.json; started again it goes on, and `--again` measures the named optimizers anew. A cell that
-does not fit in the memory there is is left out with a line that says so. Freed memory stays with the process,
-as in the trainer; `--allocator default` leaves it to the C library.
+Every time is a ratio to `optax.adamw` on the same tree, taken in turns in one process. Measured cells are kept
+in step_time.json; a restart continues, and `--again` measures the named optimizers anew. A cell that does not
+fit in memory is skipped with a message. Freed memory stays with the process, as in the trainer; `--allocator
+default` leaves it to the C library.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ PAIRS = 20
 def measure_update(
     preset: str, dtype: str, key: str, allocator: str, pairs: int, compiles: int
 ) -> dict[str, Any]:
-    """Times one optimizer's update and apply beside AdamW's.
+    """Times one optimizer's update and apply in turns with AdamW's.
 
-    Both step the same parameters in turn, so that one copy of them is enough; states are their own.
+    Both step the same parameters in turn, so one copy of them suffices; each has its own state.
 
     Raises:
-      MemoryError: The device or machine has not room enough; the message says how much is needed.
+      MemoryError: The device or machine has too little memory; the message says how much is needed.
     """
     update = Update(preset, key, dtype)
     baseline = Update(preset, "adamw", dtype, scan_layers=update.scan_layers)
@@ -61,7 +61,7 @@ def measure_update(
     functions = [one.compile()[0] for one in (update, baseline)]
     needed = 2 * _bytes(update) + update.state_bytes + baseline.state_bytes
     temporaries = max(function.memory_analysis().temp_size_in_bytes for function in functions)
-    # Kept memory has holes: an update of 1.3 billion parameters was seen to take half as much again.
+    # Kept memory has holes: with them an update of 1.3 billion parameters took half as much again.
     needed += temporaries * 3 // 2 if allocator == "keep" else temporaries
     check_memory(needed)
     params, grads = random_tree(update.params, 0.02), random_tree(update.params, 1e-3, seed=1)
@@ -105,9 +105,10 @@ def measure_update(
 def measure_training(
     preset: str, dtype: str, key: str, allocator: str, pairs: int
 ) -> dict[str, Any]:
-    """Times the trainer's whole step (gradients, clipping, update) beside AdamW's, and tokens a second.
+    """Times the trainer's whole step (gradients, clipping, update) in turns with AdamW's.
 
-    The dtype is that of the matrix products; the trainer's parameters are float32.
+    It also returns tokens per second. The dtype is that of the matrix products; the trainer's parameters are
+    float32.
     """
     variant = parse_variant(key)
     programs = [
@@ -137,10 +138,10 @@ def measure_training(
 
 
 def check_memory(needed: int) -> None:
-    """Refuses what would not fit: the device's free memory, or the machine's on a CPU.
+    """Refuses cells that do not fit the device's free memory, or the machine's on a CPU.
 
     Raises:
-      MemoryError: More than nine tenths of what is free would be needed.
+      MemoryError: The cell needs more than nine tenths of the free memory.
     """
     statistics = jax.devices()[0].memory_stats()
     if jax.default_backend() != "cpu" and statistics:
@@ -152,7 +153,7 @@ def check_memory(needed: int) -> None:
 
 
 def _available_bytes() -> int:
-    """Memory that Linux says is available; elsewhere no limit is known."""
+    """Memory that Linux reports as available; on other systems no limit is known."""
     path = pathlib.Path("/proc/meminfo")
     if path.exists():
         for line in path.read_text().splitlines():
@@ -162,7 +163,7 @@ def _available_bytes() -> int:
 
 
 def _page_faults() -> int:
-    """Pages that the process was given so far: XLA:CPU takes a step's temporaries from the system anew."""
+    """Pages given to the process so far, since XLA:CPU requests a step's temporaries from the system anew."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
@@ -176,7 +177,7 @@ def _names(kind: str, preset: str, dtype: str, key: str, allocator: str) -> dict
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures what is missing and writes step_time.json, .md and .png.
+    """Measures the missing cells and writes step_time.json, .md and .png.
 
     Args:
       arguments: command line, without the program's name.
@@ -213,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 known = store.find(**_names(kind, *where))
                 if known is not None and key not in again:
                     continue
-                release_freed_memory()  # or the last cell's would count as taken
+                release_freed_memory()  # otherwise the last cell's would count as used
                 try:
                     if kind == "update":
                         cell = measure_update(*where, options.pairs, options.compiles)

@@ -24,7 +24,7 @@ TARGETS = {
     "sage_hybrid": 1.0,
     "lorapre_adamw": 1.5,
 }
-"""Largest ratio of the update to AdamW's that is aimed at on a CPU."""
+"""Upper aim for the ratio of the update to AdamW's on a CPU."""
 COMPILE_TARGET = 1.5
 
 
@@ -36,36 +36,36 @@ def page(content: dict[str, Any]) -> str:
 `update` and `apply_updates` on a Llama's parameters, jitted, parameters and state donated; and the
 trainer's whole step. Each time is compared with `optax.adamw` on the same tree (stacked layers, but
 unstacked ones for GaLore, which needs them), in turns in one process; the ratio is the median of
-the pairs' ratios, beside it their quartiles. AdamW against itself shows the noise. Rows
-are kept from run to run, so that they may be of several runs; each has the load of its own. Compile time:
+the pairs' ratios, with their quartiles. AdamW against itself shows the noise. Rows are
+kept between runs, so a table may mix several runs; each row has its own load average. Compile time:
 tracing, lowering and compiling, median ratio of pairs. Rows with a rank use the preset's published
 one (60M: 128, 350M: 256), in the demo a quarter of the width. GaLore takes new projections (an SVD
-of every matrix) once in 200 steps: that step is not in the ratio, its time stands below the table.
+of every matrix) once in 200 steps. The ratio omits that step; its time is below the table.
 Aims, on a CPU: SAGE-Hybrid at most {TARGETS["sage_hybrid"]}, LoRA-Pre Adam at rank 128 at most
 {TARGETS["lorapre_adamw"]}, compile time at most {COMPILE_TARGET}; bold is above.
 
 {describe_circumstances(content["circumstances"])}
 
 Freed memory stays with the process, as in the trainer (`examples/llama/devices/host_memory.py`); tables that
-say "default allocator" leave it to glibc, which gives large blocks back, so that every step faults in pages for
-its temporaries. AdamW has none and does not notice. Its whole step nevertheless takes up to a fifth longer in
-one process than in another (column "AdamW, ms"), by where its buffers come to lie: ratios of the trainer's step
-are uncertain by as much.
+say "default allocator" leave it to glibc, which gives large blocks back, so that every step faults in pages
+for its temporaries. AdamW has none, so this does not affect it. Its whole step nevertheless takes up to a
+fifth longer in one process than in another (column "AdamW, ms"), depending on the placement of its buffers.
+Ratios of the trainer's step are uncertain by as much.
 
-What is above its aim, and why:
+These rows are above their aim:
 
-* **SAGE-Hybrid, tables.** Lion and SAGE read the old momentum for the direction. XLA:CPU writes one
-  result a loop, so direction and momentum are two loops, and the donated momentum is copied before the
+* **SAGE-Hybrid, embedding and head.** Lion and SAGE read the old momentum for the direction. XLA:CPU writes one
+  result per loop, so direction and momentum are two loops, and the donated momentum is copied before the
   second overwrites it: 9 arrays are read or written where one loop with two results, as on accelerators,
   needs 5. AdamW moves 10 on XLA:CPU. The means of SAGE's damper read the gradient once more.
 * **SAGE-Hybrid, matrices.** Sinkhorn reads the gradient twice for its range, writes the squares once and
-  reads them ten times (five iterations). Taking row norms and column sums from one read, block by block,
-  would halve these reads on a CPU but is a chain of small kernels on an accelerator; not done.
-* **LoRA-Pre.** "Products alone" are the matrix products it cannot do without, 12 r operations an entry at
-  rank r for both moments, against AdamW's dozen. A step of the model itself takes six operations an
-  entry and token, so in training they fade with the number of tokens a step.
+  reads them ten times (five iterations). Computing row norms and column sums in one read, block by block,
+  would halve these reads on a CPU, but on an accelerator it is a chain of small kernels, so it is not done.
+* **LoRA-Pre.** "Products alone" are its unavoidable matrix products, 12 r operations per entry at rank r for
+  both moments, against AdamW's dozen. A step of the model itself takes six operations per entry and token, so
+  their share falls with the number of tokens per step.
 * **Compilation.** Nearly all is XLA:CPU's code generation, about a tenth of a second for each leaf with a
-  Sinkhorn loop. It is paid once, beside that of the model's own step (the trainer's tables).
+  Sinkhorn loop. It happens once, in addition to the compilation of the model's step (the trainer's tables).
 
 ![ratios](step_time.png)
 """
@@ -164,12 +164,12 @@ _TICKS = (0.5, 0.7, 1, 2, 3, 5, 10, 20, 30, 50, 100)
 
 
 def _adamw_seconds(cells: Sequence[dict[str, Any]]) -> float:
-    """AdamW's median time beside these cells, by which sizes of models are put in order."""
+    """AdamW's median time for these cells, which orders the sizes of models."""
     return statistics.median(cell["time"]["baseline_median_seconds"] for cell in cells)
 
 
 def _groups(content: dict[str, Any]) -> list[tuple[tuple[str, ...], list[dict[str, Any]]]]:
-    """Cells of one table together, in the order of `VARIANTS`."""
+    """Cells grouped by table, in the order of `VARIANTS`."""
     keys = dict.fromkeys(_group(cell) for cell in content["cells"])
     found = []
     for key in sorted(

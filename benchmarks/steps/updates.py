@@ -1,4 +1,4 @@
-"""The update of one optimizer on a real model's parameters, compiled, and what XLA says of it.
+"""The compiled update of one optimizer on a real model's parameters, and XLA's figures for it.
 
 Shared by `benchmarks.steps.step_time` and `benchmarks.steps.memory`.
 """
@@ -45,7 +45,7 @@ VARIANTS = (
     "lorapre_lion",
     "products",
 )
-"""What is measured by default; AdamW against itself shows the noise, `products` LoRA-Pre Adam's floor."""
+"""The default variants; AdamW against itself shows the noise, `products` LoRA-Pre Adam's lower bound."""
 
 
 class Update:
@@ -55,7 +55,7 @@ class Update:
         preset_name: The model's shape.
         key: The optimizer, with options (`examples.llama.optimizers.variants`).
         dtype: Dtype of parameters and gradients.
-        scan_layers: Whether layers are stacked; by default unless the optimizer refuses them.
+        scan_layers: Whether layers are stacked; by default yes, unless the optimizer refuses stacked layers.
 
     Attributes:
         params: The parameters' shapes.
@@ -107,14 +107,14 @@ class Update:
         return optax.apply_updates(params, updates), state
 
     def compile(self, options: dict[str, str | bool] | None = None) -> tuple[Any, float]:
-        """The compiled function, parameters and state donated, and the seconds that it took.
+        """The compiled function, with parameters and state donated, and its compile seconds.
 
         Tracing, lowering and compiling start from nothing at every call.
 
         Args:
-            options: XLA's, beside those of the environment.
+            options: XLA's options, besides those of the environment.
         """
-        # A new function, or jit would find the trace of the last one.
+        # A new function, because jit would find the trace of the last one.
         jitted = jax.jit(lambda *args: self.function(*args), donate_argnums=(0, 1))
         started = time.perf_counter()
         compiled = jitted.lower(self.params, self.state, self.params).compile(options)
@@ -144,19 +144,20 @@ def random_tree(shapes: Any, size: float, seed: int = 0) -> Any:
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         values = rng.standard_normal(leaf.shape, np.float32)
         values *= np.float32(size)
-        # Waited for, or the float32 numbers of all leaves would be held at once.
+        # Wait, because otherwise the float32 numbers of all leaves would exist at once.
         return jax.block_until_ready(jnp.asarray(values, leaf.dtype))
 
     return jax.tree.map(draw, shapes)
 
 
 def operations(text: str) -> dict[str, int]:
-    """Counts of what a compiled program launches, from its HLO text.
+    """Counts the kernels and calls that a compiled program launches, from its HLO text.
 
     Returns:
         `fusions`: fused kernels that XLA writes itself; `library_calls`: calls of a library (custom calls,
-        fusions of kind Custom, and the products and sorts that no fusion holds); `loops`: while loops,
-        whose bodies count once.
+          fusions of
+        kind Custom, and the products and sorts outside of fusions); `loops`: while loops, whose bodies count
+        once.
 
     >>> operations('''
     ... %fused_computation (p: f32[4,4]) -> f32[4,4] {
@@ -189,11 +190,11 @@ def operations(text: str) -> dict[str, int]:
 
 
 class Store:
-    """Measured cells in a JSON file, written after each; a cell is found by what it was measured for.
+    """Measured cells in a JSON file, written after each; some of its fields identify a cell.
 
     Args:
         path: The file; it need not exist.
-        keys: Names of the fields that say which cell it is.
+        keys: Names of the fields that identify the cell.
     """
 
     def __init__(self, path: pathlib.Path, keys: Sequence[str]):
@@ -208,14 +209,14 @@ class Store:
         return self.content["cells"]
 
     def find(self, **fields: Any) -> dict[str, Any] | None:
-        """The cell of these fields, or None."""
+        """The cell with these fields, or None."""
         for cell in self.cells:
             if all(cell[key] == fields[key] for key in self.keys):
                 return cell
         return None
 
     def put(self, cell: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Adds a cell, or replaces the one of the same fields, and writes the file."""
+        """Adds a cell, or replaces the one with the same fields, and writes the file."""
         kept = [c for c in self.cells if any(c[key] != cell[key] for key in self.keys)]
         self.content["cells"] = [*kept, cell]
         self.write(facts)
@@ -223,7 +224,7 @@ class Store:
     def write(self, facts: dict[str, Any]) -> None:
         """Writes the file with these circumstances.
 
-        It is renamed into place: a process that is killed while it writes leaves the last file whole.
+        It is renamed into place, so a process that is killed during the write leaves the last file whole.
         """
         self.content["circumstances"] = facts
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,14 +234,14 @@ class Store:
 
 
 def device_name() -> str:
-    """The device's kind: results of several devices stand in one file."""
+    """The device's kind, since one file holds the results of several devices."""
     return jax.devices()[0].device_kind
 
 
 def compile_ratio(
     update: Update, baseline: Update, pairs: int
 ) -> tuple[float, list[float], list[float]]:
-    """Compiles two updates in turns: the median ratio of the seconds, and the seconds of both."""
+    """Compiles two updates in turns; returns the median ratio of the seconds, and the seconds of both."""
     seconds: tuple[list[float], list[float]] = ([], [])
     both: tuple[Callable[[], tuple[Any, float]], ...] = (update.compile, baseline.compile)
     for number in range(pairs):

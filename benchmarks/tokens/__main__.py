@@ -10,10 +10,13 @@ and a trace of SAGE-Hybrid (`benchmarks.tokens.issue`). `--optimizers` names oth
 where its search begins:
 
     python -m benchmarks.tokens tokens.npz --optimizers adamw=3e-3,sage+muon=6e-3
+    python -m benchmarks.tokens tokens.npz --optimizers sage+muon=6e-3/1.2e-2 --seeds 3
 
+A second rate is the tables': then each of the two is searched in turn, by factors of two, until neither moves.
 Every finished run is kept in OUT/recipes.json at once and not run again; several workers share the list through
 claims, so that commands can be stopped and started, also beside each other. `--trace sage_hybrid=5e-4` follows
-one optimizer over a run instead; `--report` writes the pages only.
+one optimizer over a run instead; `--report` writes the page of cells only. With `--name quality_long` the runs
+are rows of the long table, whose page `python -m benchmarks.quality --report` writes.
 """
 
 from __future__ import annotations
@@ -39,20 +42,32 @@ from examples.llama.optimizers.rates import parse_rate
 NAME = "recipes"
 
 
-def parse_searches(text: str) -> list[Search]:
-    """Reads `variant=rate,variant=rate`: the last `=` of an item is before its rate.
+def parse_searches(text: str, seeds: int = 1) -> list[Search]:
+    """Reads `variant=rate,variant=rate/table_rate`: the last `=` of an item is before its rates.
+
+    Args:
+        text: The searches; those with two rates move each in turn, the others both at each ratio.
+        seeds: Seeds of each search's best.
 
     Raises:
         ValueError: A variant or a rule is unknown, or a rate is no positive number.
 
     >>> parse_searches("sage+muon=6e-3")
-    [Search(variant='sage+muon', start=0.006, moves='both', seeds=1)]
+    [Search(variant='sage+muon', start=0.006, moves='both', seeds=1, table_start=None)]
+    >>> parse_searches("sage+muon=6e-3/1.2e-2", 3)
+    [Search(variant='sage+muon', start=0.006, moves='each', seeds=3, table_start=0.012)]
     """
     found = []
     for item in filter(None, (part.strip() for part in text.split(","))):
-        variant, _, rate = (part.strip() for part in item.rpartition("="))
+        variant, _, rates = (part.strip() for part in item.rpartition("="))
         register_crossing(variant)
-        found.append(Search(variant, parse_rate(rate, variant, item, "optimizer")))
+        start, *table = (
+            parse_rate(rate, variant, item, "optimizer") for rate in rates.split("/", 1)
+        )
+        if table:
+            found.append(Search(variant, start, "each", seeds, table[0]))
+        else:
+            found.append(Search(variant, start, seeds=seeds))
     return found
 
 
@@ -97,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", default="", help="lists of searches, by commas")
     parser.add_argument("--only", default="", help="these variants of the lists, in this order")
     parser.add_argument("--optimizers", default="", help="searches of your own")
+    parser.add_argument("--seeds", type=int, default=1, help="of each search of your own")
     parser.add_argument("--trace", default="", help="variant=rate, to follow over a run")
     parser.add_argument("--shape", default="wide")
     parser.add_argument("--tokens", type=float, default=16.384e6, help="of a run")
@@ -111,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--force-claims", action="store_true", help="those of other hosts too")
     parser.add_argument("--report", action="store_true", help="write the page only")
+    parser.add_argument("--name", default=NAME, help="of the files of results")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/results"))
     return parser
 
@@ -124,13 +141,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser()
     options = parser.parse_args(given)
-    store = SharedStore(options.out / f"{NAME}.json")
+    store = SharedStore(options.out / f"{options.name}.json")
     if not options.report:
         if options.file is None:
             parser.error("name a file of tokens; `python -m benchmarks.tokens.make` makes one")
         try:
             searches = listed(options.list, options.only) if options.list else []
-            searches += parse_searches(options.optimizers)
+            searches += parse_searches(options.optimizers, options.seeds)
             if options.workers > 1:
                 share_work("benchmarks.tokens", given, options.workers)
             elif options.trace:
@@ -140,7 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except ValueError as error:
             parser.error(str(error))
     store.refresh()
-    (options.out / f"{NAME}_cells.md").write_text(page(store.content))
+    if options.name == NAME:
+        (options.out / f"{NAME}_cells.md").write_text(page(store.content))
 
 
 def _protocol(options: argparse.Namespace) -> Protocol:
@@ -179,7 +197,7 @@ def _work(
     given: Sequence[str],
 ) -> None:
     keep_freed_memory()
-    claims = options.out / f".{NAME}_claims"
+    claims = options.out / f".{options.name}_claims"
     worker = _worker(options, store, given)
     lines = worker.work(searches, claims)
     if options.list == "issue" and not options.only:

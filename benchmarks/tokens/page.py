@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -85,8 +86,8 @@ def summarize(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _searched(cells: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> str:
     """The rates that were tried."""
     sides = [(f"{n} ", sorted({cell[key] for cell in cells})) for n, key in _NAMED.items()]
-    ratios = {_ratio(cell) for cell in cells}
-    if len(ratios) < len(cells):
+    ratios = collections.Counter(map(_ratio, cells))
+    if len(cells) > 1 and (len(ratios) == 1 or min(ratios.values()) >= 3):
         rates = sides[0][1]
         shown = ", ".join(f"{ratio:g}" for ratio in sorted(ratios, reverse=True))
         return f"{rates[0]:g} to {rates[-1]:g}, ratios {shown}"

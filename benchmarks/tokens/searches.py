@@ -27,19 +27,27 @@ class Search:
     Attributes:
         variant: The optimizer.
         start: The rate where it begins.
-        moves: `both` rates at each ratio of `RATIOS`, or one of them beside the base's best other one.
+        moves: `both` rates at each ratio of `RATIOS`, `each` rate in turn, or one of them beside the base's
+            best other one.
         seeds: Seeds of the best; the search itself has the first.
+        table_start: The tables' rate where a search of `each` begins, the other one's if None.
     """
 
     variant: str
     start: float
-    moves: Literal["both", "matrices", "tables"] = "both"
+    moves: Literal["both", "each", "matrices", "tables"] = "both"
     seeds: int = 1
+    table_start: float | None = None
 
     @property
     def name(self) -> str:
         """Its name as a folder's."""
         return f"{self.variant.replace(':', '__')}@{self.moves}"
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether one of its rates is the base's."""
+        return self.moves in ("matrices", "tables")
 
 
 def search(
@@ -51,7 +59,8 @@ def search(
     """Searches; returns the best rates of matrices and tables.
 
     With both rates, smaller ratios are tried as long as the last one was better, and larger ones where the
-    second was no better than the first; each begins at the best rate of the one before.
+    second was no better than the first; each begins at the best rate of the one before. With each rate in turn,
+    a rate is searched beside the other's best one until neither moves: five runs where the start is the best.
 
     Args:
         run: See `Run`.
@@ -69,18 +78,18 @@ def search(
     (0.004, 0.0012)
     >>> search(bowl, Search("adamw", 1e-3, "tables"), (8e-3, 8e-3))
     (0.008, 0.001)
+    >>> search(bowl, Search("adamw", 1e-3, "each"))
+    (0.004, 0.001)
     """
-    if wanted.moves != "both":
+    if wanted.moves == "each":
+        return _each_in_turn(run, wanted)
+    if wanted.needs_base:
         if base is None:
             raise ValueError(f"{wanted.name}: there is no base to keep a rate of")
         matrices, tables = base
         if wanted.moves == "matrices":
-            found = search_rate(
-                lambda rate: run(rate, tables), wanted.start, max_trials=MOST_TRIALS
-            )
-            return found.best.rate, tables
-        found = search_rate(lambda rate: run(matrices, rate), wanted.start, max_trials=MOST_TRIALS)
-        return matrices, found.best.rate
+            return _best(lambda rate: run(rate, tables), wanted.start), tables
+        return matrices, _best(lambda rate: run(matrices, rate), wanted.start)
     loss, best = _at(run, ratios[0], wanted.start)
     for direction in (ratios[1:], HIGHER_RATIOS if len(ratios) > 1 else ()):
         before = best
@@ -92,6 +101,22 @@ def search(
         if best != before:
             break
     return best
+
+
+def _each_in_turn(run: Run, wanted: Search) -> tuple[float, float]:
+    """Coordinate descent over the two rates; rates that were run are not run again (`Worker.loss`)."""
+    matrices, tables = wanted.start, wanted.table_start or wanted.start
+    while True:
+        before = tables
+        matrices = _best(lambda rate, kept=tables: run(rate, kept), matrices)
+        tables = _best(lambda rate, kept=matrices: run(kept, rate), tables)
+        if tables == before:
+            return matrices, tables
+
+
+def _best(run: Callable[[float], float], start: float) -> float:
+    """The best rate of a search that begins at `start`."""
+    return search_rate(run, start, max_trials=MOST_TRIALS).best.rate
 
 
 def _at(run: Run, ratio: float, start: float) -> tuple[float, tuple[float, float]]:

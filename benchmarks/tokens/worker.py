@@ -113,7 +113,7 @@ class Worker:
         while missing and self.left() > 0:
             busy = True
             for wanted in list(missing):
-                if wanted.moves != "both" and self.base() is None:
+                if wanted.needs_base and self.base() is None:
                     continue
                 lock = claim(claims, wanted.name, force=self.force_claims)
                 if lock is None:
@@ -131,7 +131,7 @@ class Worker:
                 missing.remove(wanted)
                 break  # from the first again: a base may be there by now
             if busy and missing:
-                alone = all(wanted.moves != "both" for wanted in missing)
+                alone = all(wanted.needs_base for wanted in missing)
                 if alone and self.base() is None and not self._base_is_coming(claims):
                     yield f"{len(missing)} searches wait for {BASE}; run the list `base` first"
                     return
@@ -204,7 +204,7 @@ class Worker:
         best = search(
             lambda rate, table_rate: self.loss(wanted.variant, rate, table_rate),
             wanted,
-            self.base() if wanted.moves != "both" else None,
+            self.base() if wanted.needs_base else None,
             self.ratios,
         )
         losses = [self.loss(wanted.variant, *best, seed) for seed in range(wanted.seeds)]

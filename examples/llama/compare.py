@@ -1,13 +1,13 @@
-"""Trains one model with several optimizers, each at its own tuned rate, and puts the results side by side.
+"""Trains one model with several optimizers, each at its own tuned learning rate, and compares the results.
 
     python -m examples.llama.compare --optimizers adamw,lion_hybrid,sage_hybrid --preset demo --out runs/compare
 
-A name may carry options, and is then a row with a rate, runs and a label of its own: `galore:rank=16`,
+A name may carry options; it is then a row with its own learning rate, runs and label: `galore:rank=16`,
 `lorapre_adamw:rank=4:options=recommended`, `adamw:matrix_rate=0.25` (see `variants`).
-All start from the same parameters and see the same batches in the same order. The folder then holds
-comparison.json, table.md, comparison.png, ranks.png if rows differ in rank alone, a folder a run, and with
+All runs start from the same parameters and see the same batches in the same order. The folder then holds
+comparison.json, table.md, comparison.png, ranks.png if rows differ in rank alone, a folder per run, and with
 `--tune` the trials and tuned_rates.json.
-Started again with the same settings it continues: what is finished is not repeated.
+Started again with the same settings, the command continues and repeats no finished run.
 """
 
 from __future__ import annotations

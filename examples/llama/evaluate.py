@@ -1,9 +1,9 @@
-"""Exact match of generated answers: problems completed in batches, answers found, accuracy with its interval.
+"""Measures exact match of generated answers: completes problems in batches, finds answers, reports accuracy.
 
     python -m examples.llama.evaluate --model runs/metamath --task gsm8k --out runs/metamath/gsm8k
 
-MODEL is a Hugging Face folder or a run. The folder `out` gets items.jsonl, a line a problem, and summary.json.
-Answers are read as `examples.llama.finetuning.answers` says; a proportion comes with Wilson's 95 % interval.
+MODEL is a Hugging Face folder or a run. The folder `out` gets items.jsonl, with a line per problem, and
+summary.json. `examples.llama.finetuning.answers` finds the answers; accuracy has Wilson's 95 % interval.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from examples.llama.finetuning.evaluation import EvaluateConfig, run
 from examples.llama.reporting.command import command
+from examples.llama.reporting.progress import say
 from examples.llama.training.orbax_noise import quiet_orbax
 
 
@@ -35,7 +36,7 @@ def _evaluate(config: EvaluateConfig) -> int:
         "the limit (--new-tokens)",
         f"Written to {config.out}",
     ):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
     return 0
 
 

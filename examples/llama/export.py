@@ -2,9 +2,9 @@
 
     python -m examples.llama.export --model runs/metamath --out exported --dtype bfloat16
 
-MODEL is the folder of a run of `train` or `finetune`, whose newest whole checkpoint is taken (adapters are
-merged into the matrices), or a Hugging Face folder to write in another dtype. The tokenizer goes along,
-with the files in which `transformers` looks for special tokens. Who may read them is for your umask to say.
+MODEL is the folder of a run of `train` or `finetune`, whose newest whole checkpoint is used (adapters are
+merged into the matrices), or a Hugging Face folder to write in another dtype. The tokenizer is written too,
+with the files in which `transformers` looks for special tokens. Your umask decides who may read the files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from examples.llama.model.hf_write import TOKENIZER_FILES, Dtype, save_folder
 from examples.llama.reporting.command import command
 from examples.llama.reporting.files import write_json, write_text
 from examples.llama.reporting.folders import check_output
-from examples.llama.reporting.progress import waiting
+from examples.llama.reporting.progress import say, waiting
 from examples.llama.training.orbax_noise import quiet_orbax
 
 
@@ -41,7 +41,7 @@ class ExportConfig:
     max_file_gb: float = 5.0
     """Largest safetensors file, in 10^9 bytes."""
     overwrite: bool = False
-    """Replace a model that the folder holds."""
+    """Replace a model in the folder."""
 
 
 def export(config: ExportConfig) -> list[Path]:
@@ -49,7 +49,7 @@ def export(config: ExportConfig) -> list[Path]:
 
     Raises:
         ValueError: The model cannot be read, or the size is not positive.
-        FileExistsError: The folder holds a model and `overwrite` is not set, or it is no place for one.
+        FileExistsError: The folder holds a model without `overwrite`, or holds other files.
     """
     check_output(config.out, "model", {"--model": config.model})
     if not config.max_file_gb > 0:
@@ -70,7 +70,7 @@ def export(config: ExportConfig) -> list[Path]:
 
 
 def _tokenizer_folder(model: Model) -> Path:
-    """The hub folder if its tokenizer was kept: the chat template is there too. Otherwise the run's."""
+    """The hub folder if its tokenizer was kept, since it has the chat template too. Otherwise the run's."""
     hub = model.hub_folder
     if hub is None or not (hub / TOKENIZER_FILES[0]).is_file():
         return model.folder
@@ -79,7 +79,7 @@ def _tokenizer_folder(model: Model) -> Path:
 
 
 def _name_special_tokens(path: Path, model: Model) -> None:
-    """Says in config.json which tokens begin and end a text, where a base has not said it."""
+    """Writes the tokens that begin and end a text to config.json, if the base model's does not have them."""
     fields = json.loads(path.read_text(encoding="utf-8"))
     before = dict(fields)
     for name, ids in (("eos_token_id", model.stop_ids), ("bos_token_id", _begin(model))):
@@ -90,13 +90,13 @@ def _name_special_tokens(path: Path, model: Model) -> None:
 
 
 def _begin(model: Model) -> tuple[int, ...]:
-    """The token that begins a text, if the tokenizer is one that is trained here."""
+    """The token that begins a text, if the tokenizer was trained here."""
     begin = model.tokenizer.token_to_id(BOS)
     return () if begin is None else (begin,)
 
 
 def _generation_files(folder: Path, model: Model, there: Collection[str]) -> list[Path]:
-    """Writes what `transformers` reads beside the weights, where no base has brought it."""
+    """Writes the files that `transformers` reads besides the weights, if the base model has none."""
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id") if name in fields}
     wanted: dict[str, dict[str, Any]] = {"generation_config.json": ids}
@@ -127,7 +127,7 @@ def _export(config: ExportConfig) -> int:
     with waiting(console, "reading and writing"):
         written = export(config)
     for path in written:
-        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+        say(console, str(path))
     return 0
 
 

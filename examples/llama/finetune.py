@@ -1,10 +1,11 @@
-"""Fine-tunes a Llama on instructions: all attention and MLP matrices with any optimizer, or adapters of them.
+"""Fine-tunes a Llama on instructions: all attention and MLP matrices with any optimizer, or adapters.
 
     python -m examples.llama.finetune --model Llama-2-7b-hf --data hf:meta-math/MetaMathQA --limit 100000 \
         --method lorapre_adamw --rank 8 --learning-rate 2e-5 --mesh 'fsdp=*' --compute-dtype bfloat16 --remat
 
-It is the trainer of `examples.llama.train` on another program and other batches: checkpoints, `--resume`,
-meshes, logs and signals are the same. A checkpoint holds what is trained, not the model that it started from.
+It uses the trainer of `examples.llama.train` with another program and other batches, so checkpoints,
+`--resume`, meshes, logs and signals work the same. A checkpoint holds the trained parameters, not the base
+model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(
         config,
         lambda config, console: prepare_finetuning(config, console=console),
-        # A base's files are read when the training begins.
+        # A base model's files are read when the training begins.
         usage_errors=(ValueError, FileExistsError, FileNotFoundError),
     )
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from examples.llama.finetuning.loading import load_model
 from examples.llama.model.generation import Generator, Sampling
 from examples.llama.reporting.command import command
-from examples.llama.reporting.progress import waiting
+from examples.llama.reporting.progress import say, waiting
 from examples.llama.training.orbax_noise import quiet_orbax
 
 
@@ -31,11 +31,11 @@ class GenerateConfig:
     """Folder of a run, or a Hugging Face folder."""
     prompt: Annotated[list[str], tyro.conf.arg(help="One or more prompts.")]
     new_tokens: int = 64
-    """Most tokens to add."""
+    """Largest number of tokens to add."""
     temperature: float = 0.0
-    """0 for the most likely token, otherwise logits are divided by it."""
+    """0 takes the most likely token; otherwise logits are divided by this number."""
     top_p: float = 1.0
-    """Draw from the smallest set of tokens of at least this probability."""
+    """Draw from the smallest set of tokens with at least this probability."""
     seed: int = 0
     """Seed of the draws."""
     stop: list[str] | None = None
@@ -68,8 +68,7 @@ def _generate(config: GenerateConfig) -> int:
         completions = generator(prompts, sampling)
     for text, completion in zip(config.prompt, completions, strict=True):
         console.print(text, style="bold", end="", markup=False, soft_wrap=True, highlight=False)
-        answer = model.decode(completion.tokens)
-        console.print(answer, markup=False, soft_wrap=True, highlight=False)
+        say(console, model.decode(completion.tokens))
     return 0
 
 

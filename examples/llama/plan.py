@@ -1,12 +1,12 @@
-"""Which optimizer fits: what a step holds on each device, in seconds, and the command that trains it.
+"""Plans which optimizer fits: the memory of a step on each device, and the command that trains it.
 
     python -m examples.llama.plan --preset sage_1.3b --optimizers adamw,lion,sinkgd_hybrid,sage_hybrid
     python -m examples.llama.plan --hf-config config.json --mesh fsdp=8 --batch-size 64 --seq-len 4096 --remat
     python -m examples.llama.plan --preset llama3.1_8b --finetune --rank 8 --device-gb 80 --remat
 
-Parameters, gradients and state come from abstract evaluation of the optimizers themselves, activations from
-the trace of the model: nothing is allocated, and the devices of the mesh need not exist. The optimizer's
-temporaries and what the runtime takes are NOT counted: `--margin` is for them.
+Parameters, gradients and state come from abstract evaluation of the optimizers, and activations from a trace
+of the model. Nothing is allocated, and the devices of the mesh need not exist. The optimizer's temporaries and
+the runtime's memory are NOT counted; `--margin` leaves room for them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from examples.llama.comparing.plan import PlanConfig, make_plan
 from examples.llama.comparing.plan_text import answer, plan_tables, title
 from examples.llama.reporting.command import command
 from examples.llama.reporting.files import write_json
+from examples.llama.reporting.progress import say
 from examples.llama.training.notes import quiet_rank_warning
 
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(config: PlanConfig) -> int:
-    quiet_rank_warning()  # the marked rows say it
+    quiet_rank_warning()  # the marked rows show it
     plan = make_plan(config)
     if config.json == "-":
         print(json.dumps(plan.to_dict(), indent=2))
@@ -40,20 +41,17 @@ def _plan(config: PlanConfig) -> int:
     if not console.is_terminal:  # a file or a pipe has no width of its own
         console = Console(width=200)
 
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
     for line in title(plan):
-        say(line)
+        say(console, line)
     for table in plan_tables(plan, console.width):
-        say("")
+        say(console, "")
         console.print(table)
-    say("")
+    say(console, "")
     for line in answer(plan):
-        say(line)
+        say(console, line)
     if config.json is not None:
         write_json(Path(config.json), plan.to_dict())
-        say(f"Written to {config.json}")
+        say(console, f"Written to {config.json}")
     return 0
 
 

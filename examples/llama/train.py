@@ -1,10 +1,10 @@
-"""The main job: trains a Llama with one optimizer and writes down everything about it.
+"""Trains a Llama with one optimizer and records the run.
 
     python -m examples.llama.train --preset demo --optimizer sage_hybrid --steps 400 --out runs/sage
 
-The folder then holds config.json (what was asked, what it came to, versions, the corpus and its hash),
-metrics.jsonl (one line a log interval and an evaluation, flushed at once), summary.json, checkpoints and
-TensorBoard files. Stopped by SIGTERM, Ctrl-C or a crash, the same command with `--resume` goes on.
+The folder then holds config.json (the options, all settings, versions, the corpus and its hash), metrics.jsonl
+(one line per log interval and per evaluation, flushed at once), summary.json, checkpoints and TensorBoard
+files. After SIGTERM, Ctrl-C or a crash, the same command with `--resume` continues.
 """
 
 from __future__ import annotations

@@ -194,6 +194,31 @@ def test_a_ratio_above_one_is_found_where_tables_want_the_higher_rate():
     assert search(run, Search("adamw", 8e-3)) == (8e-3, 2.4e-2)
 
 
+def test_rates_that_move_in_turn_end_where_neither_helps_and_both_ranges_are_shown():
+    tried = {}
+
+    def run(rate, table_rate):
+        # The best matrices' rate grows with the tables': one sweep does not find it.
+        follows, table = np.log2(rate / np.sqrt(2e-3 * table_rate)), np.log2(table_rate / 8e-3)
+        tried[rate, table_rate] = follows**2 + table**2
+        return tried[rate, table_rate]
+
+    best = search(run, Search("adamw", 1e-3, "each", table_start=2e-3))
+    assert best == (4e-3, 8e-3)
+    neighbours = [(2e-3, 8e-3), (8e-3, 8e-3), (4e-3, 4e-3), (4e-3, 1.6e-2)]
+    assert all(tried[pair] > tried[best] for pair in neighbours)
+
+    cells = [
+        cell("adamw", loss, rate) | {"label": "AdamW", "table_rate": table}
+        for (rate, table), loss in tried.items()
+    ]
+    (row,) = summarize(cells)
+    assert not row["edge"]
+    rates, tables = (sorted(part) for part in zip(*tried, strict=True))
+    shown = f"{rates[0]:g} to {rates[-1]:g}, tables {tables[0]:g} to {tables[-1]:g}"
+    assert row["searched"] == f"matrices {shown}"
+
+
 SLOW = """
 import sys, time
 from benchmarks.tokens import shapes, __main__ as command

@@ -91,6 +91,24 @@ def test_multi_steps_takes_the_mean_of_the_gradients(name):
         chex.assert_trees_all_close(nn.meta.unbox(found), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("factory", "static", "options"),
+    [
+        (lorapre_optax.lorapre_muon, lorapre_optax.STATIC_ARGS, {"rank": 2, "ns_steps": 5.0}),
+        (sage_optax.sage_hybrid, (*sage_optax.STATIC_ARGS, "iterations"), {}),
+    ],
+    ids=["as a float", "left static"],
+)
+def test_multi_steps_of_injected_numbers_compiles_once(factory, static, options):
+    """optax injects an int as a weakly typed array, and `MultiSteps` gives it back as a strong one."""
+    tx = optax.MultiSteps(optax.inject_hyperparams(factory, static_args=static)(RATE, **options), 2)
+    params = {"up": {"kernel": jnp.ones((6, 8))}}
+    step, state = jax.jit(tx.update), tx.init(params)
+    for _ in range(3):
+        _, state = step(params, state, params)
+    assert step._cache_size() == 1
+
+
 @each_family
 def test_apply_if_finite_skips_counts_and_goes_on_as_if_nothing_had_been(name):
     tx = optax.apply_if_finite(unboxed(make(name)), 3)

@@ -105,6 +105,7 @@ CALLS = {
         lambda number: lorapre_optax.lorapre_muon(
             number(1e-2), 2, table_rank=2, whole_matrices=True
         ),
+        lambda number: lorapre_optax.lorapre_muon(number(1e-2), 2, table_rule="factored_rms"),
     ],
     "lorapre_sgd": whole(lorapre_optax.lorapre_sgd, 2, momentum=0.9, **LOW_RANK),
     "lorapre_sinkgd": whole(lorapre_optax.lorapre_sinkgd, 2, b1=0.9, b2=0.95, eps=1e-8),
@@ -185,23 +186,30 @@ def test_the_table_holds_every_exported_transformation():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_steps_in_every_strict_mode(name):
+@pytest.mark.parametrize(
+    ("dtype", "x64"),
+    [
+        (jnp.bfloat16, False),
+        pytest.param(jnp.float32, True, marks=pytest.mark.extended),  # traced in every run
+    ],
+    ids=["bfloat16", "float32-x64"],
+)
+def test_two_steps_in_every_strict_mode(name, dtype, x64):
     """Compiled, schedules for numbers; once bfloat16, once float32 under x64."""
-    for dtype, x64 in ((jnp.bfloat16, False), (jnp.float32, True)):
-        with strict(x64):
-            tx = CALLS[name][-1](NUMBERS["schedule"])
-            params, first, second = (drawn(dtype, seed) for seed in range(3))
+    with strict(x64):
+        tx = CALLS[name][-1](NUMBERS["schedule"])
+        params, first, second = (drawn(dtype, seed) for seed in range(3))
 
-            @jax.jit
-            def two_steps(params, first, second, tx=tx):
-                start = tx.init(params)
-                one, middle = tx.update(first, start, params)
-                two, end = tx.update(second, middle, params)
-                return (start, middle, end), (one, two)
+        @jax.jit
+        def two_steps(params, first, second):
+            start = tx.init(params)
+            one, middle = tx.update(first, start, params)
+            two, end = tx.update(second, middle, params)
+            return (start, middle, end), (one, two)
 
-            states, updates = two_steps(params, first, second)
-            check_kinds(params, states, updates)
-            chex.assert_tree_all_finite((states, updates))
+        states, updates = two_steps(params, first, second)
+        check_kinds(params, states, updates)
+        chex.assert_tree_all_finite((states, updates))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -96,14 +96,15 @@ def test_boxes_change_neither_state_nor_numbers(inner, kind):
     plain, wrapped = INNER[inner](), unboxed(INNER[inner]())
     params, boxes = draw(0), boxed(draw(0), box)
     plain_state, state = plain.init(params), wrapped.init(boxes)
+    update, box_update = jax.jit(plain.update), jax.jit(wrapped.update)
     for seed in (1, 2):
         # Of NNX variables the state has metadata too, unless init makes it of bare shapes.
         assert any(map(is_box, jax.tree.leaves(state, is_leaf=is_box))) == (
             kind == "Param" and not (inner == "adafactor" and OLD_OPTAX)
         )
         chex.assert_trees_all_equal(nnx.as_pure(state), plain_state)
-        updates, plain_state = plain.update(draw(seed), plain_state, params)
-        box_updates, state = wrapped.update(boxed(draw(seed), box), state, boxes)
+        updates, plain_state = update(draw(seed), plain_state, params)
+        box_updates, state = box_update(boxed(draw(seed), box), state, boxes)
         chex.assert_trees_all_equal(box_updates, boxed(updates, box))
         params = optax.apply_updates(params, updates)
         boxes = optax.apply_updates(boxes, box_updates)
@@ -127,9 +128,10 @@ def test_gradients_and_parameters_may_be_boxed_apart():
     tx = unboxed(sage_optax.sage_hybrid(1e-2))
     params, grads = draw(0), draw(1)
     state = nnx.as_pure(tx.init(boxed(params, box_param)))  # as an nnx.Optimizer gives it to update
-    expected = tx.update(grads, state, params)
-    chex.assert_trees_all_equal(tx.update(grads, state, boxed(params, box_param)), expected)
-    updates, _ = tx.update(boxed(grads, box_param), state, params)
+    update = jax.jit(tx.update)
+    expected = update(grads, state, params)
+    chex.assert_trees_all_equal(update(grads, state, boxed(params, box_param)), expected)
+    updates, _ = update(boxed(grads, box_param), state, params)
     chex.assert_trees_all_equal(updates, boxed(expected[0], box_param))
 
 

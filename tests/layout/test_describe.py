@@ -79,7 +79,7 @@ def test_rules_show_as_the_reason():
     assert "rule 'conv/kernel$'" in text
     assert "0,1,2" in text
     text = describe(params, layout=functools.partial(infer_layout, rules=[("conv", None)]))
-    assert "(not ours)" in text
+    assert "(unmanaged)" in text
 
 
 def test_a_bare_array_is_described():

@@ -108,12 +108,13 @@ def test_paths_split_into_names_and_stack_indices():
 def test_a_layer_draws_the_same_bits_in_a_list_and_in_a_stack():
     matrix, stack = ParamLayout("matrix", 1, 0), ParamLayout("matrix", 2, 1)
     seed = jnp.uint32(5)
-    stacked = element_bits("layers/w1", (6, 4, 5), stack, seed)
+    bits = jax.jit(element_bits, static_argnums=(0, 1, 2))
+    stacked = bits("layers/w1", (6, 4, 5), stack, seed)
     for layer in (0, 3, 5):
         for path in (f"layers/{layer}/w1", f"layers_{layer}/w1"):
-            one = element_bits(path, (4, 5), matrix, seed)
+            one = bits(path, (4, 5), matrix, seed)
             np.testing.assert_array_equal(one, stacked[layer])
-    middle = element_bits("layers/w1", (4, 6, 5), ParamLayout("matrix", 2, 0), seed)
+    middle = bits("layers/w1", (4, 6, 5), ParamLayout("matrix", 2, 0), seed)
     np.testing.assert_array_equal(middle, jnp.moveaxis(stacked, 0, 1))
     experts = leaf_seeds("layers/experts/w", (6, 2, 4, 5), ParamLayout("matrix", 3, 2), 5)
     alone = leaf_seeds("layers/4/experts/1/w", (4, 5), matrix, 5)

@@ -170,8 +170,9 @@ def test_adam_direction_takes_schedules():
     plain, scheduled = adam_direction(b1=0.5), adam_direction(b1=lambda count: 0.5)
     outs = []
     for tx in (plain, scheduled):
-        _, state = tx.update(PARAMS, tx.init(PARAMS))
-        outs.append(tx.update(PARAMS, state)[0])
+        update = jax.jit(tx.update)
+        _, state = update(PARAMS, tx.init(PARAMS))
+        outs.append(update(PARAMS, state)[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), *outs)
 
 

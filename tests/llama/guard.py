@@ -51,7 +51,7 @@ RUNS: dict[str, tuple[str, float, dict[str, Any]]] = {
     "lorapre_adamw recommended": (
         "lorapre_adamw",
         3e-3,
-        {"rank": 4, "options": "recommended"},
+        {"rank": 4, "option_set": "recommended"},
     ),
     "lorapre_muon": ("lorapre_muon", 1e-2, {"rank": 4}),
     "lorapre_sgd": ("lorapre_sgd", 0.1, {"rank": 4}),

@@ -15,6 +15,7 @@ from absl.testing import parameterized
 
 import lorapre_optax
 from lorapre_optax import ParamLayout
+from tests.contrib import is_repeated
 
 TABLE = ParamLayout("head", (-1,), (-2,))  # lorapre_sinkgd keeps factors of tables alone
 OPTIMIZERS = (
@@ -65,9 +66,16 @@ def suite():
 
 
 NAMES = sorted(name for name in dir(suite().ContribTest) if name.startswith("test"))
+REPEATED = [name for name in NAMES if is_repeated(suite().ContribTest, name)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.extended) if name in REPEATED else name
+        for name in NAMES
+    ],
+)
 def test_optax_contrib_suite(name):
     result = unittest.TestResult()
     suite().ContribTest(name).run(result)
@@ -79,6 +87,8 @@ def test_optax_contrib_suite(name):
 def test_the_suite_ran_ours():
     # Eight tests; the convergence test has four targets, three others run per dtype or wrapping.
     assert len(NAMES) == len(OPTIMIZERS) * (2 + 4 + 1 + 2 + 2 + 4 + 1)
+    # A wrap, three targets, and one or two dtypes of each of three tests.
+    assert len(REPEATED) == len(OPTIMIZERS) * (1 + 3 + 1 + 1 + 2)
 
 
 @pytest.mark.filterwarnings("ignore::layout_optax.LayoutWarning")  # there is no table here

@@ -183,7 +183,7 @@ def test_bad_input():
         lorapre_metrics(state, {"up": {"kernel": jnp.ones((12, 10))}})
     with pytest.raises(ValueError, match="'up/kernel' has shape"):
         lorapre_metrics(state, grads, layout=ParamLayout("matrix", (0,), (1,)))
-    with pytest.raises(ValueError, match="'up/kernel', which is not ours"):
+    with pytest.raises(ValueError, match="'up/kernel', which this layout leaves unmanaged"):
         lorapre_metrics(state, grads, layout={"up": optax.MaskedNode()})
 
 

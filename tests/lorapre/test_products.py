@@ -9,7 +9,17 @@ import optax
 import pytest
 
 from layout_optax.hyperparameters import float_dtype
-from lorapre_optax import _solves, scale_by_lorapre_adam, scale_by_lorapre_muon
+from lorapre_optax import (
+    RECOMMENDED,
+    _solves,
+    lorapre_lion,
+    lorapre_sgd,
+    low_rank_ema,
+    low_rank_trace,
+    scale_by_lorapre_adam,
+    scale_by_lorapre_lion,
+    scale_by_lorapre_muon,
+)
 from lorapre_optax._newton_schulz import orthogonalize
 from lorapre_optax._products import Narrow, large_product
 from tests.lorapre.common import KERNEL, apart, run, signal
@@ -19,9 +29,13 @@ BFLOAT16 = Narrow(jnp.dtype(jnp.bfloat16), True)
 
 def lowered(tx, dtype: str, platform: str, shape=(96, 160)) -> str:
     """StableHLO of an update."""
-    g = {"kernel": jnp.ones(shape, dtype)}
+    return lowered_tree(tx, {"mlp": {"kernel": jnp.ones(shape, dtype)}}, platform)
+
+
+def lowered_tree(tx, g, platform: str) -> str:
+    """StableHLO of an update of a tree."""
     state = jax.eval_shape(tx.init, g)
-    return jax.jit(tx.update).trace(g, state).lower(lowering_platforms=(platform,)).as_text()
+    return jax.jit(tx.update).trace(g, state, g).lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize(("platform", "narrow"), [("cpu", 0), ("cuda", 6), ("tpu", 6)])
@@ -85,6 +99,32 @@ def test_adam_with_rounded_products_stays_near():
     assert 1e-5 < apart(found[1], found[0]) < 2e-2
 
 
+ROUNDING = {
+    "ema": lambda **options: low_rank_ema(0.9, 4, **options),
+    "trace": lambda **options: low_rank_trace(0.9, 4, **options),
+    "lion": lambda **options: scale_by_lorapre_lion(4, **options),
+    "lorapre_lion": lambda **options: lorapre_lion(1e-3, 4, **options),
+    "lorapre_sgd": lambda **options: lorapre_sgd(1e-3, 4, **options),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+def test_every_momentum_rounds_the_products_with_a_whole_matrix(name):
+    """B A, G A^T and B^T G: on CUDA for bfloat16 gradients by default, and everywhere by the option."""
+
+    def rounded(dtype, platform, **options):
+        text = lowered(ROUNDING[name](**options), dtype, platform)
+        products = [line for line in text.splitlines() if "dot_general" in line]
+        return sum(line.rpartition("->")[0].count("bf16>") == 2 for line in products)
+
+    assert rounded("bfloat16", "cuda") == 3
+    assert rounded("bfloat16", "cuda", product_dtype="float32") == 0
+    assert rounded("bfloat16", "cpu") == rounded("float32", "cuda") == 0
+    assert rounded("float32", "cpu", product_dtype="bfloat16") == 3
+    with pytest.raises(ValueError, match="product_dtype must be None or a float dtype"):
+        ROUNDING[name](product_dtype="int8")
+
+
 @pytest.mark.parametrize("rank", [1, 31, 32, 33, 64, 100, 256])
 def test_inverses_by_halves_are_inverses(rank):
     rng = np.random.default_rng(rank)
@@ -95,6 +135,21 @@ def test_inverses_by_halves_are_inverses(rank):
     solved = apart(_solves._solve_identity(jnp.asarray(lower, jnp.float32)), expected)
     assert apart(found, expected) < max(2 * solved, 1e-6)
     assert not np.any(np.triu(np.asarray(found), 1))
+
+
+def test_a_group_of_leaves_shares_its_solves_and_the_branch_of_its_first_step():
+    """However many leaves: one inverse, and in the branch, where the speed of a step is not at stake, two
+    orthonormal bases by solves, so that the products of the inverse by halves are compiled once."""
+    tx = scale_by_lorapre_adam(96, **RECOMMENDED)
+
+    def counts(leaves: int) -> tuple[int, int]:
+        g = {f"w{i}": {"kernel": jnp.ones((256, 320))} for i in range(leaves)}
+        update = jax.make_jaxpr(tx.update)(g, jax.eval_shape(tx.init, g))
+        conditions = [each for each in update.jaxpr.eqns if each.primitive.name == "cond"]
+        chosen = [each for each in conditions if not each.params.get("branches_platforms")]
+        return len(chosen), lowered_tree(tx, g, "cuda").count("triangular_solve")
+
+    assert counts(1) == counts(4) == (1, 3)
 
 
 def test_accelerators_solve_small_triangles_only():

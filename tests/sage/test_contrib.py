@@ -8,9 +8,11 @@ import importlib.util
 import inspect
 from unittest import mock
 
+import pytest
 from absl.testing import parameterized
 
 import sage_optax
+from tests.contrib import is_repeated
 
 RATE = 1e-3
 OPTIMIZERS = {
@@ -62,9 +64,13 @@ def load():
 
 
 ContribTest = load()
+TESTS = [name for name in dir(ContribTest) if name.startswith("test_")]
+REPEATED = [name for name in TESTS if is_repeated(ContribTest, name)]
+for test in REPEATED:
+    setattr(ContribTest, test, pytest.mark.extended(getattr(ContribTest, test)))
 
 
 def test_everything_ran():
-    tests = [name for name in dir(ContribTest) if name.startswith("test_")]
-    assert len(tests) % len(OPTIMIZERS) == 0
-    assert len(tests) >= 15 * len(OPTIMIZERS)
+    assert len(TESTS) % len(OPTIMIZERS) == len(REPEATED) % len(OPTIMIZERS) == 0
+    assert len(TESTS) >= 15 * len(OPTIMIZERS)
+    assert len(REPEATED) <= 8 * len(OPTIMIZERS)

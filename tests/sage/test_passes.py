@@ -48,6 +48,21 @@ def test_the_count_tells_the_forms_apart():
     assert reads(found) == 14
 
 
+@pytest.mark.parametrize("platform", ["cuda", "cpu"])
+def test_leaves_of_one_shape_are_lowered_once(platform):
+    """A further leaf of a known shape adds a call and its arguments, not Sinkhorn's operations."""
+
+    def lines(*shapes: tuple[int, ...]) -> int:
+        g = {f"w{i}": jax.ShapeDtypeStruct(shape, "float32") for i, shape in enumerate(shapes)}
+        tx = scale_by_sinkhorn(layout=KERNELS)
+        update = jax.jit(lambda g: tx.update(g, tx.init(g))[0])
+        return update.trace(g).lower(lowering_platforms=(platform,)).as_text().count("\n")
+
+    one, four = lines(SHAPE), lines(*[SHAPE] * 4)
+    assert four - one <= 3 * 2
+    assert lines(SHAPE, (2, 96, 128)) > 1.8 * one
+
+
 HLO = """
 %body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
   %p = (s32[], f32[4,8]{1,0}) parameter(0)

@@ -13,14 +13,17 @@ from tests.sage.directions import KERNEL, WEIGHT, check, normal
 from tests.sage.test_sinkhorn import EXTREMES, SETTINGS
 
 
-@pytest.fixture(autouse=True)
-def _accelerators_form(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def _accelerators_form():
     """Runs the other platforms' form where a CPU would run its own."""
-
-    monkeypatch.setattr(_sinkhorn, "_by_products", _sinkhorn._by_sums)
-    directions.compiled.cache_clear()
-    yield
-    directions.compiled.cache_clear()
+    caches = (directions.compiled.cache_clear, _sinkhorn._direction.clear_cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_sinkhorn, "_by_products", _sinkhorn._by_sums)
+        for clear in caches:
+            clear()
+        yield
+    for clear in caches:
+        clear()
 
 
 # Single numbers take the CPU's form everywhere.
@@ -66,7 +69,7 @@ def test_a_narrow_copy_costs_two_ten_thousandths_of_the_direction():
         "rows and columns of every size": normal(96, 160)
         * np.exp(4 * normal(96, 1, seed=1) + 4 * normal(1, 160, seed=2)),
     }
-    rule = _sinkhorn._Rule(*(jnp.float32(1e-8),) * 3, 1.0)
+    rule = _sinkhorn._Rule(*(_sinkhorn.scaling(jnp.float32(1e-8)),) * 3)
 
     @jax.jit
     def found_from(g):

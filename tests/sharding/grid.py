@@ -132,6 +132,9 @@ COMPOSITIONS = {
     "low_rank_trace": lambda: lorapre.low_rank_trace(0.9, RANK, layout=LAYOUT),
     "lorapre_adamw": lambda: lorapre.lorapre_adamw(1e-3, RANK, others="sage", layout=LAYOUT),
     "lorapre_muon": lambda: lorapre.lorapre_muon(1e-3, RANK, table_rank=RANK, layout=LAYOUT),
+    "lorapre_muon_factored": lambda: lorapre.lorapre_muon(
+        1e-3, RANK, table_rule="factored_rms", layout=LAYOUT
+    ),
     "lorapre_sgd": lambda: lorapre.lorapre_sgd(1e-3, RANK, layout=LAYOUT),
     "lorapre_lion": lambda: lorapre.lorapre_lion(1e-3, RANK, layout=LAYOUT),
     "lorapre_sinkgd": lambda: lorapre.lorapre_sinkgd(1e-3, RANK, layout=LAYOUT),

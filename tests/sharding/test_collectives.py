@@ -29,8 +29,15 @@ LIMITS = {
 }
 
 
-@pytest.mark.parametrize("kind", benchmark.KINDS)
-@pytest.mark.parametrize("name", LIMITS)
+# Every rule on one kind of mesh, the two kinds in turn; the rest is for test-all.
+CASES = [
+    pytest.param(name, kind, marks=() if (i + j) % 2 == 0 else pytest.mark.extended)
+    for i, name in enumerate(LIMITS)
+    for j, kind in enumerate(benchmark.KINDS)
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_only_vectors_and_factors_move(name, kind):
     found = benchmark.measure(benchmark.CASES[name], benchmark.KINDS[kind])
     assert 0 < found["elements"] <= LIMITS[name]
@@ -82,8 +89,17 @@ SHARES = {
 }
 
 
-@pytest.mark.parametrize("kind", grid.KINDS)
-@pytest.mark.parametrize("name", SHARES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sinkhorn", "explicit"),
+        ("sinkhorn", "auto"),
+        ("adam, first step", "explicit"),
+        ("adam, later steps", "auto"),
+        pytest.param("adam, first step", "auto", marks=pytest.mark.extended),
+        pytest.param("adam, later steps", "explicit", marks=pytest.mark.extended),
+    ],
+)
 def test_every_kind_of_parameter(name, kind):
     """The grid's parameters, sixteen times as wide: a small share of them moves."""
     make, *shares = SHARES[name]

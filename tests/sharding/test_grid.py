@@ -28,13 +28,28 @@ FLIPS = {
     "sage_hybrid",
     "lion_hybrid",
 }
+# Compositions that other tests of `make test` compare with one device too, as they are (LoRA-Pre's in
+# tests/lorapre/test_contract.py, the moment in test_rank_axis.py) or as their directions here.
+REPEATED = {
+    "sage",
+    "sinkgd",
+    "lion_hybrid",
+    "low_rank_ema",
+    "lorapre_muon",
+    "lorapre_sgd",
+    "lorapre_lion",
+    "lorapre_sinkgd",
+}
+# Directions that share their sharded mathematics with another one: one mode, 0 or 1, instead of two.
+ONE_MODE = {"scale_by_sage_int8": 0, "scale_by_lorapre_lion": 1, "scale_by_lorapre_muon": 1}
 
 
 def cases():
     """Each transformation in its modes: mesh axes, under `jax.set_mesh` or not, and the turn of the specs.
 
     The four modes of a direction see the four turns, so that together they see every cell; of the compositions
-    two modes are enough. The first mode of a composition and two modes of a direction are no extended tests.
+    two modes are enough. Not extended are two modes of a direction, or that of `ONE_MODE`, and the first one of
+    a composition that is not in `REPEATED`.
     ``SHARDING_GRID=full`` gives every mode of a direction every cell.
     """
     modes = [("explicit", False), ("auto", True), ("explicit", True), ("auto", False)]
@@ -42,8 +57,10 @@ def cases():
         for turn, (kind, in_context) in enumerate(modes):
             if turn < 2 or FULL or name in grid.DIRECTIONS:
                 where = kind + ("-set_mesh" if in_context else "")
-                once = turn < (2 if name in grid.DIRECTIONS else 1)
-                marks = [] if once else [pytest.mark.extended]
+                once = (0, 1) if name in grid.DIRECTIONS else (0,)
+                once = (ONE_MODE[name],) if name in ONE_MODE else once
+                extended = turn not in once or name in REPEATED
+                marks = [pytest.mark.extended] if extended else []
                 yield pytest.param(name, kind, in_context, turn, id=f"{name}-{where}", marks=marks)
 
 
@@ -179,6 +196,8 @@ def test_no_state_is_left_unsharded(name):
         gone = {
             "left": layout.column_axes,
             "mu_row_max": layout.column_axes,
+            "row_square": layout.column_axes,
+            "column_square": layout.row_axes,
             "right": layout.row_axes,
             "magnitude": layout.row_axes,
         }.get(field, ())

@@ -54,12 +54,13 @@ def shardings(mesh):
     return {path: of(*each) for path, each in PARAMETERS.items()}
 
 
-# Every rule on Explicit axes, one on Auto ones; the rest is for test-all.
+# Two moments on every Explicit mesh and on an Auto one, one moment on one mesh; the rest is for test-all.
 CASES = [
     pytest.param(
         *(name, sizes, kind),
         marks=()
-        if kind == "explicit" or (name, sizes) == ("adam", "both")
+        if (name, kind) == ("adam", "explicit")
+        or (name, sizes, kind) in (("adam", "both", "auto"), ("ema", "both", "explicit"))
         else pytest.mark.extended,
     )
     for name in TRANSFORMATIONS

@@ -1,4 +1,4 @@
-"""Follows every link of the built site: pages, anchors and pictures must be there.
+"""Follows every link of the built site and checks that its page, anchor or picture exists.
 
     python tools/docs/check_site.py build/site
 
@@ -17,7 +17,7 @@ LISTED_ONLY = {"canonical", "next", "prev", "alternate"}
 
 
 class Page(HTMLParser):
-    """What a page links to, what it loads, and which anchors it has."""
+    """The links, resources and anchors of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -64,7 +64,7 @@ def check(site):
 
 
 def follow(site, pages, name, target):
-    """What is wrong with a link inside the site, or None."""
+    """The fault of a link inside the site, or None."""
     path, _, anchor = urllib.parse.unquote(target).partition("#")
     if path.startswith("/"):
         return None if name == "404.html" else f"absolute link {target}"

@@ -1,4 +1,4 @@
-"""Docstrings as Markdown for the API reference: formulas, literal blocks, links between public names.
+"""Converts docstrings to Markdown for the API reference: formulas, literal blocks, links between public names.
 
 An extension of griffe. Docstrings here are written in Google's style with a little reStructuredText, so that
 `help()` reads well; the site's formulas are dollars and its links Markdown.
@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def public_names():
-    """Every public name of the packages and where the reference has it; no re-export has a place of its own."""
+    """Every public name of the packages and its place in the reference; re-exports have none of their own."""
     places = {}
     for package in PACKAGES:
         tree = ast.parse((ROOT / package / "__init__.py").read_text())
@@ -57,7 +57,7 @@ def _link(found):
 
 
 class Docstrings(griffe.Extension):
-    """Rewrites the docstring of every object that is loaded."""
+    """Rewrites the docstring of every loaded object."""
 
     def on_object(self, *, obj, **arguments):
         """Called for each object after its members are known."""

@@ -1,6 +1,6 @@
 """Turns the formulas of a page into MathML at build time, so that a reader's browser needs no script.
 
-A hook of mkdocs. `pymdownx.arithmatex` marks what is a formula; `latex2mathml` translates it.
+A hook of mkdocs. `pymdownx.arithmatex` marks the formulas and `latex2mathml` translates them.
 """
 
 import html
@@ -16,7 +16,7 @@ def on_page_content(content, **arguments):
     """Replaces every formula of a page.
 
     Raises:
-      RuntimeError: a formula cannot be translated, or something marked as one is left.
+      RuntimeError: a formula cannot be translated, or a marked element remains.
     """
     page = arguments["page"].file.src_uri
     content = _INLINE.sub(lambda found: to_mathml(found[1], "inline", page), content)
@@ -29,7 +29,7 @@ def on_page_content(content, **arguments):
 
 
 def to_mathml(latex, display, page=""):
-    """MathML of a formula as it stands in HTML, with ``&amp;`` for ``&``.
+    """MathML of a formula in HTML, with ``&amp;`` for ``&``.
 
     Several lines or an ``&`` make it an array of two columns that meet at the ``&``.
     """

@@ -1,9 +1,8 @@
 """Executes the notebooks of docs/notebooks and makes pages of them.
 
-A hook of mkdocs. What a notebook gave is kept under build/notebooks, by a hash of the notebook and of
-the code it runs on, so that `make docs-serve` does not execute it at every change. A cell that raises fails
-the build. With DOCS_FAST set (`make docs ARGS=--fast`) nothing is executed: a notebook is shown with what was
-kept of it, or without outputs.
+A hook of mkdocs. build/notebooks keeps a notebook's outputs by a hash of the notebook and of the code it runs
+on, so that `make docs-serve` does not execute it at every change. A cell that raises fails the build. With
+DOCS_FAST set (`make docs ARGS=--fast`) nothing is executed: the page shows the kept outputs, or none.
 """
 
 import hashlib
@@ -48,7 +47,7 @@ def on_files(files, config):
 
 
 def executed(source, cache, root, code):
-    """The notebook with its outputs, executed in an empty folder unless that was done before."""
+    """The notebook with its outputs, executed in an empty folder unless the outputs exist."""
     kept = cache / f"{source.stem}-{_hash([source])}-{code}.ipynb"
     if kept.exists():
         return nbformat.read(kept, as_version=4)

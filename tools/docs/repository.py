@@ -1,8 +1,8 @@
-"""Pages of the site that come from outside of docs/, and links that lead there.
+"""Adds pages to the site for files outside of docs/, and directs links to them.
 
 A hook of mkdocs. CHANGELOG.md and CONTRIBUTING.md become pages. A link from a page to another file of the
-repository, a test or a script, leads to a page with that file, made for the purpose; so the site is whole
-wherever it is hosted. A link to a file that does not exist fails the strict build.
+repository, a test or a script, leads to a generated page with that file, so the site is complete on any host. A
+link to a file that does not exist fails the strict build.
 """
 
 import logging
@@ -82,7 +82,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Points the links of a page that leave docs/ to the pages made for them."""
+    """Directs the links of a page that leave docs/ to the generated pages."""
 
     def point(found):
         outside = _outside(page.file.src_uri, found[2], config)

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: leaves of a tree as rows of JSON, one representative a layer."""
+"""Common parts of the scripts in this folder: leaves of a tree as JSON rows, one representative per layer."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any, TypeAlias
 FOLDER = pathlib.Path(__file__).parents[2] / "tests" / "layout" / "trees"
 
 Row: TypeAlias = list[Any]
-"""A leaf's path, its shape and, where the framework says them, its input and output axes."""
+"""A leaf's path, its shape and, if the framework gives them, its input and output axes."""
 
 _LAYER = re.compile(r"(^|[/.])((?:\w+_)?(?:layers?|blocks?|h)[_/.])\d+")
 
 
 def representatives(rows: Iterable[Row]) -> list[Row]:
-    """The rows without those that differ from an earlier one in the layer's number alone."""
+    """The rows without those that differ from an earlier one only in the layer's number."""
     seen, kept = set(), []
     for row in rows:
-        # Other numbers tell kinds apart (wi_0, w1).
+        # Other numbers distinguish kinds (wi_0, w1).
         key = (_LAYER.sub(r"\1\2N", row[0]), *map(str, row[1:]))
         if key not in seen:
             seen.add(key)
@@ -29,7 +29,7 @@ def representatives(rows: Iterable[Row]) -> list[Row]:
 
 
 def write(name: str, source: str, models: Mapping[str, Iterable[Row]]) -> None:
-    """Writes tests/layout/trees/NAME.json: the source, and each model's rows, one a line."""
+    """Writes tests/layout/trees/NAME.json: the source, and each model's rows, one per line."""
     lines = []
     for model, rows in models.items():
         body = ",\n    ".join(json.dumps(row) for row in representatives(rows))

@@ -1,1 +1,1 @@
-"""Optimizers side by side, in quality, time and bytes."""
+"""Compares optimizers in quality, time and bytes."""

@@ -1,9 +1,9 @@
-"""What a training step holds beside parameters, gradients and state, read off the model's own trace.
+"""Estimates the memory of a training step apart from parameters, gradients and state, from the model's trace.
 
-The forward pass is traced on abstract arrays, and what its backward pass takes from it is counted. With B
-sequences of T tokens that grows as c + t T + B (a T^2 + b T), and linearly with the layers: traces of tiny
-batches and two depths give every size exactly. To it come the logits of a chunk with their gradient, and
-the block that is computed again.
+The forward pass is traced on abstract arrays, and the arrays that its backward pass reads are counted. With B
+sequences of T tokens that grows as c + t T + B (a T^2 + b T), and linearly with the layers, so traces of tiny
+batches and two depths give every size exactly. The estimate adds the logits of a chunk with their gradient, and
+the recomputed block.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from examples.llama.model.loss import automatic_chunk
 ComputeDtype = Literal["float32", "bfloat16"]
 
 _LENGTH = 8
-"""Tokens of the shortest trace."""
+"""Tokens in the shortest trace."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of a step on one device that come and go with its batch.
+    """Bytes of a step on one device that depend on its batch.
 
     Attributes:
-        kept: What the forward pass of embedding, blocks and final norm keeps for the backward pass.
-        block: What one block makes again, and its gradients, while the backward pass is in it.
+        kept: Arrays that the forward pass of embedding, blocks and final norm keeps for the backward pass.
+        block: Arrays that one block recomputes, and its gradients, during its backward pass.
         logits: Logits of a chunk of tokens and their gradient.
     """
 
@@ -41,9 +41,9 @@ class Activations:
     logits: int
 
     def peak(self, gradients: int, head_gradient: int) -> int:
-        """The most that is held at once beside parameters, state and all gradients.
+        """The peak apart from parameters, state and all gradients.
 
-        Where the logits exist, of the gradients only the head's is there; in the blocks the logits are gone.
+        While the logits exist, only the head's gradient does; in the blocks the logits are freed.
 
         >>> Activations(kept=100, block=10, logits=80).peak(gradients=50, head_gradient=20)
         150
@@ -63,17 +63,17 @@ def activations(
     tensor: int = 1,
     fsdp: int = 1,
 ) -> Activations:
-    """Estimates what one device holds for its share of a batch.
+    """Estimates the memory of one device for its share of a batch.
 
     Args:
         model: The shape.
         rows: Sequences on the device.
-        length: Predicted tokens of a sequence.
+        length: Predicted tokens per sequence.
         compute_dtype: Dtype of the matrix products.
-        remat: Each block is computed again in the backward pass.
-        flash: Attention writes no scores, as cuDNN's: one float32 a query and head is kept in their place.
-        tensor: Devices that heads, MLP and vocabulary are split over, where they divide.
-        fsdp: Devices that parameters are split over, and their copies in the compute dtype with them.
+        remat: Whether each block is recomputed in the backward pass.
+        flash: Whether attention writes no scores, as cuDNN's; it then keeps one float32 per query and head.
+        tensor: Devices that split heads, MLP and vocabulary, where they divide them.
+        fsdp: Devices that split the parameters and their copies in the compute dtype.
 
     Raises:
         ValueError: A number is not positive.
@@ -101,7 +101,7 @@ def activations(
     # The chunks are equal (`next_token_loss`), and cut along time.
     steps = -(-length // max(1, chunk // rows))
     logits = 2 * 4 * rows * -(-length // steps) * shard.vocab_size
-    if fsdp > 1:  # the weights of one block, and the head, are gathered where they are used
+    if fsdp > 1:  # the weights of one block, and the head, are gathered for their use
         itemsize = jnp.dtype(compute_dtype).itemsize
         block += itemsize * _block_weights(shard)
         logits += itemsize * shard.vocab_size * shard.hidden_size
@@ -114,7 +114,7 @@ def _block_weights(model: LlamaConfig) -> int:
 
 
 def _shard(model: LlamaConfig, tensor: int) -> LlamaConfig:
-    """The model that one of several devices computes of each layer."""
+    """The model that one of several devices computes in each layer."""
 
     def part(size: int) -> int:
         return size // tensor if size % tensor == 0 else size
@@ -154,7 +154,7 @@ def _kept(
     per_token = (shared[long] - shared[short]) / short
     constant = shared[short] - per_token * short
     if flash:
-        # With remat the scores are not kept anyway, and neither is their log-sum.
+        # With remat neither the scores nor their log-sum are kept.
         square, line = 0.0, line + (4 * layers * model.num_heads if square and not remat else 0)
     return round(
         constant / fsdp + per_token * length + rows * (square * length * length + line * length)
@@ -165,7 +165,7 @@ def _kept(
 def _residual_bytes(
     model: LlamaConfig, rows: int, length: int, dtype: ComputeDtype, remat: bool
 ) -> int:
-    """Bytes of the arrays that the backward pass takes from the forward pass, parameters left out."""
+    """Bytes of the arrays that the backward pass reads from the forward pass, without parameters."""
     graphdef = structure(model, remat=remat, dtype=dtype, attention="plain")
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 

@@ -1,4 +1,4 @@
-"""A comparison: one run for each optimizer at its own rate, the rows and the files they come to."""
+"""A comparison: one run per optimizer at its own learning rate, and the resulting rows and files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from examples.llama.reporting.files import (
 from examples.llama.reporting.folders import check_output
 from examples.llama.reporting.locks import FolderLock
 from examples.llama.reporting.metrics import read_metrics
-from examples.llama.reporting.progress import duration
+from examples.llama.reporting.progress import duration, say
 from examples.llama.reporting.summary import RunSummary
 from examples.llama.training.config import JobConfig, TrainConfig, data_config, resolve
 from examples.llama.training.program import Program
@@ -51,18 +51,18 @@ from examples.llama.training.run import prepare_run
 from examples.llama.training.settings import Settings
 
 REFERENCE = "adamw"
-"""The optimizer that state and step time are measured against."""
+"""The reference optimizer for state and step time."""
 
 ENDED = ("finished", "non_finite")
-"""Statuses of runs that need not be made again: they reached their end, or there is none."""
+"""Statuses of runs that will not be repeated: they finished, or cannot continue."""
 
 UNTUNED_START = 1e-3
-"""Where a search begins that finds no rate in the table."""
+"""Start of a search if the table has no learning rate."""
 
 
 @dataclass(frozen=True)
 class CompareConfig(JobConfig):
-    """Trains one model with several optimizers, each at its own tuned rate, and compares them."""
+    """Trains one model with several optimizers, each at its own tuned learning rate, and compares them."""
 
     optimizers: Annotated[
         str,
@@ -74,28 +74,28 @@ class CompareConfig(JobConfig):
     out: Path = Path("runs/compare")
     """Folder for the table, the picture and the runs."""
     rates: str | None = None
-    """Peak rates to use instead of the tuned ones: adamw=1e-3,galore:rank=16=1e-2."""
+    """Peak learning rates to use instead of the tuned ones: adamw=1e-3,galore:rank=16=1e-2."""
     tune: bool = False
-    """Search each optimizer's rate first, except those given by --rates."""
+    """Search each optimizer's learning rate first, except those given by --rates."""
     tune_fraction: float = 0.25
     """Length of a search's runs, as a share of the steps."""
     tune_factor: float = 2.0
-    """Ratio of neighbouring rates of the search."""
+    """Ratio of neighbouring learning rates in the search."""
     tune_trials: int = 8
-    """Most runs of one search."""
+    """Largest number of runs per search."""
     timing_rounds: int = 10
-    """Steps of each optimizer that are timed in turns with AdamW's at the end; 0 for none."""
+    """Steps of each optimizer to time in turns with AdamW's at the end; 0 for none."""
     time_budget: float | None = None
-    """Minutes that runs and timing may take on this machine; fewer steps are taken if need be."""
+    """Minutes that runs and timing may take on this machine; if necessary the runs take fewer steps."""
     resume: bool = True
-    """Keep what an earlier call with the same settings has finished."""
+    """Keep the results of an earlier call with the same settings."""
 
 
 class Comparison:
     """A comparison, checked and ready to start.
 
     Args:
-        config: What was asked for.
+        config: The configuration.
         model: A shape to use instead of the preset's.
         dataset: Prepared data to use instead of reading it.
         console: Where to show progress; by default standard output.
@@ -122,16 +122,16 @@ class Comparison:
         if dataset is None:
             dataset = prepare_data(data_config(self._train_config(self.names[0]), settings[0]))
         self.dataset = dataset
-        # Everything that could be refused is refused now, not after the first run.
+        # Refuse everything that can be refused now, not after the first run.
         prepare_run(
             self._train_config(self.names[0]), model=model, dataset=dataset, console=self.console
         )
 
     def run(self) -> list[Row]:
-        """Searches rates if asked, trains, times, writes and shows; returns the rows.
+        """Searches learning rates on request, trains, times, writes and shows; returns the rows.
 
         Raises:
-            KeyboardInterrupt: From the keyboard, after the running part has been put on disk.
+            KeyboardInterrupt: From the keyboard, after the results of the running part are on disk.
         """
         with FolderLock(self.config.out, active=is_main()):
             return self._run()
@@ -151,19 +151,19 @@ class Comparison:
         command = command_line("examples.llama.compare")
         picture = out / "comparison.png"
         result = {
-            "rows": rows,
+            "rows": [row.to_dict() for row in rows],
             "config": config,
-            "steps": rows[0].steps,
+            "steps": rows[0].summary.steps,
             "data": self.dataset.describe(),
             "versions": versions(),
             "command": command,
         }
         write_json(out / "comparison.json", result)
         (out / "table.md").write_text(markdown_table(rows), encoding="utf-8")
-        # The time of an update counts the less, the more tokens a step has: the step belongs to the table.
+        # The more tokens a step has, the less the time of an update counts: state the step with the table.
         settings = resolve(self._train_config(self.names[0]), self.model)
         title = (
-            f"{config.preset}: held-out text after {max(row.tokens for row in rows):,} tokens, "
+            f"{config.preset}: held-out text after {max(row.summary.tokens for row in rows):,} tokens, "
             f"steps of {settings.batch_size} x {settings.seq_len}"
         )
         plot_comparison(rows, picture, title, f"{command}   corpus {self._corpus()}")
@@ -176,7 +176,7 @@ class Comparison:
         return rows
 
     def _trained_row(self, name: str) -> Row:
-        """The row of a run that is finished already, or else of one that is made now."""
+        """The row of a finished run, or of a new one."""
         config = self._train_config(name)
         settings = resolve(config, self.model)
         summary = self._stored(config.out, settings) if self.config.resume else None
@@ -212,7 +212,7 @@ class Comparison:
         return summary
 
     def _stored(self, folder: Path, settings: Settings) -> RunSummary | None:
-        """The summary of a run in a folder, if it came to its end under the same settings."""
+        """The summary of a run in a folder, if it finished with the same settings."""
         summary, found = read_json(folder / SUMMARY), read_json(folder / CONFIG)
         if summary is None or found is None or not (folder / METRICS).exists():
             return None
@@ -222,13 +222,13 @@ class Comparison:
         return RunSummary.from_dict(summary)
 
     def _identity(self, settings: Settings) -> dict[str, Any]:
-        """What two runs must have in common to be the same experiment, as JSON."""
+        """The settings that two runs of the same experiment share, as JSON."""
         return jsonable(
             {"settings": settings, "data": self.dataset.describe(), "versions": versions()}
         )
 
     def _tune(self) -> None:
-        """Searches the rates that were not given, and writes what was found."""
+        """Searches the missing learning rates, and writes the results."""
         config, found = self.config, {}
         for name, (start, source) in self.rates.items():
             if source == "given":
@@ -271,7 +271,7 @@ class Comparison:
         )
 
     def _timed(self, rows: list[Row]) -> list[Row]:
-        """The rows with step times; the runs' own times are from different minutes of the machine."""
+        """Adds step times to the rows, since the runs' own times come from different minutes of the machine."""
         rounds = self.config.timing_rounds
         if not rounds:
             return rows
@@ -307,7 +307,7 @@ class Comparison:
         ]
 
     def _program(self, name: str) -> Program:
-        """The program of an optimizer's run, compiled."""
+        """The compiled program of an optimizer's run."""
         settings = resolve(self._train_config(name), self.model)
         program = self._programs.get(name)
         if program is None or not program.serves(settings):
@@ -320,7 +320,7 @@ class Comparison:
         return self._identity(dataclasses.replace(settings, learning_rate=1.0, rate_source=""))
 
     def _fit_time_budget(self) -> None:
-        """Takes fewer steps where the planned ones would not fit into the budget on this machine."""
+        """Takes fewer steps if the planned ones exceed the time budget on this machine."""
         config = self.config
         if config.time_budget is None:
             return
@@ -342,8 +342,8 @@ class Comparison:
         some = [next(batches) for _ in range(4)]
         step = paired_step_times(program, program, some, 2).median
         spent = time.perf_counter() - started
-        # What does not grow with the steps: a compile for each, ten evaluations at about a third
-        # of a step for each batch, and the timing at the end.
+        # Fixed costs: a compilation for each run, ten evaluations at about a third of a step per batch, and the
+        # timing at the end.
         count = len(self.names)
         fixed = spent + count * (
             2 * program.compile_seconds
@@ -362,7 +362,7 @@ class Comparison:
         return steps
 
     def _checked(self, name: str) -> Settings:
-        """The settings of a variant's run; what it cannot have is said with its name."""
+        """The settings of a variant's run; errors carry its name."""
         try:
             return resolve(self._train_config(name), self.model)
         except ValueError as error:
@@ -374,7 +374,7 @@ class Comparison:
             field.name: getattr(self.config, field.name) for field in dataclasses.fields(JobConfig)
         }
         return TrainConfig(
-            # A variant may have another weight decay than the rest.
+            # Variants may have different weight decay.
             **{**shared, **variant.fields()},
             learning_rate=self.rates[name][0] if name in self.rates else UNTUNED_START,
             out=self.config.out / "runs" / variant.folder,
@@ -385,7 +385,7 @@ class Comparison:
         )
 
     def _start_rates(self) -> dict[str, tuple[float, str]]:
-        """Each variant's peak rate and where it is from: given, the table, or a start to search from."""
+        """Each variant's peak learning rate and its source: given, the table, or a start to search from."""
         config = self.config
         given = parse_variant_rates(config.rates)
         rates = {}
@@ -403,4 +403,4 @@ class Comparison:
         return self.dataset.corpus_sha256[:12]
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)

@@ -1,4 +1,4 @@
-"""Names beside what they name: points of a picture and ends of its lines, none on top of another."""
+"""Places names at the points of a picture and the ends of its lines without overlap."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 from matplotlib.axes import Axes
 
 FONT = 9.0
-"""Size of names: nine points of a picture nine inches wide are ten pixels where it is shown at 700."""
+"""Font size of names: nine points of a picture nine inches wide are ten pixels at a width of 700."""
 
 _LETTER, _LINE = 0.56 * FONT, 1.3 * FONT
 
 
 def label_points(axes: Axes, points: Sequence[tuple[float, float, str, Any]]) -> None:
-    """Writes each label beside its point in a colour, moved up or down from other labels and points.
+    """Writes each label beside its point in a colour, moved up or down away from other labels and points.
 
-    A label that had to be moved is joined to its point. Empty labels are left out.
+    A line joins a moved label to its point. Empty labels are omitted.
     """
-    # Offsets hold only for the final size of the axes, which the layout decides when drawing.
+    # Offsets are valid only for the final size of the axes, which the layout determines when drawing.
     axes.figure.canvas.draw()
     per_point = axes.figure.dpi / 72  # offsets are in points, positions in pixels
     (left_edge, floor), (edge, ceiling) = (
         axes.transAxes.transform(corner) / per_point for corner in ((0, 0), (1, 1))
     )
     places = [axes.transData.transform((x, y)) / per_point for x, y, *_ in points]
-    # Left, right and height of what must not be covered: markers, then labels too.
+    # Left, right and height of the areas to keep free: markers, then labels too.
     taken = [(x - 6.0, x + 6.0, y) for x, y in places]
     for (x, y, text, colour), (at_x, at_y) in sorted(
         zip(points, places, strict=True), key=lambda pair: pair[0][1]
@@ -69,15 +69,15 @@ def label_points(axes: Axes, points: Sequence[tuple[float, float, str, Any]]) ->
 def name_at_the_right(
     axes: Axes, ends: Sequence[tuple[str, float | None, float, dict[str, Any]]]
 ) -> None:
-    """Writes names in the right margin, each joined to where its line ends.
+    """Writes names in the right margin, each joined to the end of its line.
 
     Args:
-        axes: Where the lines are.
-        ends: For each line its name, where it ends (None: at the edge of the axes), and its style.
+        axes: The axes of the lines.
+        ends: For each line its name, its end (None: at the edge of the axes), and its style.
     """
     if not ends:
         return
-    # Heights hold only for the final size of the axes; names in the margin change the width alone.
+    # Heights are valid only for the final size of the axes; names in the margin change only the width.
     axes.figure.canvas.draw()
     per_point = axes.figure.dpi / 72
     heights = [axes.transData.transform((1, y))[1] / per_point for _, _, y, _ in ends]
@@ -109,9 +109,9 @@ def name_at_the_right(
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights at least a gap apart, in the same order and near what they were.
+    """Heights at least a gap apart, in the same order and near the originals.
 
-    Neighbours that are too near become a block around their mean, and blocks that then meet are one.
+    Neighbours that are too close become a block around their mean, and blocks that then touch merge.
 
     >>> spread([0.0, 2.0, 100.0, 1.0], 10.0)
     [-9.0, 11.0, 100.0, 1.0]

@@ -1,4 +1,4 @@
-"""What training a Llama holds on each device, optimizer by optimizer, without allocating any of it."""
+"""Plans the memory of Llama training on each device for every optimizer, without allocating it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from layout_optax.memory import leaf_bytes
 
 @dataclass(frozen=True)
 class PlanRow:
-    """What one optimizer needs on each device, in bytes.
+    """The memory of one optimizer on each device, in bytes.
 
     Attributes:
         key: The variant, `galore (paper's formula)` or `lora`.
@@ -35,12 +35,12 @@ class PlanRow:
         rank: Rank of its factors or projections, or None.
         source: `abstract evaluation` of the optimizer's own `init`, or `formula`.
         parameters: All parameters, frozen ones too.
-        gradients: Gradients of those that are trained, in the parameters' dtype.
-        state: Optimizer state by role; `shared` is what belongs to no parameter.
-        all_devices_state: Optimizer state over all devices, copies counted once.
-        matrix_elements: Numbers kept for the matrices over all devices.
-        activations: What a step holds at its peak beside these; with accumulation the sum of gradients too.
-        sequences: Sequences that a device computes at once, or None where activations are not counted.
+        gradients: Gradients of the trained parameters, in the parameters' dtype.
+        state: Optimizer state by role; `shared` is state without a parameter.
+        all_devices_state: Optimizer state over all devices; copies count once.
+        matrix_elements: Numbers stored for the matrices over all devices.
+        activations: Peak of a step apart from these; with accumulation the sum of gradients too.
+        sequences: Sequences that a device computes at once, or None without activations.
     """
 
     key: str
@@ -71,10 +71,10 @@ class Planner:
 
     Args:
         model: The shape.
-        rank: Rank where a variant names none.
-        dtype: Dtype of parameters and gradients; each optimizer chooses that of its state from it.
-        mesh: Sizes of the mesh's axes (`mesh.AXES`), or None for one device. No device need exist.
-        finetune: Train attention and MLP matrices only; the rest is frozen, without gradient or state.
+        rank: Default rank for variants without one.
+        dtype: Dtype of parameters and gradients, from which each optimizer derives its state's dtype.
+        mesh: Sizes of the mesh's axes (`mesh.AXES`), or None for one device. The devices need not exist.
+        finetune: Whether only attention and MLP matrices train; the rest is frozen, without gradient or state.
 
     Raises:
         ValueError: The mesh leaves a size open, or a rank is not positive.
@@ -105,7 +105,7 @@ class Planner:
             self.mesh = AbstractMesh(tuple(mesh[axis] for axis in AXES), AXES)
 
     def row(self, variant: Variant) -> PlanRow:
-        """What an optimizer of the registry needs, by abstract evaluation of its `init`.
+        """The memory of an optimizer of the registry, by abstract evaluation of its `init`.
 
         Raises:
             ValueError: The optimizer does not take one of the options.
@@ -135,11 +135,11 @@ class Planner:
         )
 
     def galore_paper(self, rank: int | None = None) -> PlanRow:
-        """GaLore by its paper's formula, (min + 2 max) r numbers a matrix, AdamW on the rest.
+        """GaLore by its paper's formula, (min + 2 max) r numbers per matrix, AdamW on the rest.
 
         The paper stores the projection of the smaller side and two moments on the larger one;
-        `optax.contrib.galore` keeps its moments on the smaller side, (max + 2 min) r. Numbers of the
-        parameters' dtype; on a mesh they are counted as copies on every device, as optax's are.
+        `optax.contrib.galore` keeps its moments on the smaller side, (max + 2 min) r. The numbers have the
+        parameters' dtype. On a mesh they count as copies on every device, like optax's.
         """
         rank = self.rank if rank is None else rank
         adamw = self.row(Variant("adamw"))
@@ -163,9 +163,9 @@ class Planner:
         )
 
     def lora(self, rank: int | None = None) -> PlanRow:
-        """LoRA adapters on every matrix, (p + q) r parameters each, trained by AdamW; the rest frozen.
+        """LoRA adapters on every matrix, (p + q) r parameters each, trained by AdamW; the rest is frozen.
 
-        Adapters, their gradients and moments are float32 and copies on every device of a mesh.
+        Adapters, their gradients and moments are float32 and copied to every device of a mesh.
         """
         rank = self.rank if rank is None else rank
         elements = sum(count * min(rank, p, q) * (p + q) for count, p, q in self._matrix_shapes())
@@ -198,7 +198,7 @@ class Planner:
         )
 
     def _trained(self, params: Any) -> Any:
-        """The parameters without those that are frozen."""
+        """The parameters without the frozen ones."""
         return _only_matrices(params, resolve_layout(None, params)) if self.finetune else params
 
     def _shardings(self, params: Any) -> Any:
@@ -215,7 +215,7 @@ class Planner:
         return jax.tree_util.tree_map_with_path(sharding, params)
 
     def _axes(self, mesh: AbstractMesh, name: str, size: int) -> tuple[str, ...]:
-        """The mesh axes of a dimension, none where they do not divide it (it is copied then)."""
+        """The mesh axes of a dimension; none if they do not divide it, which is then copied."""
         axes = tuple(axis for axis in RULES[name] if mesh.shape[axis] > 1)
         return () if size % math.prod(mesh.shape[axis] for axis in axes) else axes
 
@@ -240,7 +240,7 @@ class Planner:
 
 
 def _only_matrices(params: Any, layouts: Any) -> Any:
-    """A nested dict without the leaves whose layout is no matrix, and without dicts left empty."""
+    """A nested dict without leaves whose layout is not a matrix, and without empty dicts."""
     if not isinstance(params, dict):
         return params if layouts.role == "matrix" else None
     kept = {key: _only_matrices(value, layouts[key]) for key, value in params.items()}

@@ -1,4 +1,4 @@
-"""Which optimizer comes first: the order of docs/choosing.md, and the row of a plan to take by it."""
+"""The order of optimizers in docs/choosing.md, and the row of a plan that it selects."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ QUALITY: dict[str, float] = {
     "sinkgd": 108.6,
 }
 """Held-out perplexity of the demo, 3.3 million parameters after 400 steps of 2048 tokens, each at its own
-searched rate, ranks 16, the mean over the seeds that were run: docs/results/quality.md. `table_rank` stands
-for factors on the table too. A short run of a small model: it orders, it does not promise."""
+searched learning rate, ranks 16, the mean over the seeds that were run: docs/results/quality.md. `table_rank`
+means factors on the embedding too. A short run of a small model gives an order, not a prediction."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class LongRun:
     """A row of the longer experiment.
 
     Attributes:
-        perplexity: Held-out perplexity at its best rate.
-        rate: That rate.
-        options: What the row was given beside its key and rank.
+        perplexity: Held-out perplexity at its best learning rate.
+        rate: That learning rate.
+        options: The row's options besides its key and rank.
     """
 
     perplexity: float
@@ -58,14 +58,14 @@ LONG: dict[str, LongRun] = {
 """6.8 million parameters after 1000 steps of 32 x 512 tokens, one seed: docs/results/accelerator.md."""
 
 ORDER = (*LONG, *(key for key in QUALITY if key not in LONG))
-"""Optimizers in the order in which docs/choosing.md takes them: by the longer experiment, and after all of its
-rows those that it lacks, by the early one."""
+"""Optimizers in the order of docs/choosing.md: by the longer experiment, then those that it lacks by the early
+one."""
 
 
 def recommend(
     rows: Sequence[PlanRow], limit: float, preference: Sequence[str] | None = None
 ) -> PlanRow | None:
-    """The row to take: of those that fit, the one whose optimizer comes first in an order.
+    """The row to use: among those that fit, the one whose optimizer comes first in an order.
 
     Rows of formulas are never recommended, since nothing here implements them. A row's place is that of
     its key without ranks (`table_rank` without its number), else that of its optimizer; among rows of one

@@ -1,7 +1,8 @@
-"""The one palette of all pictures: a fixed colour for each optimizer, and who gets one where rows are many.
+"""The palette of all pictures: a fixed colour for each optimizer, and the choice of rows with a colour.
 
-Okabe and Ito's colours, which people with the common forms of colour blindness tell apart, without their yellow
-(too pale for lines), and five more. Rows of one optimizer share its colour and differ in marker and line.
+Okabe and Ito's colours, which people with the common forms of colour blindness can distinguish, without their
+yellow (too pale for lines), and others far from them. Rows of one optimizer share its colour and differ in
+marker and line.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ BLACK, BLUE, RED, GREEN, PINK, SKY, ORANGE = (
     *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"),
 )
 GREY, VIOLET, BROWN, OLIVE, WINE = "#7F7F7F", "#5B3A8C", "#8C5A2B", "#7A8B1F", "#882255"
+INDIGO, MAGENTA, LIME, CORAL, CRIMSON = "#2A2AE0", "#D63AD6", "#34C234", "#FF8778", "#F0145A"
+LAVENDER, FOREST, TEAL, MAROON = "#A47BFF", "#2D4B1E", "#00C4C0", "#6E0F0F"
 PALE = "#C4C4C4"
-"""Rows beyond those that get a colour."""
+"""Style of rows without a colour."""
 
 OPTIMIZERS = {
     "adamw": BLACK,
@@ -26,29 +29,32 @@ OPTIMIZERS = {
     "galore": VIOLET,
     "sage_hybrid": BLUE,
     "sage_hybrid_int8": SKY,
-    "sage": SKY,
+    "sage": INDIGO,
     "lion_hybrid": RED,
     "sinkgd_hybrid": OLIVE,
-    "sinkgd": OLIVE,
+    "sinkgd": LIME,
     "lorapre_adamw": PINK,
     "lorapre_muon": GREEN,
     "lorapre_sinkgd": WINE,
-    "lorapre_lion": GREY,
-    "lorapre_sgd": GREY,
-    "fira": SKY,
-    "apollo": OLIVE,
+    "lorapre_lion": LAVENDER,
+    "lorapre_sgd": FOREST,
+    "fira": MAGENTA,
+    "apollo": CORAL,
+    "apollo_mini": CRIMSON,
+    "factored_tables": TEAL,
+    "products": MAROON,
 }
-"""The colour of each optimizer in every picture; those that share one are rarely in one picture."""
+"""The colour of each optimizer in every picture, the benchmarks' peers among them; no two share one."""
 
 MOST_COLOURED = 10
-"""More rows than these cannot be told apart by colour; the rest is pale."""
+"""Colours cannot distinguish more rows than this; the rest is pale."""
 
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*", "h")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 
 def colour(optimizer: str) -> str:
-    """The colour of an optimizer, grey for one that has none of its own.
+    """The colour of an optimizer, or grey.
 
     >>> colour("sage_hybrid"), colour("another")
     ('#0072B2', '#7F7F7F')
@@ -57,7 +63,7 @@ def colour(optimizer: str) -> str:
 
 
 def coloured(rows: Sequence[Row], most: int = MOST_COLOURED) -> list[Row]:
-    """The rows that get a colour: all, or of too many the best of each optimizer, best ones first."""
+    """The rows with a colour: all, or among too many the best of each optimizer, best ones first."""
     if len(rows) <= most:
         return list(rows)
     best: dict[str, Row] = {}

@@ -1,4 +1,4 @@
-"""A plan: what each optimizer needs on each device, in how many parts a batch fits, and which row to take."""
+"""A plan: the memory of each optimizer on each device, the parts of a batch that fit, and the row to use."""
 
 from __future__ import annotations
 
@@ -40,31 +40,31 @@ FINETUNE_OPTIMIZERS = (
 )
 
 FINETUNE_BATCH, FINETUNE_LENGTH = 128, 512
-"""Rows and tokens of a step of `finetune` where none are given."""
+"""Default rows and tokens of a step of `finetune`."""
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Prints what each optimizer needs on each device, and which one to take."""
+    """Prints the memory that each optimizer needs on each device, and the one to use."""
 
     preset: Annotated[str | None, tyro.conf.arg(help=f"One of {', '.join(PRESETS)}.")] = None
     """Model shape."""
     hf_config: Path | None = None
-    """A Hugging Face config.json, or its folder, instead of a preset; of other models than Llama the sizes."""
+    """A Hugging Face config.json, or its folder, instead of a preset; of other models only the sizes."""
     finetune: bool = False
-    """Train attention and MLP matrices only; embedding, norms and head are frozen."""
+    """Train only attention and MLP matrices; embedding, norms and head are frozen."""
     device_gb: float = 80.0
     """Memory of one device in GiB; a card sold with 80 GB has about that."""
     optimizers: str | None = None
     """Optimizers, with options if wanted: adamw,lorapre_adamw:rank=64. By default the main ones."""
     rank: int | None = None
-    """Rank where an optimizer names none; by default the preset's published one, else hidden / 4."""
+    """Default rank for optimizers without one; by default the preset's published one, else hidden / 4."""
     batch_size: int | None = None
-    """Sequences of one step, over all devices; by default what the trainer takes."""
+    """Sequences per step, over all devices; by default the trainer's."""
     seq_len: int | None = None
-    """Predicted tokens of a sequence; by default what the trainer takes."""
+    """Predicted tokens per sequence; by default the trainer's."""
     accumulate: int | None = None
-    """Parts that a batch is computed in; by default the fewest that fit, row by row."""
+    """Parts that a batch is computed in; by default the fewest that fit, for each row."""
     remat: bool = False
     """Recompute activations in the backward pass."""
     compute_dtype: ComputeDtype = "float32"
@@ -73,12 +73,12 @@ class PlanConfig:
     """Whether attention keeps its scores; by default not with --compute-dtype bfloat16, for which NVIDIA GPUs
     have cuDNN's flash attention. A CPU, a TPU and float32 keep them."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of parameters and gradients, for a trainer of your own: this one keeps float32. Momenta of optax
-    and SAGE follow it, LoRA-Pre's state is float32."""
+    """Dtype of parameters and gradients, for your own trainer; this one keeps float32. Momenta of optax and
+    SAGE follow it, LoRA-Pre's state is float32."""
     mesh: str | None = None
     """Sizes of the mesh's axes, as in fsdp=8 or data=2,fsdp=4,tensor=2; no device need exist."""
     activation_gb: float | None = None
-    """GiB that activations take on a device, instead of the estimate."""
+    """GiB of activations on a device, instead of the estimate."""
     margin: float = 0.1
     """Share of a device kept free for the optimizer's temporaries, fragmentation and the runtime."""
     prefer: str | None = None
@@ -89,19 +89,19 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan and what it was made for.
+    """A plan and its inputs.
 
     Attributes:
-        config: What was asked.
+        config: The configuration.
         model: The shape.
-        model_type: `llama`, or what the file says it is.
-        rank: Rank where an optimizer names none.
-        batch_size: Sequences of one step.
-        seq_len: Predicted tokens of a sequence.
+        model_type: `llama`, or the model type of the file.
+        rank: Default rank.
+        batch_size: Sequences per step.
+        seq_len: Predicted tokens per sequence.
         devices: Parts of the mesh that a batch is split over.
         rows: One for each optimizer.
-        limit: Bytes of a device that all of it may take.
-        recommended: Key of the row to take, or None if none fits or nothing orders them.
+        limit: Bytes of a device that the plan may use.
+        recommended: Key of the row to use, or None if none fits or no order exists.
     """
 
     config: PlanConfig
@@ -125,12 +125,12 @@ class Plan:
         return row.bytes <= self.limit
 
     def accumulate(self, row: PlanRow) -> int:
-        """Parts that a row computes its batch in."""
+        """The number of parts in which a row computes its batch."""
         return self.batch_size // (self.devices * (row.sequences or 1)) if row.sequences else 1
 
     @property
     def rule(self) -> str:
-        """How the recommended row is chosen."""
+        """The rule for the recommended row."""
         config = self.config
         if config.prefer is not None:
             order = f"your preference ({config.prefer})"
@@ -144,7 +144,7 @@ class Plan:
         return f"of the rows within {self.limit / GIB:.1f} GiB the first in the order of {order}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in bytes, fit for JSON."""
+        """All data in bytes, as JSON."""
         rows = [
             {
                 **dataclasses.asdict(row),
@@ -223,7 +223,7 @@ def make_plan(config: PlanConfig) -> Plan:
 
 
 def attention(config: PlanConfig) -> Attention:
-    """Whether attention keeps its scores, as asked for or as the trainer does on a GPU."""
+    """Whether attention keeps its scores, as given or as the trainer does on a GPU."""
     if config.attention is not None:
         return config.attention
     return "flash" if config.compute_dtype == "bfloat16" else "scores"
@@ -264,7 +264,7 @@ def _with_activations(
     length: int,
     limit: float,
 ) -> PlanRow:
-    """The row with the activations of its batch, in the fewest parts that fit, or else of least memory."""
+    """The row with the activations of its batch, in the fewest parts that fit or need the least memory."""
     if config.activation_gb is not None:
         return dataclasses.replace(row, activations=round(GIB * config.activation_gb))
     flash = attention(config) == "flash"

@@ -1,4 +1,4 @@
-"""A plan as it is read: a table that no terminal cuts, the answer, and the command that acts on it."""
+"""The text of a plan: a table that fits any terminal, the answer, and the command to run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from examples.llama.comparing.memory import PlanRow
 from examples.llama.comparing.order import LONG, names_in_order
 from examples.llama.comparing.plan import GIB, Plan, make_plan
 from examples.llama.model.llama import parameter_count
+from examples.llama.optimizers.options import WRITTEN
 from examples.llama.optimizers.rates import TUNED_RATES, rate_to_begin_with
 from examples.llama.optimizers.variants import parse_variant
 from examples.llama.reporting.summary import size
@@ -24,26 +25,26 @@ _ROLES = {
     "vector": "vectors",
     "other": "other",
 }
-"""Roles of the table's columns; shared step counts are a few bytes and only in the sum."""
+"""Roles in the table's columns; shared step counts are a few bytes and appear only in the sum."""
 
 ADAPTER = "lora"
-"""The row that is an adapter, which `finetune` has under the same name."""
+"""The row of an adapter, which has the same name in `finetune`."""
 
 ABOVE = 1.001
 """A row above this share of AdamW's state is marked; a few counters more are not."""
 
 PAPER_RATE, PAPER_METHODS = 2e-5, (ADAPTER, "adamw", "lorapre_adamw")
-"""Peak rate of the LoRA-Pre paper's fine-tuning, and the rows it holds for; those of `finetune`."""
+"""Peak learning rate of the LoRA-Pre paper's fine-tuning, and the rows that use it; those of `finetune`."""
 
 _NAME = 20
-"""Columns of a terminal that a name needs at least; a longer one is wrapped."""
+"""Smallest width of a name in the terminal; a longer name is wrapped."""
 
 _GAP = 3
-"""Columns between two of the table's: its padding and a line of the box."""
+"""Terminal columns between two columns of the table: its padding and a line of the box."""
 
 
 def plan_tables(plan: Plan, width: int) -> list[Table]:
-    """The plan in GiB a device, as tables one below the other where one is wider than the terminal.
+    """The plan in GiB per device, as several tables if one is wider than the terminal.
 
     Names are wrapped; headings and numbers never are. The recommended row is bold and marked `>`.
 
@@ -82,7 +83,7 @@ def _table(
 
 
 def _cells(plan: Plan) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """The names, and each column's heading and cells, the most wanted first."""
+    """The names, and each column's heading and cells, most important first."""
     rows = plan.rows
     adamw = _adamw(plan)
 
@@ -126,7 +127,7 @@ def _adamw(plan: Plan) -> int | None:
 
 
 def title(plan: Plan) -> list[str]:
-    """What was planned, before the table."""
+    """The text before the table: what was planned."""
     config = plan.config
     name = config.preset or str(config.hf_config)
     parts = [f"{name}: {parameter_count(plan.model):,} parameters in {config.dtype}"]
@@ -144,7 +145,7 @@ def title(plan: Plan) -> list[str]:
 
 
 def answer(plan: Plan) -> list[str]:
-    """What the order rests on, what to take, what was not counted, and the command or the way out."""
+    """The text after the table: the basis of the order, the choice, uncounted memory, and the command."""
     config = plan.config
     lines = [f"Order: {plan.rule}."]
     taken = next((row for row in plan.rows if row.key == plan.recommended), None)
@@ -192,7 +193,7 @@ def _counted(plan: Plan) -> str:
 
 
 def _way_out(plan: Plan) -> str:
-    """What makes a row fit, tried with the planner itself."""
+    """Changes that make a row fit, tried with the planner."""
     config = plan.config
     steps: list[tuple[str, dict[str, Any]]] = []
     if config.activation_gb is None:
@@ -215,12 +216,12 @@ def _way_out(plan: Plan) -> str:
 
 
 def _runnable(row: PlanRow) -> bool:
-    """Whether a row is an optimizer or an adapter, and not a formula of a paper."""
+    """Whether a row is an optimizer or an adapter, not a paper's formula."""
     return row.source == "abstract evaluation" or row.key == ADAPTER
 
 
 def command_lines(plan: Plan, row: PlanRow) -> list[str]:
-    """The command that trains as planned, and where its rate is from; or why there is none."""
+    """The command that trains as planned and the source of its learning rate, or the reason for none."""
     config = plan.config
     rate, source = suggested_rate(plan, row)
     said = f"Rate {rate:g}: {source}."
@@ -261,13 +262,16 @@ def _command(plan: Plan, row: PlanRow, rate: float) -> list[str]:
         first = ["--model", str(folder or "MODEL_FOLDER"), "--data", "DATA.jsonl"]
     else:
         first = ["--preset", str(config.preset)]
-    flags = [text for n, v in given.items() for text in (f"--{n.replace('_', '-')}", str(v))]
+    written = {field: name for name, field in WRITTEN.items()}
+    flags = []
+    for name, value in given.items():
+        flags += [f"--{written.get(name, name).replace('_', '-')}", str(value)]
     module = f"examples.llama.{'finetune' if config.finetune else 'train'}"
     return ["python", "-m", module, *first, *flags, *(["--remat"] if config.remat else [])]
 
 
 def _long_options(plan: Plan, row: PlanRow) -> dict[str, float]:
-    """What the row of the longer experiment was given besides, where its rate is the suggested one."""
+    """The options of the longer experiment's row, if the suggested learning rate is that row's."""
     if plan.config.finetune or _of_preset(plan, row):
         return {}
     return (
@@ -283,10 +287,10 @@ def _of_preset(plan: Plan, row: PlanRow) -> tuple[float, str] | None:
 
 
 def suggested_rate(plan: Plan, row: PlanRow) -> tuple[float, str]:
-    """A peak rate to start from, and where it is from.
+    """A peak learning rate to start from, and its source.
 
-    The paper's for the methods that it fine-tuned with, else that of the preset, of the longer experiment, or
-    of the largest preset that has one.
+    For the methods that the paper fine-tuned with it is the paper's. Otherwise it is that of the preset, of the
+    longer experiment, or of the largest preset that has one.
     """
     if plan.config.finetune and _method(row.key) in PAPER_METHODS:
         return PAPER_RATE, "that of the LoRA-Pre paper's fine-tuning (7B, 8B)"
@@ -313,7 +317,7 @@ def _method(key: str) -> str:
 
 
 def _gib(number: float) -> str:
-    """GiB, fine enough to tell small states from none.
+    """GiB with enough digits to distinguish small states from none.
 
     >>> _gib(0), _gib(2**30), _gib(70_000), _gib(4)
     ('-', '1.000', '0.0001', '<0.0001')
@@ -327,7 +331,7 @@ def _gib(number: float) -> str:
 
 
 def _percent(share: float) -> str:
-    """A share to read.
+    """A share as text.
 
     >>> _percent(1.0), _percent(0.0996), _percent(0.0004)
     ('100.0%', '10.0%', '0.04%')

@@ -1,4 +1,4 @@
-"""The picture of a comparison: held-out loss along the run, and perplexity against optimizer state."""
+"""The picture of a comparison: held-out loss over the run, and perplexity against optimizer state."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from examples.llama.comparing.palette import PALE, coloured, row_styles
 from examples.llama.comparing.rows import Row
 
 WIDTH = 9.0
-"""Inches: small enough that letters of nine points can be read where the picture is 700 pixels wide."""
+"""Inches; small enough that letters of nine points are readable at a width of 700 pixels."""
 
 SMALLEST_SHARE = 1e-3
-"""Where optimizers with less state than this share of AdamW's are drawn."""
+"""Position of optimizers with less state than this share of AdamW's."""
 
 
 def plot_comparison(rows: Sequence[Row], path: Path, title: str, footer: str) -> None:
     """Draws held-out loss against tokens, and held-out perplexity against optimizer state.
 
-    Each row is named beside its line and its point. Of more than ten rows the best of each optimizer have
-    colour and name, the others are pale.
+    Each row is named at its line and its point. With more than ten rows, the best of each optimizer have colour
+    and name, and the others are pale.
 
     Args:
-        rows: What to show; a run that diverged has its curve, but no point.
+        rows: The rows; a diverged run has a curve, but no point.
         path: The PNG file.
-        title: What was trained, and on how much.
-        footer: How the picture was made.
+        title: Description of the training and its size.
+        footer: Description of how the picture was made.
     """
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(WIDTH, 9.2), layout="constrained")
     shown = coloured(rows)
@@ -58,9 +58,9 @@ def plot_comparison(rows: Sequence[Row], path: Path, title: str, footer: str) ->
         ],
     )
     points = [
-        (_share(row), row.heldout_perplexity, row, style)
+        (share(row), row.heldout_perplexity, row, style)
         for row, style in zip(rows, styles, strict=True)
-        if row.status == "finished"
+        if row.finished
     ]
     texts = {id(row): f"{row.label}  {row.heldout_perplexity:.1f}" for row in shown}
     if others:
@@ -76,14 +76,14 @@ def plot_comparison(rows: Sequence[Row], path: Path, title: str, footer: str) ->
 
 
 def styled(rows: Sequence[Row], shown: Sequence[Row]) -> list[dict[str, Any]]:
-    """The style of each row: its own where it is among those shown, else pale."""
+    """The style of each row: its own if it is highlighted, otherwise pale."""
     of_shown = {id(row): style for row, style in zip(shown, row_styles(shown), strict=True)}
     pale = {"color": PALE, "marker": "o", "linestyle": "-", "zorder": 1}
     return [of_shown.get(id(row), pale) for row in rows]
 
 
 def write_footer(figure: Figure, footer: str) -> float:
-    """Writes small print at the bottom of a picture; returns the share of the height that it takes."""
+    """Writes small print at the bottom of a picture; returns its share of the height."""
     width, height = figure.get_size_inches()
     lines = textwrap.wrap(footer, int(16 * width))
     figure.text(0.01, 0.01, "\n".join(lines), fontsize=6.5, color="0.4", va="bottom")
@@ -91,8 +91,13 @@ def write_footer(figure: Figure, footer: str) -> float:
 
 
 def keep_room(figure: Figure, room: float) -> None:
-    """Keeps the panels above a share of the height: figure texts are no part of the constrained layout."""
+    """Keeps the panels above a share of the height, since the constrained layout ignores figure texts."""
     figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))  # type: ignore[union-attr]
+
+
+def share(row: Row) -> float:
+    """The position on the axis of shares, where an optimizer without state has none on a logarithmic scale."""
+    return max(row.summary.state_ratio, SMALLEST_SHARE)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -125,10 +130,10 @@ def _perplexity_against_state(
     axes.set_title("Held-out perplexity at the end against optimizer state", fontsize=10)
     axes.margins(x=0.12, y=0.15)
     for row, style in zip(rows, styles, strict=True):
-        if row.status == "finished":
+        if row.finished:
             point = {**style, "linestyle": "none"}
-            axes.plot(_share(row), row.heldout_perplexity, markersize=8, **point)
-    if not any(row.status == "finished" for row in rows):
+            axes.plot(share(row), row.heldout_perplexity, markersize=8, **point)
+    if not any(row.finished for row in rows):
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no row has finished", transform=axes.transAxes, ha="center")
         return
@@ -146,7 +151,7 @@ def share_axis(axes: Axes) -> None:
 
 
 def perplexity_axis(axes: Axes) -> None:
-    """A logarithmic vertical axis for what is drawn, with round numbers also over a short range."""
+    """A logarithmic vertical axis for the drawn data, with round numbers also over a short range."""
     axes.set_ylabel("held-out perplexity (log scale)")
     axes.set_yscale("log")
     round_ticks(axes.yaxis, *axes.get_ylim())
@@ -160,11 +165,6 @@ def round_ticks(axis: Axis, low: float, high: float) -> None:
     else:
         axis.set_major_locator(LogLocator(subs=(1.0,) if high > 200 * low else (1.0, 2.0, 5.0)))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _share(row: Row) -> float:
-    """The place on the axis of shares: an optimizer without state has none on a logarithmic one."""
-    return max(row.state_ratio, SMALLEST_SHARE)
 
 
 def _share_text(value: float, _: object) -> str:

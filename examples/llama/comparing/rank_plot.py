@@ -1,4 +1,4 @@
-"""The picture of what a rank buys: perplexity against rank, and against the state that the rank costs."""
+"""The picture of ranks: perplexity against rank, and against the state that the rank needs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from examples.llama.comparing.labels import label_points, name_at_the_right
 from examples.llama.comparing.palette import row_styles
 from examples.llama.comparing.plots import (
-    SMALLEST_SHARE,
     WIDTH,
     keep_room,
     perplexity_axis,
     save,
+    share,
     share_axis,
     write_footer,
 )
@@ -27,7 +27,7 @@ from examples.llama.comparing.rows import Row, family
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows of one family by rank, and how they are drawn; a row without rank is a group of its own."""
+    """Rows of one family by rank, and their style; a row without rank is its own group."""
 
     label: str
     rows: list[Row]
@@ -39,7 +39,7 @@ class _Group:
 
 
 def has_ranks(rows: Sequence[Row]) -> bool:
-    """Whether at least two rows that finished differ in rank alone."""
+    """Whether at least two finished rows differ in rank alone."""
     return any(len({row.rank for row in group.rows}) > 1 for group in _groups(rows))
 
 
@@ -47,10 +47,10 @@ def plot_ranks(rows: Sequence[Row], path: Path, title: str, footer: str) -> None
     """Draws held-out perplexity against rank, and against the state as a share of AdamW's.
 
     Args:
-        rows: What to show; runs that diverged are left out.
+        rows: The rows; diverged runs are omitted.
         path: The PNG file.
-        title: What was trained, and on how much.
-        footer: How the picture was made.
+        title: Description of the training and its size.
+        footer: Description of how the picture was made.
     """
     groups = _groups(rows)
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(WIDTH, 10.4), layout="constrained")
@@ -78,7 +78,7 @@ def plot_ranks(rows: Sequence[Row], path: Path, title: str, footer: str) -> None
 
 
 def _groups(rows: Sequence[Row]) -> list[_Group]:
-    finished = [row for row in rows if row.status == "finished"]
+    finished = [row for row in rows if row.finished]
     groups: dict[str, _Group] = {}
     for row, style in zip(finished, row_styles(finished), strict=True):
         found = family(row)
@@ -110,7 +110,7 @@ def _perplexity_against_rank(axes: Axes, groups: Sequence[_Group]) -> None:
 
 def _perplexity_against_share(axes: Axes, groups: Sequence[_Group]) -> None:
     for group in groups:
-        shares = [_share(row) for row in group.rows]
+        shares = [share(row) for row in group.rows]
         perplexities = [row.heldout_perplexity for row in group.rows]
         axes.plot(shares, perplexities, linewidth=1.0, markersize=8, **group.style)
     axes.set_title("Held-out perplexity against optimizer state", fontsize=10)
@@ -119,20 +119,20 @@ def _perplexity_against_share(axes: Axes, groups: Sequence[_Group]) -> None:
 
 
 def _rank_labels(axes: Axes, groups: Sequence[_Group]) -> None:
-    """Writes the lowest and the highest rank of each line; the other panel tells what is between."""
+    """Writes the lowest and the highest rank of each line; the other panel shows those between."""
     pairs = [(row, group.style["color"]) for group in groups for row in group.rows]
     texts = _rank_texts([row for row, _ in pairs])
     label_points(
         axes,
         [
-            (_share(row), row.heldout_perplexity, text, colour)
+            (share(row), row.heldout_perplexity, text, colour)
             for (row, colour), text in zip(pairs, texts, strict=True)
         ],
     )
 
 
 def _rank_texts(rows: Sequence[Row]) -> list[str]:
-    """The rank of the rows with the lowest and the highest of a family that has several, else nothing."""
+    """The rank of a family's rows with the lowest and the highest rank, if there are several."""
     ranks: dict[str, set[int]] = {}
     for row in rows:
         ranks.setdefault(family(row).key, set()).add(row.rank or 0)
@@ -142,7 +142,3 @@ def _rank_texts(rows: Sequence[Row]) -> list[str]:
         end = len(own) > 1 and row.rank in (min(own), max(own))
         texts.append(f"r={row.rank}" if end else "")
     return texts
-
-
-def _share(row: Row) -> float:
-    return max(row.state_ratio, SMALLEST_SHARE)

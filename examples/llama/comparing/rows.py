@@ -1,10 +1,10 @@
-"""The rows of a comparison, and how they are shown: as a terminal table and as Markdown."""
+"""The rows of a comparison, as a terminal table and as Markdown."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,14 @@ from rich.table import Table
 
 from examples.llama.optimizers.registry import optimizer_entry
 from examples.llama.optimizers.variants import Variant
-from examples.llama.reporting.summary import RunSummary, size
+from examples.llama.reporting.summary import RunSummary, perplexity, size
+
+_OF_SUMMARY = (
+    *("optimizer", "status", "learning_rate", "rate_source", "train_loss", "steps", "tokens"),
+    *("parameters", "optimizer_state_bytes", "state_ratio", "tokens_per_second"),
+    "median_step_seconds",
+)
+"""Fields of the summary in a row's JSON, beside the held-out loss and perplexity."""
 
 
 @dataclass(frozen=True)
@@ -20,22 +27,9 @@ class Row:
     """One optimizer's result.
 
     Attributes:
-        optimizer: Its name.
-        label: Its name to read.
-        status: `finished` or `non_finite`.
-        learning_rate: Peak learning rate.
-        rate_source: Where that rate is from.
-        heldout_loss: Mean loss over the held-out tokens at the end; infinite if the run diverged.
-        heldout_perplexity: exp of it.
-        train_loss: Mean training loss of the last log interval, or None.
-        steps: Steps taken.
-        tokens: Tokens trained on.
-        parameters: Number of parameters.
-        optimizer_state_bytes: Bytes of the optimizer's state.
-        state_ratio: These bytes as a share of AdamW's.
-        tokens_per_second: Over the run.
-        median_step_seconds: Over the run.
-        step_time_ratio: Step time over AdamW's, taken in turns after the runs; None if not taken.
+        summary: The summary of its run; its `rate_source` is the comparison's.
+        label: Its name for readers.
+        step_time_ratio: Step time over AdamW's, measured in turns after the runs; None without measurement.
         paired_step_seconds: Median step of that measurement.
         heldout_curve: Pairs of tokens and held-out loss.
         train_curve: Pairs of tokens and training loss.
@@ -44,21 +38,8 @@ class Row:
         options: The options of the key.
     """
 
-    optimizer: str
+    summary: RunSummary
     label: str
-    status: str
-    learning_rate: float
-    rate_source: str
-    heldout_loss: float
-    heldout_perplexity: float
-    train_loss: float | None
-    steps: int
-    tokens: int
-    parameters: int
-    optimizer_state_bytes: int
-    state_ratio: float
-    tokens_per_second: float | None
-    median_step_seconds: float | None
     step_time_ratio: float | None = None
     paired_step_seconds: float | None = None
     heldout_curve: list[tuple[float, float]] = field(default_factory=list)
@@ -67,41 +48,65 @@ class Row:
     rank: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def optimizer(self) -> str:
+        """The optimizer's name."""
+        return self.summary.optimizer
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run reached its end; otherwise it diverged."""
+        return self.summary.status == "finished"
+
+    @property
+    def heldout_loss(self) -> float:
+        """Mean loss over the held-out tokens at the end; infinite if the run diverged."""
+        loss = self.summary.heldout_loss
+        return loss if self.finished and loss is not None else math.inf
+
+    @property
+    def heldout_perplexity(self) -> float:
+        """The perplexity exp(loss) of these tokens."""
+        return perplexity(self.heldout_loss)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row for JSON, with the fields of the summary that `_OF_SUMMARY` names."""
+        own = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        del own["summary"]
+        heldout = {name: getattr(self, name) for name in ("heldout_loss", "heldout_perplexity")}
+        return {**{name: getattr(self.summary, name) for name in _OF_SUMMARY}, **heldout, **own}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Row:
+        """A row from `to_dict`, or from its JSON. Other fields of the summary are empty."""
+        own = {one.name for one in dataclasses.fields(cls)} & set(stored)
+        ratio, state = stored["state_ratio"], stored["optimizer_state_bytes"]
+        lost = {"preset": "", "seed": 0, "corpus_sha256": "", "planned_steps": stored["steps"]}
+        lost["adamw_state_bytes"] = round(state / ratio) if ratio else 1
+        loss = {"heldout_loss": float(stored["heldout_loss"])}
+        summary = RunSummary.from_dict({**lost, **stored, **loss})
+        return cls(summary, **{name: stored[name] for name in own})
+
 
 def make_row(summary: RunSummary, rate_source: str, lines: Sequence[dict[str, Any]]) -> Row:
-    """A row from a run's summary, where its rate is from, and its metrics lines."""
-    finished = summary.status == "finished"
-    loss, perplexity = summary.heldout_loss, summary.heldout_perplexity
+    """A row from a run's summary, the source of its learning rate, and its metrics lines."""
     return Row(
-        optimizer=summary.optimizer,
-        label=optimizer_entry(summary.optimizer).label,
-        status=summary.status,
-        learning_rate=summary.learning_rate,
-        rate_source=rate_source,
-        heldout_loss=loss if finished and loss is not None else math.inf,
-        heldout_perplexity=perplexity if finished and perplexity is not None else math.inf,
-        train_loss=summary.train_loss,
-        steps=summary.steps,
-        tokens=summary.tokens,
-        parameters=summary.parameters,
-        optimizer_state_bytes=summary.optimizer_state_bytes,
-        state_ratio=summary.state_ratio,
-        tokens_per_second=summary.tokens_per_second,
-        median_step_seconds=summary.median_step_seconds,
+        dataclasses.replace(summary, rate_source=rate_source),
+        optimizer_entry(summary.optimizer).label,
         heldout_curve=_curve(lines, "heldout"),
         train_curve=_curve(lines, "train"),
     )
 
 
 def with_times(row: Row, ratio: float, seconds: float) -> Row:
-    """The row with the step times that were taken in turns."""
+    """Adds the step times measured in turns."""
     return dataclasses.replace(row, step_time_ratio=ratio, paired_step_seconds=seconds)
 
 
 def family(row: Row) -> Variant:
-    """The row's optimizer and options without its rank: rows of a family differ in rank alone.
+    """The row's optimizer and options without its rank; the rows of a family differ only in rank.
 
-    The rank of tables goes with that of matrices; whether there is one tells families apart.
+    The rank of embedding and head goes with the rank of matrices; families differ in whether they have one.
     """
     options = {name: value for name, value in row.options.items() if name != "rank"}
     if "table_rank" in options:
@@ -110,21 +115,21 @@ def family(row: Row) -> Variant:
 
 
 HEADER = ("optimizer", "perplexity", "loss", "rate", "state", "state/AdamW", "step/AdamW")
-"""Held-out perplexity and loss, peak rate, optimizer state, and its bytes and the step's time over
-AdamW's; short enough for a terminal of 80 columns."""
+"""Held-out perplexity and loss, peak learning rate, optimizer state, and state bytes and step time over
+AdamW's; fits a terminal of 80 columns."""
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """The row as text, under `HEADER`."""
-    diverged = row.status != "finished"
+    run = row.summary
     ratio = "-" if row.step_time_ratio is None else f"{row.step_time_ratio:.2f}"
     return (
         row.label,
-        f"diverged ({row.steps})" if diverged else f"{row.heldout_perplexity:.2f}",
-        "-" if diverged else f"{row.heldout_loss:.4f}",
-        f"{row.learning_rate:g}",
-        size(row.optimizer_state_bytes),
-        f"{row.state_ratio:.3f}",
+        f"{row.heldout_perplexity:.2f}" if row.finished else f"diverged ({run.steps})",
+        f"{row.heldout_loss:.4f}" if row.finished else "-",
+        f"{run.learning_rate:g}",
+        size(run.optimizer_state_bytes),
+        f"{run.state_ratio:.3f}",
         ratio,
     )
 
@@ -144,7 +149,7 @@ def rich_table(rows: Sequence[Row], title: str) -> Table:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, with what each optimizer stores and where each rate is from."""
+    """The rows as a Markdown table, with the state of each optimizer and the source of each learning rate."""
     entries = [optimizer_entry(name) for name in dict.fromkeys(row.optimizer for row in rows)]
     lines = [
         "| " + " | ".join(HEADER) + " |",
@@ -155,7 +160,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
         "",
         *(f"- {entry.label}: {entry.state}" for entry in entries),
         "",
-        "Rates: " + "; ".join(f"{row.label} {row.rate_source}" for row in rows) + ".",
+        "Rates: " + "; ".join(f"{row.label} {row.summary.rate_source}" for row in rows) + ".",
     ]
     return "\n".join(lines) + "\n"
 

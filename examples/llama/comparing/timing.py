@@ -1,4 +1,4 @@
-"""Step times to compare: two programs in turns, so that both see the same state of the machine."""
+"""Compares step times: two programs run in turns, so that both see the same state of the machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from examples.llama.training.step import Batch, TrainState
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Times of single steps of two programs, in seconds, taken in turns.
+    """Times of single steps of two programs, in seconds, measured in turns.
 
     >>> StepTimes([2.0, 2.0, 3.0], [1.0, 1.0, 9.0]).ratio
     2.0
@@ -43,17 +43,16 @@ class StepTimes:
 def paired_step_times(
     program: Program, reference: Program, batches: Sequence[Batch], rounds: int
 ) -> StepTimes:
-    """Times the steps of two programs in turns, each step waited for.
+    """Times the steps of two programs in turns, and waits for each step.
 
-    Which of the two goes first changes from round to round. One step of each is taken beforehand and
-    not counted; a step that an optimizer takes once in many (GaLore's new projections, at its first
-    step) is therefore not in the result.
+    The program that goes first alternates between rounds. One uncounted step of each runs beforehand, so the
+    result omits a step that an optimizer takes rarely (GaLore's new projections, at its first step).
 
     Args:
-        program: What is timed.
-        reference: What it is compared with.
+        program: The program to time.
+        reference: The program to compare with.
         batches: Batches to use in turn; both programs get the same.
-        rounds: Steps of each that are timed.
+        rounds: Timed steps of each.
     """
     states = [program.init(0), reference.init(0)]
     times: tuple[list[float], list[float]] = ([], [])
@@ -68,7 +67,7 @@ def paired_step_times(
 
 def _timed_step(program: Program, state: TrainState, batch: Batch) -> tuple[TrainState, float]:
     started = time.perf_counter()
-    # A small rate: the time does not depend on it, and many steps at it cannot diverge.
+    # A small learning rate: it does not affect the time, and many steps at it cannot diverge.
     state, _, _ = program.step(state, batch, 1e-5)
     jax.block_until_ready(state)
     return state, time.perf_counter() - started

@@ -12,7 +12,7 @@ from examples.llama.reporting.files import read_json, same_json, write_json
 
 @dataclass(frozen=True)
 class Trial:
-    """One short run: its peak rate and the held-out loss at its end (infinite if it diverged)."""
+    """One short run: its peak learning rate and its final held-out loss (infinite if it diverged)."""
 
     rate: float
     loss: float
@@ -20,13 +20,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         best: The trial with the lowest loss.
-        trials: All trials, by rate.
-        at_edge: Whether the best rate is still the lowest or highest tried: the search ran out of
-            trials, and a better rate may lie outside.
+        trials: All trials, by learning rate.
+        at_edge: Whether the best learning rate is the lowest or highest tried because the search ran out of
+            trials; a better one may lie outside.
     """
 
     best: Trial
@@ -39,18 +39,18 @@ def search_rate(
 ) -> SearchResult:
     """Searches `start * factor**k` for integer k, from k = -1, 0, 1 outwards.
 
-    As long as the best rate is at an edge of the grid, the grid grows there. A loss that is not
-    finite counts as infinite.
+    While the best learning rate is at an edge of the grid, the grid grows there. A loss that is not finite
+    counts as infinite.
 
     Args:
-        run: From a peak rate to the held-out loss.
-        start: Where the grid is centred.
-        factor: Ratio of neighbouring rates, above 1.
-        max_trials: Most runs, at least 3.
+        run: A function from a peak learning rate to the held-out loss.
+        start: The centre of the grid.
+        factor: Ratio of neighbouring learning rates, above 1.
+        max_trials: Largest number of runs, at least 3.
 
     Raises:
         ValueError: A number is out of range.
-        RuntimeError: No rate that was tried gives a finite loss.
+        RuntimeError: No learning rate that was tried gives a finite loss.
 
     >>> result = search_rate(lambda rate: abs(math.log2(rate / 8)), start=1.0)
     >>> result.best.rate, [trial.rate for trial in result.trials], result.at_edge
@@ -73,7 +73,7 @@ def search_rate(
         low, high = min(losses), max(losses)
         best = min(losses, key=losses.__getitem__)
         if losses[best] == math.inf:
-            measure(low - 1)  # everything diverged: only lower rates can help
+            measure(low - 1)  # everything diverged, so only lower learning rates can help
         elif best == low:
             measure(low - 1)
         elif best == high:
@@ -95,11 +95,11 @@ def search_rate(
 
 
 class TrialStore:
-    """Remembers trials in a file, so that an interrupted search does not repeat them.
+    """Stores trials in a file, so that an interrupted search does not repeat them.
 
     Args:
         path: A JSON file.
-        key: What all trials in it have in common, as JSON; trials under another key are forgotten.
+        key: The settings that all trials in the file share, as JSON; trials under another key are dropped.
         keep: Whether trials of an earlier call count.
     """
 
@@ -110,7 +110,7 @@ class TrialStore:
         self._losses = {float(item["rate"]): float(item["loss"]) for item in found}
 
     def remember(self, run: Callable[[float], float]) -> Callable[[float], float]:
-        """The same function, which runs only for rates that are not in the store."""
+        """The same function, run only for learning rates that the store lacks."""
 
         def remembered(rate: float) -> float:
             if rate not in self._losses:
@@ -123,5 +123,5 @@ class TrialStore:
 
 
 def _round(rate: float) -> float:
-    """Four significant digits, so that a rate reads well and is found again."""
+    """Rounds to four significant digits, so that a learning rate is readable and can be found again."""
     return float(f"{rate:.4g}")

@@ -1,1 +1,1 @@
-"""From text or records to batches."""
+"""Turns text or records into batches."""

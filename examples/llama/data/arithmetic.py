@@ -1,10 +1,9 @@
-"""Generated word problems with worked answers, and text to learn their arithmetic from; all from a seed.
+"""Generates word problems with worked answers, and text that teaches their arithmetic, from a seed.
 
     python -m examples.llama.data.arithmetic --seed 0 --count 1000 --out problems.jsonl
 
-A problem has one to three steps over small numbers; its response states every step and ends in
-"The answer is: N", the form of MetaMathQA. `arithmetic_text` states facts and short stories without questions,
-to pretrain on.
+A problem has one to three steps over small numbers. Its response states every step and ends in "The answer is:
+N", the form of MetaMathQA. `arithmetic_text` states facts and short stories without questions, for pretraining.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ class ArithmeticConfig:
     count: int = 1000
     """Number of problems."""
     steps: int = 2
-    """Most steps of a problem, 1 to 3."""
+    """Largest number of steps per problem, 1 to 3."""
     largest: int = 20
-    """Largest number that a problem begins with."""
+    """Largest initial number of a problem."""
 
 
 def arithmetic_problems(
@@ -50,16 +49,16 @@ def arithmetic_problems(
     Only `random.Random.random` is used, whose sequence Python guarantees for a seed.
 
     Args:
-        seed: Seed; other seeds give other problems, a few of which may be the same.
+        seed: Seed; other seeds give other problems, with a few in common.
         count: Number of problems.
-        steps: Most steps of a problem, 1 to `MAX_STEPS`.
-        largest: Largest number that a problem begins with; no number on the way exceeds four times it.
+        steps: Largest number of steps per problem, 1 to `MAX_STEPS`.
+        largest: Largest initial number of a problem; no later number exceeds four times it.
 
     Returns:
         Records with `query`, `response` and `answer`.
 
     Raises:
-        DataError: A number is out of its range, or there are not so many different problems.
+        DataError: A number is out of its range, or there are not enough different problems.
 
     >>> problem = arithmetic_problems(0, 1)[0]
     >>> print(problem["query"])
@@ -83,7 +82,7 @@ def arithmetic_problems(
 
 
 def arithmetic_text(seed: int, count: int = 1000, *, largest: int = 20) -> list[Document]:
-    """Documents of facts and of one-step stories that say what became of the numbers.
+    """Documents of facts and of one-step stories that state the result.
 
     Args:
         seed: Seed.
@@ -127,7 +126,7 @@ def _problem(below: Callable[[int], int], steps: int, largest: int) -> dict[str,
 def _event(
     below: Callable[[int], int], name: str, thing: str, have: int, largest: int
 ) -> tuple[str, str, int]:
-    """What happens to a number of things, its equation, and the new number."""
+    """An event that changes a number of things, its equation, and the new number."""
     kind = below(4)
     if kind == 0 and 1 < have <= 2 * largest:
         factor = 2 + below(2) if have <= largest else 2
@@ -161,10 +160,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problems = arithmetic_problems(
             config.seed, config.count, steps=config.steps, largest=config.largest
         )
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
         write_problems(config.out, problems)
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -173,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_problems(path: Path, problems: Sequence[Mapping[str, str]]) -> None:
-    """Writes problems as JSON lines, in one piece.
+    """Writes problems as JSON lines, atomically.
 
     Raises:
         DataError: There is a folder, or a file that holds something else.

@@ -1,4 +1,4 @@
-"""From packed tokens to batches: windows, the training iterator, and held-out batches."""
+"""Turns packed tokens into batches: windows, the training iterator, and held-out batches."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Batch = dict[str, np.ndarray]
 class WindowSource:
     """Random access to the windows of a token array, for grain.
 
-    Window `i` holds tokens `i * seq_len` to `(i + 1) * seq_len` inclusive: consecutive windows
-    share one token, the last target of one being the first input of the next.
+    Window `i` holds tokens `i * seq_len` to `(i + 1) * seq_len` inclusive. Consecutive windows share one token,
+    which is the last target of one and the first input of the next.
 
     Args:
         tokens: 1-D integer array.
@@ -54,19 +54,19 @@ def train_iterator(
 ) -> grain.DatasetIterator[Batch]:
     """Endless training batches in a seeded order that changes with each epoch.
 
-    `get_state()` gives a small JSON-serialisable state; `set_state(state)` on an iterator made with
-    the same arguments continues with exactly the batch that would have come next.
+    `get_state()` gives a small JSON-serialisable state. `set_state(state)` on an iterator with the same
+    arguments continues with exactly the next batch.
 
     Args:
         dataset: Prepared data.
         batch_size: Sequences of a batch over all processes.
         seq_len: Number of predicted tokens of a sequence.
         seed: Seed of the windows' order, by default the data's seed.
-        process_index: Which process this is.
-        process_count: Number of processes; each gets an equal share of every batch, and together
-            they get what a single process would.
-        prefetch: Batches to make ahead in a thread; 0 makes them when asked, which takes about
-            20 microseconds a sequence.
+        process_index: The number of this process.
+        process_count: Number of processes; each gets an equal share of every batch, and together they get the
+            batch of a single process.
+        prefetch: Batches to prepare in a thread; 0 makes them on demand, which takes about 20 microseconds
+            per sequence.
 
     Returns:
         A grain iterator of batches `{"tokens": int32 (batch_size / process_count, seq_len + 1)}`.
@@ -98,17 +98,17 @@ def heldout_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> list[Batch]:
-    """The batches a model is evaluated on: always the same ones, full, never padded.
+    """The batches for evaluation: always the same, full, and without padding.
 
-    The windows are spread evenly over the held-out tokens, so that fewer batches still see all of
-    its documents; what does not fill a batch is left out.
+    The windows are spread evenly over the held-out tokens, so that fewer batches still see all documents.
+    Windows that do not fill a batch are dropped.
 
     Args:
         dataset: Prepared data.
         batch_size: Sequences of a batch over all processes.
         seq_len: Number of predicted tokens of a sequence.
-        max_batches: At most so many batches; None for as many as there are.
-        process_index: Which process this is.
+        max_batches: Largest number of batches; None for all.
+        process_index: The number of this process.
         process_count: Number of processes, each of which gets its share of every batch.
 
     Returns:

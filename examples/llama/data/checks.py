@@ -8,13 +8,13 @@ from examples.llama.data.documents import DataError
 def check_batch(
     batch_size: int, *, processes: int = 1, devices: int = 1, accumulate: int = 1
 ) -> None:
-    """Checks that a batch divides into what has to be equal parts.
+    """Checks that a batch divides into equal parts.
 
     Args:
-        batch_size: Sequences of one optimizer step, over all processes.
+        batch_size: Sequences per optimizer step, over all processes.
         processes: Number of processes that read data.
-        devices: Number of devices, over all processes, that the sequences are spread over.
-        accumulate: Number of parts whose gradients are added up for one step.
+        devices: Number of devices, over all processes, that split the sequences.
+        accumulate: Number of parts whose gradients are summed for one step.
 
     Raises:
         DataError: If a number is below 1 or the batch does not divide.
@@ -45,6 +45,6 @@ def check_batch(
 
 
 def check_seed(seed: int) -> None:
-    """Raises DataError for a seed that grain's shuffling does not take."""
+    """Raises DataError for a seed that grain's shuffling refuses."""
     if not 0 <= seed < 2**32:
         raise DataError(f"The seed must be in 0..{2**32 - 1}, got {seed}.")

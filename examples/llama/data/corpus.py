@@ -1,16 +1,16 @@
-"""Where the example's text comes from: a source string in, a list of named documents out.
+"""Reads the example's text: from a source string to a list of named documents.
 
 | source | documents |
 |---|---|
-| `stdlib` | the running interpreter's standard library, one a file |
+| `stdlib` | the running interpreter's standard library, one per file |
 | a text file | its pieces, cut at blank lines (see `split_document`) |
-| a `.jsonl` or `.jsonl.gz` file | one a line |
+| a `.jsonl` or `.jsonl.gz` file | one per line |
 | a folder | every text, Markdown, Python and JSONL file below it |
-| `hf:NAME` or `hf:NAME:CONFIG` | one a record, streamed from the hub through `datasets` |
+| `hf:NAME` or `hf:NAME:CONFIG` | one per record, streamed from the hub through `datasets` |
 | `synthetic:SEED` or `synthetic:SEED:COUNT` | generated text, the same on every machine |
 
-Documents carry names relative to their source, so that `corpus_sha256` tells two corpora apart and
-does not tell two machines apart.
+Document names are relative to their source, so that `corpus_sha256` differs between corpora but not between
+machines.
 """
 
 from __future__ import annotations
@@ -57,25 +57,24 @@ def load_documents(
 ) -> list[Document]:
     """Reads a corpus.
 
-    Documents that hold nothing but white space are dropped. A source that holds a single document
-    (a text file, or a folder with one) is cut into pieces by `split_document`, because a held-out
-    split by document needs at least two.
+    Documents with only white space are dropped. `split_document` cuts a source with a single document (a text
+    file, or a folder with one) into pieces, because a held-out split by document needs at least two.
 
     Args:
         source: `stdlib`, a path, `hf:NAME[:CONFIG]` or `synthetic:SEED[:COUNT]`.
-        text_field: The field of a JSONL or hub record that holds its text.
-        max_documents: Read at most so many documents.
-        max_bytes: Stop before the document that would pass so many bytes of UTF-8. A stream from
-            the hub stops at `HUB_MAX_BYTES` where neither limit is given.
+        text_field: The field with the text of a JSONL or hub record.
+        max_documents: Read at most this many documents.
+        max_bytes: Stop before the document that would exceed this many bytes of UTF-8. A stream from the hub
+            stops
+            at `HUB_MAX_BYTES` if neither limit is given.
         hub_split: The split of a hub data set to stream.
-        bad: What to do about files and records that cannot be read; by default the first is an error.
+        bad: How to treat files and records that cannot be read; by default the first is an error.
 
     Returns:
         At least one document, in a fixed order.
 
     Raises:
-        DataError: If the source is missing, empty or not readable as text, or a limit leaves
-            nothing of it.
+        DataError: If the source is missing, empty or not readable as text, or a limit leaves nothing.
 
     >>> documents = load_documents("synthetic:0:3")
     >>> [document.name for document in documents]

@@ -1,9 +1,9 @@
-"""From documents to batches: held-out split, packing, and the iterators the trainer reads.
+"""Turns documents into batches: held-out split, packing, and the iterators that the trainer reads.
 
-A document is held out or trained on as a whole. The documents of each side are put in a seeded
-order and joined, each followed by the separator, into one array of tokens. That array is cut into
-windows of `seq_len + 1` tokens at a stride of `seq_len`, so that every token but the first is
-predicted once; grain shuffles the windows of the training side anew in each epoch.
+A document is held out or trained on as a whole. The documents of each side are put in a seeded order and
+joined, each followed by the separator, into one array of tokens. That array is cut into windows of `seq_len +
+1` tokens at a stride of `seq_len`, so that every token but the first is predicted once. grain shuffles the
+training windows anew in each epoch.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from examples.llama.data.documents import BadRecords, DataError, Document, corpu
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to train on.
+    """The data to train on.
 
     Attributes:
         data: `stdlib`, a text or JSONL file, a folder, `hf:NAME[:CONFIG]` or
             `synthetic:SEED[:COUNT]`.
         tokenizer: A tokenizer.json to use instead of training one.
         vocab_size: Vocabulary of the tokenizer trained here; no effect on a given one.
-        heldout_fraction: Share of the tokens that is held out, in whole documents.
+        heldout_fraction: Share of the tokens to hold out, in whole documents.
         seed: Seed of the split and of the documents' order, 0 to 2**32 - 1.
-        text_field: Field of a JSONL or hub record that holds its text.
-        max_documents: Read at most so many documents.
-        max_bytes: Read at most so many bytes of text.
+        text_field: Field with the text of a JSONL or hub record.
+        max_documents: Read at most this many documents.
+        max_bytes: Read at most this many bytes of text.
         hub_split: Split of a hub data set.
         separator: Token after each document: `auto`, `none` or a token of the tokenizer.
-        cache_dir: Folder for tokenizers and encoded text; by default that of the user.
+        cache_dir: Folder for tokenizers and encoded text; by default the user's cache folder.
         skip_bad_records: Skip files and records that cannot be read, instead of refusing the first.
     """
 
@@ -61,7 +61,7 @@ class Dataset:
     """Tokens ready to be cut into batches.
 
     Attributes:
-        config: What it was made from.
+        config: The configuration.
         train_tokens: 1-D uint16 or uint32 array.
         heldout_tokens: Likewise; empty for a held-out fraction of 0.
         train_documents: Number of documents in `train_tokens`.
@@ -70,7 +70,7 @@ class Dataset:
         vocab_size: Largest token id plus one; may be below the configuration's.
         corpus_sha256: Hash of all the documents' names and texts.
         tokenizer_sha256: Hash of the tokenizer.
-        notes: What was skipped, for whoever starts the run.
+        notes: Skipped data, for the run's user.
     """
 
     config: DataConfig
@@ -85,7 +85,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """What to store with a result: sizes and hashes, fit for JSON."""
+        """Sizes and hashes to store with a result, as JSON."""
         return {
             "data": self.config.data,
             "max_documents": self.config.max_documents,
@@ -105,19 +105,18 @@ class Dataset:
 def prepare_data(config: DataConfig) -> Dataset:
     """Reads, tokenizes, splits and packs a corpus.
 
-    The tokenizer is trained on all documents, so that one corpus has one tokenizer whatever the
-    split. Held out are the documents that come first in a seeded order of their texts, up to the
-    count that comes nearest to the fraction; a text that occurs twice never falls on both sides.
+    The tokenizer is trained on all documents, so that one corpus has one tokenizer for every split. The
+    documents that come first in a seeded order of their texts are held out, up to the count nearest to the
+    fraction. A text that occurs twice never falls on both sides.
 
     Args:
-        config: What to read and how to split it.
+        config: The data and its split.
 
     Returns:
         The packed tokens of both sides.
 
     Raises:
-        DataError: If the data or the tokenizer cannot be used, or there are too few documents to
-            split.
+        DataError: If the data or the tokenizer cannot be used, or there are too few documents to split.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as cache:
@@ -130,7 +129,7 @@ def prepare_data(config: DataConfig) -> Dataset:
         raise DataError(
             f"heldout_fraction must be at least 0 and below 1, got {config.heldout_fraction}."
         )
-    # First, because a broken tokenizer should not have to wait for a download.
+    # First, so that a broken tokenizer is found before a download.
     given = tokenization.load_tokenizer(config.tokenizer) if config.tokenizer else None
     bad = BadRecords(skip=config.skip_bad_records)
     documents = load_documents(
@@ -168,8 +167,8 @@ def split_documents(
 ) -> tuple[list[int], list[int]]:
     """Chooses which documents are held out, and orders both sides.
 
-    Both choices come from SHA-256 over seed and text or name, so that they are the same on every
-    machine and with every version of Python and NumPy.
+    Both choices come from SHA-256 over seed and text or name, so they are the same on every machine and with
+    every version of Python and NumPy.
 
     Args:
         documents: The corpus.
@@ -178,7 +177,7 @@ def split_documents(
         seed: Seed of choice and order.
 
     Returns:
-        Indices of the training documents and of those held out.
+        Indices of the training documents and of the held-out ones.
 
     Raises:
         DataError: If `fraction` is above 0 and there are fewer than two different texts.
@@ -200,7 +199,7 @@ def split_documents(
             )
         order = [groups[key] for key in sorted(groups)]
         reached = np.cumsum([sum(int(sizes[i]) for i in group) for group in order])
-        # At least one group on either side, else the cut that comes nearest to the fraction.
+        # At least one group on either side; otherwise the cut nearest to the fraction.
         cut = 1 + int(np.argmin(np.abs(reached[:-1] - fraction * reached[-1])))
         train -= {i for group in order[:cut] for i in group}
     pack_order = sorted(range(len(documents)), key=lambda i: (digest("pack", documents[i].name), i))

@@ -1,4 +1,4 @@
-"""What a corpus is made of: documents, their hash, their pieces, and the error for bad data."""
+"""Documents of a corpus, their hash, their pieces, and the error for bad data."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class DataError(ValueError):
 
 
 class BadRecords:
-    """What becomes of files and records that cannot be read: the first ends the run, or all are skipped.
+    """The treatment of files and records that cannot be read: the first ends the run, or all are skipped.
 
     Args:
         skip: Whether to skip them.
 
     Attributes:
-        messages: What was wrong with each that was skipped, in order.
+        messages: The error of each skipped one, in order.
 
     >>> bad = BadRecords(skip=True)
     >>> bad.met(DataError("Line 3 of 'a.jsonl' is not JSON."))
@@ -50,7 +50,7 @@ class BadRecords:
 class Document:
     r"""One text: the unit that is held out or trained on as a whole.
 
-    Attributes:
+    name: The source of the text, relative to the corpus, with forward slashes.
         name: Where the text is from, relative to its source, with forward slashes.
         text: The text; line ends are `\n`, every character can be written as UTF-8.
     """
@@ -69,22 +69,22 @@ def corpus_sha256(documents: Iterable[Document]) -> str:
     for document in documents:
         for field in (document.name, document.text):
             encoded = field.encode("utf-8")
-            # The length keeps the border between two fields in the hash.
+            # The length keeps the border between two fields distinct in the hash.
             digest.update(len(encoded).to_bytes(8, "little"))
             digest.update(encoded)
     return digest.hexdigest()
 
 
 def split_document(document: Document, size: int | None = None) -> list[Document]:
-    r"""Cuts a document into pieces, at blank lines where it can.
+    r"""Cuts a document into pieces, at blank lines where possible.
 
-    A piece ends at the first blank line after `size` characters. Text without blank lines is cut
-    at a line end after twice `size`, and a line longer than that anywhere. The pieces put together
-    are the document again, but for pieces that are only white space.
+    A piece ends at the first blank line after `size` characters. Text without blank lines is cut at a line end
+    after twice `size`, and a longer line anywhere. The pieces joined are the document again, apart from pieces
+    of only white space.
 
     Args:
-        document: What to cut.
-        size: Characters a piece, by default a fiftieth of the document between 256 and 8192.
+        document: The document.
+        size: Characters per piece, by default a fiftieth of the document between 256 and 8192.
 
     >>> [piece.text for piece in split_document(Document("a", "one\n\ntwo\n\n"), size=3)]
     ['one\n\n', 'two\n\n']

@@ -1,9 +1,9 @@
-"""From instruction records to batches: tokens, responses marked, documents packed into rows.
+"""Turns instruction records into batches: tokens, marked responses, documents packed into rows.
 
-A batch holds three int32 arrays (B, T + 1): `tokens`; `learned`, 1 for a token that is to be predicted (a
-response's); and `documents`, the number of its document in the row, 0 for padding. Attention stays within a
-document and positions begin at each one's first token, so that a packed row computes
-what its documents do apart.
+A batch holds three int32 arrays (B, T + 1): `tokens`; `learned`, 1 for a token to predict (a response's); and
+`documents`, the number of the token's document in the row, 0 for padding. Attention stays within a document and
+positions restart at each one's first token, so that a packed row computes the same as its documents do
+separately.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _EPOCHS = 1_000_000
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized record: tokens and which of them are learned."""
+    """One tokenized record: its tokens, and which of them to learn."""
 
     tokens: np.ndarray
     learned: np.ndarray
@@ -40,20 +40,20 @@ class Example:
 
 @dataclass(frozen=True)
 class InstructionData:
-    """Examples ready to be packed, on both sides of the split.
+    """Examples ready for packing, on both sides of the split.
 
     Attributes:
-        source: Where the records are from.
-        train: The examples to train on.
-        heldout: The examples held out.
+        source: The source of the records.
+        train: The training examples.
+        heldout: The held-out examples.
         tokenizer: The tokenizer.
         vocab_size: Largest token id plus one.
         corpus_sha256: Hash of all tokens and marks, so of records, template and tokenizer.
-        dropped: Records with no response left after cutting to the longest length.
+        dropped: Records with no response left after cutting to the maximum length.
         cut: Records that were cut.
         packed: Whether several examples share a row.
         seed: Seed of the split.
-        notes: What was skipped, for whoever starts the run.
+        notes: Skipped data, for the run's user.
     """
 
     source: str
@@ -69,7 +69,7 @@ class InstructionData:
     notes: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """What to store with a result, fit for JSON."""
+        """The description to store with a result, as JSON."""
         return {
             "data": self.source,
             "corpus_sha256": self.corpus_sha256,
@@ -102,18 +102,19 @@ def prepare_instructions(
     """Tokenizes records, and holds some of them out.
 
     Args:
-        records: Each with where it is from, for messages.
-        template: From record to parts.
+        records: Records, each with its source for messages.
+        template: A function from a record to its parts.
         tokenizer: The tokenizer; the special tokens it begins a text with (BOS) begin each example.
-        seq_len: Longest example is `seq_len + 1` tokens; a longer one is cut at its end, and dropped if
+        seq_len: The longest example has `seq_len + 1` tokens; a longer one is cut at its end, and dropped if
             nothing of its response is left.
-        end_id: Token that follows a learned part that does not end in it; None for none.
+        end_id: Token to append to a learned part that does not end in it; None for none.
         source: Name of the data, for reports.
         heldout_fraction: Share of the examples to hold out.
         packed: Whether several examples may share a row.
         seed: Seed of the split.
-        bad: What to do about a record that does not fit the template; by default the first is an error. What
-            `records` skips is kept there too, and is said in the result's notes.
+        bad: How to treat a record that does not fit the template; by default the first is an error. It also
+            holds
+            what `records` skips, and the result's notes report it.
 
     Raises:
         DataError: A record does not fit the template (the message says which), or none is left.
@@ -165,9 +166,9 @@ def prepare_instructions(
 
 
 def encode_parts(parts: Sequence[Part], tokenizer: Tokenizer, end_id: int | None) -> Example:
-    """The tokens of a conversation; each part is tokenized by itself, as it is when generating.
+    """The tokens of a conversation; each part is tokenized separately, as in generation.
 
-    The end token follows a learned part, unless the template has put it there.
+    The end token follows a learned part, unless the template contains it.
     """
     tokens: list[int] = []
     learned: list[bool] = []
@@ -181,9 +182,9 @@ def encode_parts(parts: Sequence[Part], tokenizer: Tokenizer, end_id: int | None
 
 
 def encode_text(tokenizer: Tokenizer, text: str, *, first: bool) -> list[int]:
-    """Tokens of a text; those that the tokenizer puts before every text only where it is the first.
+    """Tokens of a text; tokens that the tokenizer puts before every text are added only to the first part.
 
-    A template that spells the first special token itself does not get it twice.
+    A template that contains the first special token does not get it twice.
     """
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if first:
@@ -194,16 +195,16 @@ def encode_text(tokenizer: Tokenizer, text: str, *, first: bool) -> list[int]:
 
 
 def special_prefix(tokenizer: Tokenizer) -> list[int]:
-    """The special tokens that the tokenizer puts before a text, as a rule BOS or none."""
+    """The special tokens that the tokenizer puts before a text, usually BOS or none."""
     encoding = tokenizer.encode("a", add_special_tokens=True)
     special = list(encoding.special_tokens_mask)
     return encoding.ids[: special.index(0)] if 0 in special else []
 
 
 def pack_rows(lengths: Sequence[int], room: int, *, packed: bool = True) -> list[list[int]]:
-    """Which examples share a row: each goes to the first row with room for it, in order.
+    """Assigns examples to rows: each goes to the first row with room for it, in order.
 
-    Only the last 64 open rows are looked at, so that the time is linear.
+    Only the last 64 open rows are considered, so that the time is linear.
 
     >>> pack_rows([5, 4, 3, 6, 2], room=8)
     [[0, 2], [1, 4], [3]]
@@ -243,7 +244,7 @@ class RowSource:
             place = slice(start, start + len(example.tokens))
             row["tokens"][place] = example.tokens
             row["learned"][place] = example.learned
-            # Nothing before a document's first token predicts it.
+            # No token before a document's first one predicts it.
             row["learned"][start] = 0
             row["documents"][place] = number
             start = place.stop
@@ -259,13 +260,13 @@ def instruction_iterator(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
-    """Training batches of a million epochs, each in another order. Else as `train_iterator`.
+    """Training batches of a million epochs, each in another order; otherwise as `train_iterator`.
 
     Raises:
         DataError: The rows do not fill one batch, or the batch does not divide.
     """
     source = _checked_rows(data.train, data, "training", batch_size, seq_len, process_count)
-    # Not endless: grain counts, and batches of 1 of an endless set are more than an index holds.
+    # Not endless: grain counts, and batches of 1 from an endless set exceed an index.
     rows = grain.MapDataset.source(source).shuffle(seed=seed).repeat(_EPOCHS)
     batches = rows[process_index::process_count].batch(batch_size // process_count)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=1)))
@@ -280,7 +281,7 @@ def heldout_rows(
     process_index: int = 0,
     process_count: int = 1,
 ) -> list[Batch]:
-    """Batches of the examples held out, the last filled up with empty rows, which count nothing."""
+    """Batches of the held-out examples, the last one filled with empty rows, which have no effect."""
     check_batch(batch_size, processes=process_count)
     source = RowSource(data.heldout, seq_len, packed=data.packed)
     rows = [source[i] for i in range(min(len(source), max_batches * batch_size))]
@@ -297,7 +298,7 @@ def heldout_rows(
 
 
 def empty_row(length: int) -> Batch:
-    """A row of padding, from which nothing is learned."""
+    """A row of padding, without tokens to learn."""
     return {name: np.zeros(length, np.int32) for name in FIELDS}
 
 

@@ -1,7 +1,7 @@
-"""Instruction data: records of a JSONL file or the hub, and how they become prompt and response texts.
+"""Instruction data: records of a JSONL file or the hub, and their prompt and response texts.
 
-A record is {query, response} (MetaMathQA's form; other names of the fields can be given) or {messages: [{role,
-content}, ...]}. A template turns it into parts, each a text and whether the model is to learn it.
+A record is {query, response} (MetaMathQA's form; the field names can differ) or {messages: [{role, content},
+...]}. A template turns it into parts, each a text with a flag that says whether the model learns it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from examples.llama.data.documents import BadRecords, DataError
 Record = Mapping[str, Any]
 
 PROMPTS = {
-    # The published prompt that models of this family are tuned and evaluated with.
+    # The published prompt for tuning and evaluation of models of this family.
     "alpaca": (
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\n{query}\n\n### Response:\n"
@@ -38,7 +38,7 @@ class Part(NamedTuple):
     """A piece of a conversation.
 
     Attributes:
-        text: The text, special tokens spelt out.
+        text: The text, with special tokens written out.
         learned: Whether the loss counts its tokens.
     """
 
@@ -52,17 +52,17 @@ Template = Callable[[Record], list[Part]]
 def read_records(
     source: str, *, split: str = "train", limit: int | None = None, bad: BadRecords | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields records and where each is from.
+    """Yields records and their sources.
 
     Args:
         source: A `.jsonl` or `.jsonl.gz` file, `hf:NAME` or `hf:NAME:CONFIG` on the Hugging Face hub, or
             `arithmetic:SEED[:COUNT[:STEPS]]`, generated.
         split: Split of a hub data set.
-        limit: At most so many records.
-        bad: What to do about a line that is no JSON object; by default the first is an error.
+        limit: Largest number of records.
+        bad: How to treat a line that is not a JSON object; by default the first is an error.
 
     Raises:
-        DataError: There is no such source, or a record is no JSON object; the message says where.
+        DataError: There is no such source, or a record is not a JSON object; the message says where.
 
     >>> where, record = next(read_records("arithmetic:0:5"))
     >>> where, sorted(record)
@@ -83,9 +83,9 @@ def prompt_template(
     r"""A template with one question and one answer.
 
     Args:
-        name: A key of `PROMPTS`, or a file whose text holds `{query}`.
+        name: A key of `PROMPTS`, or a file whose text contains `{query}`.
         query: Name of the record's field; by default the first of `QUERY_FIELDS` that it has.
-        response: Likewise, of `RESPONSE_FIELDS`.
+        response: Likewise, for `RESPONSE_FIELDS`.
 
     Raises:
         DataError: There is no such prompt.
@@ -118,11 +118,11 @@ def prompt_template(
 def chat_template(tokenizer_folder: str | Path) -> Template:
     """The template of a Hugging Face tokenizer, for records with `messages`.
 
-    Learned is what each assistant's turn adds to the conversation up to it, the tokens that end the
-    turn included.
+    Each assistant's turn adds text to the conversation so far; the model learns this text, including the tokens
+    that end the turn.
 
     Args:
-        tokenizer_folder: Folder with `tokenizer_config.json` (and `chat_template.jinja`, if it is apart).
+        tokenizer_folder: Folder with `tokenizer_config.json` (and `chat_template.jinja`, if separate).
 
     Raises:
         DataError: There is no template, `jinja2` is missing, or a record does not fit; the message says why.
@@ -158,7 +158,7 @@ def field(record: Record, name: str | None, usual: Sequence[str]) -> str:
     """The text of a record's field.
 
     Raises:
-        DataError: It is missing or no text.
+        DataError: The field is missing or not a text.
     """
     names = usual if name is None else (name,)
     found = next((name for name in names if name in record), None)
@@ -227,7 +227,7 @@ def _compile_chat(text: str, known: dict[str, Any]) -> Callable[..., str]:
             )
         except DataError:
             raise
-        except Exception as error:  # whatever a template's expressions raise
+        except Exception as error:  # any error that a template's expressions raise
             raise DataError(f"The chat template failed on the record: {error}.") from error
 
     return render
@@ -281,7 +281,7 @@ def _hub_records(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]
             f"The data {source!r} needs the package `datasets`; install it with "
             "`pip install datasets jinja2`."
         ) from error
-    # The hub's client lets through whatever its HTTP and parsing layers raise.
+    # The hub's client passes on any error of its HTTP and parsing layers.
     try:
         records = datasets.load_dataset(name, config or None, split=split, streaming=True)
         for i, record in enumerate(records):

@@ -16,20 +16,20 @@ from pathlib import Path
 from examples.llama.data.documents import BadRecords, DataError, Document
 
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".markdown", ".rst", ".py"})
-"""Suffixes of the files a folder contributes, beside `.jsonl` and `.jsonl.gz`."""
+"""Suffixes of the files that a folder contributes, besides `.jsonl` and `.jsonl.gz`."""
 
-# Whole folders of the standard library that are left out, wherever in the tree they are.
+# Folders of the standard library to omit, anywhere in the tree.
 _STDLIB_EXCLUDED = frozenset(
     {"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
-# Written when the interpreter was built, full of that machine's paths: not text to learn from.
+# Written when the interpreter was built, full of that machine's paths: no text to learn from.
 _STDLIB_GENERATED = ("_sysconfigdata", "config-")
 
 
 def stdlib_documents(root: str | Path | None = None) -> Iterator[Document]:
     """Yields the Python files of the running interpreter's standard library, sorted by path.
 
-    Left out: `test`, `tests`, `idlelib` and installed packages, files generated when the
+    It omits `test`, `tests`, `idlelib` and installed packages, files generated when the
     interpreter was built, and the few files that are not UTF-8.
 
     Args:
@@ -63,17 +63,17 @@ def path_documents(
 ) -> Iterator[Document]:
     """Yields the documents of a text file, a JSONL file or a folder.
 
-    A folder is read recursively in the order of the relative paths; hidden files and folders and
-    files of other kinds are passed over.
+    A folder is read recursively in the order of the relative paths. Hidden files and folders and files of other
+    kinds are skipped.
 
     Args:
         path: The file or folder.
-        text_field: The field of a JSONL record that holds its text.
-        bad: What to do about a file that is not UTF-8 and a JSONL record without such text; by default the
-            first is an error. Of a JSONL file that is not UTF-8 the records before that place are kept.
+        text_field: The field with the text of a JSONL record.
+        bad: How to treat a file that is not UTF-8 and a JSONL record without text; by default the first is an
+            error. Records before a fault in the encoding of a JSONL file are kept.
 
     Raises:
-        DataError: If nothing is there, or for what `bad` does not skip.
+        DataError: If there is no data, or for errors that `bad` does not skip.
     """
     bad = bad or BadRecords()
     path = Path(path).expanduser()
@@ -117,13 +117,13 @@ def hub_documents(
 
     Args:
         source: `hf:NAME` or `hf:NAME:CONFIG`.
-        text_field: The field that holds a record's text.
-        split: Which split to stream.
-        bad: What to do about a record without such text; by default the first is an error.
+        text_field: The field with a record's text.
+        split: The split to stream.
+        bad: How to treat a record without text; by default the first is an error.
 
     Raises:
-        DataError: If `datasets` is not installed, the hub does not answer, the data set does not
-            exist, or a record has no such text.
+        DataError: If `datasets` is not installed, the hub does not answer, the data set does not exist, or a
+            record has no such text.
     """
     bad = bad or BadRecords()
     _, name, config = [*source.split(":", 2), ""][:3]
@@ -138,8 +138,8 @@ def hub_documents(
             f"The data {source!r} needs the package `datasets`; install it with "
             "`pip install datasets`."
         ) from error
-    # `datasets` lets through the errors of its HTTP, file-system and parsing layers as they are,
-    # so that no list of exception types would be complete.
+    # `datasets` passes on the errors of its HTTP, file-system and parsing layers, so no list of exception types
+    # would be complete.
     try:
         records = iter(datasets.load_dataset(name, config or None, split=split, streaming=True))
     except Exception as error:
@@ -163,10 +163,10 @@ def hub_documents(
 
 
 def _files_below(folder: Path, excluded: frozenset[str] = frozenset()) -> list[tuple[str, Path]]:
-    """Files below a folder with their relative names, sorted by name on every system alike.
+    """Files below a folder with their relative names, in the same order on every system.
 
-    Folders that are excluded by name or hidden are not entered: the standard library's folder may
-    have a large `site-packages`.
+    Excluded and hidden folders are not entered, because the standard library's folder may have a large
+    `site-packages`.
     """
     files = []
     for parent, folders, names in os.walk(folder):
@@ -221,7 +221,7 @@ def _text_of(line: str, field: str, where: str) -> str:
 
 
 def _field(record: object, field: str, where: str) -> str:
-    """The text of a record, fit to be written as UTF-8."""
+    """The text of a record, encodable as UTF-8."""
     if not isinstance(record, dict):
         raise DataError(f"{where} is of type {type(record).__name__}, not an object with fields.")
     if field not in record:
@@ -232,7 +232,7 @@ def _field(record: object, field: str, where: str) -> str:
     text = record[field]
     if not isinstance(text, str):
         raise DataError(f"{where} has type {type(text).__name__} in field {field!r}, not text.")
-    # JSON can spell lone surrogates, which are no characters: '?' stands in for them.
+    # JSON can contain lone surrogates, which are not characters; '?' replaces them.
     text = text.encode("utf-8", "replace").decode("utf-8")
     return text.replace("\r\n", "\n")
 
@@ -248,17 +248,16 @@ def synthetic_documents(
 ) -> list[Document]:
     """Generates word-like text with structure for a model to learn.
 
-    A lexicon of syllable words is drawn, and for each word four likely successors (probabilities
-    .4, .2, .1, .1); one time in five the next word comes instead from the document's topic, a
-    tenth of the lexicon, and now and then it is the document's own name. So there is something to
-    learn at every range: spelling, bigrams, topic, and copying from far back. Only
-    `random.Random.random` is used, whose sequence Python guarantees for a seed, so that the text is
-    the same with every version of Python and NumPy.
+    It draws a lexicon of syllable words, and for each word four likely successors (probabilities .4, .2, .1,
+    .1). One time in five the next word comes instead from the document's topic, a tenth of the lexicon, and
+    sometimes it is the document's own name. The text thus has structure at every range: spelling, bigrams,
+    topic, and copying from far back. It uses only `random.Random.random`, whose sequence Python guarantees for
+    a seed, so the text is the same with every version of Python and NumPy.
 
     Args:
         seed: Seed of lexicon, successors and documents.
         count: Number of documents.
-        words: Mean number of words of a document; lengths are uniform in half to one and a half.
+        words: Mean number of words per document; lengths are uniform between half and one and a half of it.
         lexicon: Number of words of the language.
 
     Returns:

@@ -1,8 +1,8 @@
 """Byte-level BPE for the example: trained once, cached, and used to turn documents into tokens.
 
-Both the tokenizer and the encoded corpus are kept in a cache folder under names that hold a hash of
-all they depend on, and are written to a temporary file that is then renamed: a crash or two runs at
-the same time leave either a whole file or none. A cached file that cannot be read is made again.
+A cache folder holds the tokenizer and the encoded corpus under names with a hash of everything they depend on.
+Both are written to a temporary file that is then renamed, so a crash or two simultaneous runs leave a whole
+file or none. A cached file that cannot be read is made again.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ MIN_VOCAB_SIZE = 256 + 2
 """The bytes and the two special tokens."""
 
 MAX_TRAINING_CHARACTERS = 64 * 2**20
-"""A larger corpus is thinned to about so many characters before a tokenizer is trained on it."""
+"""A larger corpus is thinned to about this many characters for training a tokenizer."""
 
-# End-of-document tokens by preference, for tokenizers that others trained.
+# End-of-document tokens in order of preference, for tokenizers trained elsewhere.
 _SEPARATORS = (EOS, "</s>", "<|endoftext|>", "<|end_of_text|>", "<eod>", "[SEP]")
 
-# Part of each cache key: raise it when the way of training or encoding changes.
+# Part of each cache key; raise it when training or encoding changes.
 _RECIPE = 1
 
 _ENCODE_DOCUMENTS = 64
@@ -49,9 +49,9 @@ def default_cache_dir() -> Path:
 def train_tokenizer(documents: Sequence[Document], vocab_size: int = 8192) -> Tokenizer:
     """Trains a byte-level BPE tokenizer.
 
-    The same documents give the same tokenizer. Every byte has a token, so there is no unknown
-    token. A small corpus may give fewer tokens than asked for. A corpus of more than
-    `MAX_TRAINING_CHARACTERS` is thinned by taking every n-th document.
+    The same documents give the same tokenizer. Every byte has a token, so there is no unknown token. A small
+    corpus may give fewer tokens than requested. A corpus of more than `MAX_TRAINING_CHARACTERS` is thinned to
+    every n-th document.
 
     Args:
         documents: The corpus.
@@ -94,9 +94,9 @@ def cached_tokenizer(
 
     Args:
         documents: The corpus.
-        corpus_sha256: Its hash.
+        corpus_sha256: The corpus's hash.
         vocab_size: Largest number of tokens.
-        cache_dir: Where to keep it, by default `default_cache_dir()`.
+        cache_dir: The cache folder, by default `default_cache_dir()`.
 
     Raises:
         DataError: If the vocabulary is too small or the cache folder cannot be written.
@@ -104,14 +104,14 @@ def cached_tokenizer(
     path = _cache_path(cache_dir, "tokenizer", ".json", corpus_sha256, str(vocab_size))
     try:
         return load_tokenizer(path)
-    except DataError:  # not there yet, or not whole
+    except DataError:  # missing or incomplete
         tokenizer = train_tokenizer(documents, vocab_size)
         write_atomically(path, lambda file: file.write(tokenizer.to_str().encode("utf-8")))
         return tokenizer
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads a `tokenizer.json`, without the truncation and padding it may ask for.
+    """Loads a `tokenizer.json`, without its truncation and padding settings.
 
     Args:
         path: The file, or the folder that holds it.
@@ -145,17 +145,16 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """The largest token id plus one: how many rows an embedding table needs."""
+    """The largest token id plus one: the number of rows of an embedding."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def separator_id(tokenizer: Tokenizer, separator: str = "auto") -> int | None:
-    """The token put after each document.
+    """The token after each document.
 
     Args:
         tokenizer: The tokenizer.
-        separator: A token of it, `auto` for the end-of-document token it has by one of the usual
-            names, or `none`.
+        separator: A token of it, `auto` for its end-of-document token under one of the usual names, or `none`.
 
     Returns:
         The token's id, or None for `none`.
@@ -188,8 +187,8 @@ def encode_documents(
         tokenizer: The tokenizer.
 
     Returns:
-        All tokens in one array, uint16 or, where ids do not fit, uint32; and the number of tokens
-        of each document, int64 `(len(documents),)`.
+        All tokens in one array, uint16 or, if ids do not fit, uint32; and the number of tokens of each
+        document, int64 `(len(documents),)`.
     """
     dtype = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32
     lengths: list[int] = []
@@ -198,7 +197,7 @@ def encode_documents(
     tokenizer.encode_special_tokens = True
     try:
         for batch in _batches(documents):
-            # In parts, and without offsets, because an encoding takes far more room than its ids.
+            # In parts, and without offsets, because an encoding takes far more memory than its ids.
             texts = [document.text for document in batch]
             for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
                 parts.append(np.asarray(encoding.ids, dtype))
@@ -218,22 +217,22 @@ def cached_encoding(
 
     Args:
         documents: The corpus.
-        corpus_sha256: Its hash.
+        corpus_sha256: The corpus's hash.
         tokenizer: The tokenizer.
-        cache_dir: Where to keep the arrays, by default `default_cache_dir()`.
+        cache_dir: The folder for the arrays, by default `default_cache_dir()`.
 
     Raises:
         DataError: If the cache folder cannot be written.
     """
     path = _cache_path(cache_dir, "tokens", ".npz", corpus_sha256, tokenizer_sha256(tokenizer))
     try:
-        # Opened here, because `np.load` leaves a file that it cannot read open.
+        # Opened here, because `np.load` leaves an unreadable file open.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             tokens, lengths = arrays["tokens"], arrays["lengths"]
         if len(lengths) == len(documents) and lengths.sum() == len(tokens):
             return tokens, lengths
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # not there yet, or not whole
+        pass  # missing or incomplete
     tokens, lengths = encode_documents(documents, tokenizer)
     write_atomically(path, lambda file: np.savez(file, tokens=tokens, lengths=lengths))
     return tokens, lengths
@@ -243,7 +242,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file so that readers see all of it or nothing.
 
     Args:
-        path: The file; its folder is made if need be.
+        path: The file; its folder is made if necessary.
         write: Called with a binary file to fill.
 
     Raises:
@@ -269,7 +268,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _cache_path(cache_dir: str | Path | None, kind: str, suffix: str, *key: str) -> Path:
-    """A file name that holds a hash of what the file depends on."""
+    """A file name with a hash of the file's dependencies."""
     parts = (kind, str(_RECIPE), tokenizers.__version__, sys.byteorder, *key)
     digest = hashlib.sha256("\0".join(parts).encode("utf-8")).hexdigest()
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)

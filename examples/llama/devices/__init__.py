@@ -1,1 +1,1 @@
-"""What a run runs on: meshes, processes, host memory, signals."""
+"""The environment of a run: meshes, processes, host memory, signals."""

@@ -1,4 +1,4 @@
-"""Keeps freed memory in the process, so that XLA:CPU does not fault its temporaries in anew at every step."""
+"""Keeps freed memory in the process, so that XLA:CPU does not page-fault its temporaries at every step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 # Parameters of glibc's mallopt(3), from <malloc.h>.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _OPTIONS = {
-    _M_MMAP_MAX: 0,  # large blocks come from the heap, not from mmap, which gives them back when freed
+    _M_MMAP_MAX: 0,  # large blocks come from the heap, not from mmap, which returns them when freed
     _M_TRIM_THRESHOLD: -1,  # and the heap never shrinks
     _M_TOP_PAD: 2**26,
     _M_ARENA_MAX: 1,  # other arenas are mapped, and too small for such blocks
@@ -16,15 +16,15 @@ _OPTIONS = {
 
 
 def keep_freed_memory() -> bool:
-    """Tells the C library to keep what is freed, for the rest of the process.
+    """Tells the C library to keep freed memory for the rest of the process.
 
     XLA:CPU allocates a program's temporaries at every call. glibc maps blocks of that size and unmaps them when
-    they are freed, so that each step waits for zeroed pages from the system: with SAGE-Hybrid on a Llama of 60M
-    57,000 page faults, over half the time of the update (docs/results/step_time.md). The process then holds
-    its peak until it ends. Accelerators have pools of their own; there this only concerns the host.
+    they are freed, so each step waits for zeroed pages from the system. With SAGE-Hybrid on a Llama of 60M
+    these are 57,000 page faults, over half the time of the update (docs/results/step_time.md). The process then
+    holds its peak memory until it ends. Accelerators have their own pools; there this only concerns the host.
 
     Returns:
-        Whether the C library took the options; others than glibc have none and are left as they are.
+        Whether the C library took the options; libraries other than glibc have none and do not change.
 
     >>> keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
     True
@@ -37,7 +37,7 @@ def keep_freed_memory() -> bool:
 
 
 def release_freed_memory() -> None:
-    """Gives back, once, what was freed and kept: memory that counts as taken for whoever asks the system.
+    """Returns freed memory to the system once; otherwise the system counts it as used.
 
     >>> release_freed_memory()
     """

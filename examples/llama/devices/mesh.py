@@ -1,8 +1,8 @@
-"""Where parameters, optimizer state and batch live on a mesh of devices, by named rules.
+"""Shardings of parameters, optimizer state and batch on a mesh of devices, by named rules.
 
-A mesh has three axes: `data` (the batch is split, everything else is copied), `fsdp` (the batch is split and
-so is every parameter) and `tensor` (heads, hidden units and vocabulary are split, as in Megatron). `DIMENSIONS`
-names what the dimensions of each kind of parameter are, `RULES` says over which axes a name is split.
+A mesh has three axes: `data` (the batch is split, everything else is copied), `fsdp` (the batch and every
+parameter are split) and `tensor` (heads, hidden units and vocabulary are split, as in Megatron). `DIMENSIONS`
+names the dimensions of each kind of parameter, and `RULES` gives the axes that split a name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from layout_optax import state_shardings
 from layout_optax.layout import path_string
 
 AXES = ("data", "fsdp", "tensor")
-"""The axes of every mesh here; an axis of size 1 costs nothing."""
+"""The axes of every mesh here; an axis of size 1 has no effect."""
 
 MeshMode = Literal["auto", "explicit"]
 
@@ -56,9 +56,9 @@ DIMENSIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Activations:
-    """Pins activations to the mesh, so that the compiler never gathers what can stay split.
+    """Constrains activations on the mesh, so that the compiler never gathers what can stay split.
 
-    Without it the compiler may split a batch's features instead of its sequences, or collect the logits.
+    Otherwise the compiler may split a batch's features instead of its sequences, or gather the logits.
 
     Attributes:
         mesh: The mesh, of Auto axes.
@@ -78,13 +78,14 @@ class Activations:
 
 
 class Placement:
-    """A mesh and what lives where on it.
+    """A mesh, and the shardings of arrays on it.
 
     Args:
         axes: Sizes of the mesh's axes, as `parse_mesh` gives them.
-        mode: Whether types carry their sharding outside the model (`explicit`) or the compiler alone knows
-            (`auto`). The model itself is always left to the compiler.
-        strict: Refuse a parameter that cannot be split as the rules say, instead of copying it along that axis.
+        mode: Whether types carry their sharding outside the model (`explicit`), or only the compiler knows it
+            (`auto`). Inside the model the compiler always decides.
+        strict: Whether to refuse a parameter that the rules cannot split, instead of copying it along that
+            axis.
         devices: The devices; by default all.
 
     Raises:
@@ -107,7 +108,7 @@ class Placement:
         shape = mesh_shape(axes, len(devices))
         self.mode: MeshMode = mode
         self.auto_mesh = _make_mesh(shape, AxisType.Auto, devices)
-        # Both hold the same devices; what lives on one can be taken to the other for nothing.
+        # Both hold the same devices, so arrays move between them without a copy.
         self.mesh = self.auto_mesh
         if mode == "explicit":
             self.mesh = _make_mesh(shape, AxisType.Explicit, devices)
@@ -121,17 +122,17 @@ class Placement:
 
     @property
     def batch(self) -> NamedSharding:
-        """Sequences over the batch's axes, time whole."""
+        """Shards sequences over the batch's axes and keeps time whole."""
         return NamedSharding(self.mesh, PartitionSpec(RULES["batch"], None))
 
     @property
     def batch_shards(self) -> int:
-        """Parts that a batch is split into."""
+        """The number of parts that a batch is split into."""
         return math.prod(self.mesh.shape[axis] for axis in RULES["batch"])
 
     @property
     def activations(self) -> Activations:
-        """Pins activations; see `examples.llama.model.llama.Llama`."""
+        """Constrains activations; see `examples.llama.model.llama.Llama`."""
         return Activations(self.auto_mesh)
 
     def params(self, params: Any, *, auto: bool = False) -> Any:
@@ -139,7 +140,7 @@ class Placement:
 
         Args:
             params: Arrays or shapes, the pure dict of `examples.llama.model.llama.create`.
-            auto: On the mesh of Auto axes, whatever the mode.
+            auto: Whether to use the mesh of Auto axes in any mode.
 
         Raises:
             ValueError: No pattern matches a path, or in strict mode an axis does not divide a dimension.
@@ -156,11 +157,11 @@ class Placement:
             raise ValueError(
                 "; ".join(notes) + ". Choose another --mesh or leave out --mesh-strict."
             )
-        self.notes = list(dict.fromkeys((*self.notes, *notes)))  # of trained and frozen ones alike
+        self.notes = list(dict.fromkeys((*self.notes, *notes)))  # for trained and frozen parameters
         return found
 
     def state(self, init: Callable[..., Any], params: Any) -> Any:
-        """The sharding of everything that `init` makes of the parameters, an optimizer's state above all."""
+        """The sharding of every array that `init` makes from the parameters, such as an optimizer's state."""
         tx = optax.GradientTransformation(init, optax.identity().update)
         return state_shardings(tx, params, self.params(params))
 
@@ -176,7 +177,7 @@ class Placement:
         return sum(jax.tree.leaves(sizes))
 
     def describe(self) -> dict[str, Any]:
-        """What to store with a result, fit for JSON."""
+        """The description to store with a result, as JSON."""
         devices = list(self.mesh.devices.flat)
         return {
             "axes": dict(self.mesh.shape),
@@ -203,7 +204,7 @@ class Placement:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Reads `data=2,fsdp=2,tensor=2`; axes left out are 1, one size may be `*` or -1, what is left.
+    """Reads `data=2,fsdp=2,tensor=2`. Omitted axes have size 1; one size may be free, `*` or -1.
 
     Raises:
         ValueError: An item is no such pair, an axis is unknown or given twice, or two sizes are free.
@@ -235,7 +236,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def mesh_shape(axes: Mapping[str, int], devices: int) -> tuple[int, ...]:
-    """The sizes with the free one filled in.
+    """The sizes, with the free one computed.
 
     Raises:
         ValueError: They do not multiply to the number of devices.
@@ -260,7 +261,7 @@ def mesh_shape(axes: Mapping[str, int], devices: int) -> tuple[int, ...]:
 
 
 def dimension_names(path: str, dimensions: int) -> tuple[str, ...]:
-    """The names of a parameter's dimensions, `layers` first where layers are stacked.
+    """The names of a parameter's dimensions, with `layers` first if layers are stacked.
 
     Raises:
         ValueError: No pattern of `DIMENSIONS` matches, or the parameter has other dimensions.
@@ -276,7 +277,12 @@ def dimension_names(path: str, dimensions: int) -> tuple[str, ...]:
             if len(names) == dimensions:
                 return names
             raise ValueError(f"{path}: expected the dimensions {names}, got {dimensions}")
-    raise ValueError(f"{path}: no rule says how to split it; add one to sharding.DIMENSIONS")
+    raise ValueError(f"{path}: no rule says how to split it; add one to mesh.DIMENSIONS")
+
+
+def with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a leaf, placed."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _make_mesh(shape: tuple[int, ...], kind: AxisType, devices: Sequence[Any]) -> Mesh:

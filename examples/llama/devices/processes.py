@@ -18,47 +18,47 @@ from jax.sharding import Sharding
 from examples.llama.devices.host_memory import keep_freed_memory
 
 HEARTBEAT_SECONDS = 20
-"""A process that has not been heard of for so long is dead, and the others end."""
+"""After this many seconds without a heartbeat a process counts as dead, and the others end."""
 
 SHUTDOWN_SECONDS = 20
-"""A process that is done waits so long for the others to be done too."""
+"""Seconds that a finished process waits for the others to finish."""
 
 DEFAULT_MESH = "fsdp=*"
-"""The mesh of several processes when none is given."""
+"""The default mesh of several processes."""
 
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """Which devices this machine is to have."""
+    """The devices of this machine."""
 
     simulate_devices: int | None = None
-    """Act as if this machine's CPU were so many devices, of several processes each of them."""
+    """Number of devices to simulate on this machine's CPU; with several processes, on each of them."""
 
 
 @dataclass(frozen=True)
 class ClusterConfig(DeviceConfig):
-    """Which of several processes this is. All three numbers, `distributed=auto`, or none for one process."""
+    """The identity of this process. Give all three numbers, `distributed=auto`, or none for one process."""
 
     coordinator: str | None = None
     """Host and port of process 0, HOST:PORT, the same for all processes."""
     processes: int | None = None
     """Number of processes."""
     process_id: int | None = None
-    """Which one this is, from 0."""
+    """Number of this process, from 0."""
     distributed: Literal["auto"] | None = None
-    """Take the three from the cluster: SLURM, Open MPI, Kubernetes or a TPU pod."""
+    """Take the three values from the cluster: SLURM, Open MPI, Kubernetes or a TPU pod."""
 
 
 Config = TypeVar("Config", bound=DeviceConfig)
 
 
 def start_devices(config: Config) -> Config:
-    """Brings up the devices that a configuration asks for; to be called before JAX computes anything.
+    """Starts the devices that a configuration asks for; call it before JAX computes anything.
 
-    Memory that is freed stays with the process (`host_memory`).
+    Freed memory stays with the process (`host_memory`).
 
     Returns:
-        The configuration; several processes get a mesh if none was asked for.
+        The configuration; several processes get a default mesh if none is given.
 
     Raises:
         ValueError: The options contradict each other, it is too late, or the cluster was not found.
@@ -84,8 +84,8 @@ def start_devices(config: Config) -> Config:
 def simulate_devices(count: int) -> None:
     """Makes the CPU count as several devices.
 
-    Each device gets two of XLA's threads, however few cores there are (`PJRT_NPROC`, unless it is set): a
-    collective holds a thread until every device has come to it, and with fewer threads than devices, the
+    Each device gets two of XLA's threads, however few cores there are (`PJRT_NPROC`, unless it is set). A
+    collective blocks a thread until every device has reached it, and with fewer threads than devices, the
     default on a small machine, none may be left for the last ones.
 
     Raises:
@@ -106,7 +106,7 @@ def simulate_devices(count: int) -> None:
 
 
 def connect(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
-    """Joins the other processes; without arguments the cluster says which they are.
+    """Joins the other processes; without arguments the cluster identifies them.
 
     Raises:
         ValueError: No cluster was found.
@@ -128,20 +128,20 @@ def connect(coordinator: str | None, processes: int | None, process_id: int | No
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and shows progress."""
+    """Whether this process writes files and shows progress."""
     return jax.process_index() == 0
 
 
 def agree(error: Exception | None, what: str = "") -> None:
-    """Lets all processes go on, or none: one that cannot start must not leave the others waiting.
+    """Continues all processes or none, so that a process that cannot start does not leave the others waiting.
 
     Args:
-        error: Why this process cannot go on, or None.
-        what: Text that must be the same in all processes: what is trained on what.
+        error: The reason why this process cannot continue, or None.
+        what: Text that must be the same in all processes: settings and data.
 
     Raises:
-        Exception: `error`, where there is one.
-        ValueError: Another process cannot go on, or has another text.
+        Exception: `error`, if given.
+        ValueError: Another process cannot continue, or has another text.
     """
     if jax.process_count() > 1:
         digest = np.frombuffer(hashlib.sha256(what.encode()).digest(), np.uint32)
@@ -161,13 +161,13 @@ def agree(error: Exception | None, what: str = "") -> None:
 
 
 def finish() -> None:
-    """Waits until all processes are done, so that none takes another's last work for its death."""
+    """Waits until all processes are done, so that none mistakes another's end for its death."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("finished")
 
 
 def abort() -> NoReturn:
-    """Ends this process at once on the exception that is being handled.
+    """Ends this process at once because of the current exception.
 
     An ordinary exit waits for the others, which may be waiting for this process.
     """
@@ -178,12 +178,12 @@ def abort() -> NoReturn:
 
 
 def share_of_batch(sharding: Sharding, rows: int) -> tuple[int, int]:
-    """Which share of a batch this process reads, as `process_index` and `process_count` of the data.
+    """The share of a batch that this process reads, as `process_index` and `process_count` for the data.
 
     Processes whose devices hold the same sequences (they split tensors between them) read the same share.
 
     Args:
-        sharding: That of the batch, its first axis the sequences.
+        sharding: The sharding of the batch, with sequences on its first axis.
         rows: Number of sequences.
 
     Raises:
@@ -203,7 +203,7 @@ def share_of_batch(sharding: Sharding, rows: int) -> tuple[int, int]:
 
 
 def describe() -> dict[str, Any]:
-    """The processes of a run, fit for JSON."""
+    """The processes of a run, as JSON."""
     return {"processes": jax.process_count(), "devices_of_each": jax.local_device_count()}
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish that the training loop asks about between steps."""
+"""SIGTERM and Ctrl-C as a flag that the training loop checks between steps."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ import jax
 from jax.experimental import multihost_utils
 
 STDERR = 2
-"""Where the answer to a signal goes, whatever Python writes to at that moment."""
+"""The file that answers to signals go to, whatever Python writes to at that moment."""
 
 
 class StopSignals:
-    """Turns the first signal into a flag; the second one ends the process at once, as it always does.
+    """Turns the first signal into a flag; the second one ends the process at once, as usual.
 
-    A context manager. Outside the main thread, where Python allows no handlers, it changes nothing. Of several
-    processes SIGTERM is left to JAX's preemption service, which makes all of them stop after the
-    same step.
+    A context manager. Outside the main thread, where Python allows no handlers, it does nothing. With several
+    processes, JAX's preemption service handles SIGTERM and makes all of them stop after the same step.
 
     Args:
-        terminate: Catch SIGTERM too; without checkpoints there is nothing to gain from it.
+        terminate: Whether to catch SIGTERM too; without checkpoints that has no benefit.
 
     Attributes:
         received: The signal, or None.
@@ -46,7 +45,7 @@ class StopSignals:
             signal.signal(sig, handler)  # pyright: ignore[reportArgumentType]
 
     def should_stop(self, step: int) -> bool:
-        """Whether to stop after a step; of several processes all are told the same."""
+        """Whether to stop after a step; all of several processes get the same answer."""
         if self._sync and multihost_utils.reached_preemption_sync_point(step):
             self.received = signal.SIGTERM
         return self.received is not None
@@ -55,8 +54,8 @@ class StopSignals:
         self.received = signal.Signals(number)
         saving = " and saving" if signal.SIGTERM in self._signals or self._sync else ""
         again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
-        # Not by print: the signal may have come in the midst of one.
+        # Not print: the signal may have interrupted one.
         os.write(STDERR, f"\nStopping after this step{saving}{again}.\n".encode())
-        # Now and not at the second signal: that one may come while C++ runs and Python does not.
+        # Restore the handler now, not at the second signal, which may come while C++ runs and Python does not.
         for sig in self._previous:
             signal.signal(sig, signal.SIG_DFL)

@@ -1,1 +1,1 @@
-"""A run on part of a stored model, and what that model can do."""
+"""Fine-tuning of a stored model, and its evaluation."""

@@ -3,7 +3,7 @@
 A projection W (in, out) becomes W + s A B with A (in, r), B (r, out) and s = alpha / r (LoRA, arXiv:2106.09685)
 or alpha / sqrt(r) (rsLoRA, arXiv:2312.03732). DoRA (arXiv:2402.09353) also trains the length m of each output's
 column: m (W + s A B) / ||W + s A B||, where the norm counts as a constant in the gradient (its section 4.3).
-A starts at random, B at zero and m at ||W||, so that training starts from the model as it is.
+A starts at random, B at zero and m at ||W||, so that training starts from the unchanged model.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ TARGETS: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What is added to the model; hashable, so that it can be a static argument.
+    """An adapter's configuration; hashable, so that it can be a static argument.
 
     Attributes:
         kind: LoRA, rsLoRA or DoRA.
         rank: r.
         alpha: Numerator of the scale s.
-        targets: Projections that get an adapter, some of `TARGETS`.
+        targets: Projections with an adapter, some of `TARGETS`.
 
     Raises:
         ValueError: The rank or alpha is not positive, or a target is unknown.
@@ -75,7 +75,7 @@ class AdapterSpec:
 
 
 def check_rank(config: LlamaConfig, spec: AdapterSpec) -> None:
-    """Refuses a rank that no product of the targets' sizes needs, before anything is allocated.
+    """Refuses a rank above the sizes of the targets, before anything is allocated.
 
     Raises:
         ValueError: The rank exceeds the smaller side of a target; the message names it.
@@ -89,7 +89,7 @@ def check_rank(config: LlamaConfig, spec: AdapterSpec) -> None:
 
 
 def adapter_notes(config: LlamaConfig, spec: AdapterSpec) -> list[str]:
-    """Says on how many targets the adapter has as many numbers as the kernel, if on any.
+    """Warns if the adapter has as many numbers as the kernel on some targets.
 
     >>> from examples.llama.model.config import preset
     >>> adapter_notes(preset("demo"), AdapterSpec(rank=8))
@@ -116,12 +116,12 @@ def target_sides(config: LlamaConfig, spec: AdapterSpec) -> dict[str, tuple[int,
 
 
 class AdaptedLinear(nnx.Module):
-    """A projection with an adapter; its kernel keeps its path, beside it come `lora` and `magnitude`.
+    """A projection with an adapter. Its kernel keeps its path and gets `lora` and `magnitude` as siblings.
 
     Args:
         base: The projection.
         spec: The adapter.
-        rngs: Source of A.
+        rngs: Random numbers for A.
     """
 
     def __init__(self, base: nnx.Linear, spec: AdapterSpec, rngs: nnx.Rngs) -> None:
@@ -136,7 +136,7 @@ class AdaptedLinear(nnx.Module):
         self.dora = spec.kind == "dora"
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (..., in) to (..., out); neither A B nor its sum with the kernel is made."""
+        """Maps (..., in) to (..., out) without forming A B or its sum with the kernel."""
         kernel = self.kernel[...].astype(self.dtype)
         y = flat_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
         y = y + self.scale * self.lora(x)
@@ -149,7 +149,7 @@ class AdaptedLinear(nnx.Module):
 
 
 def column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """||W + s A B|| of each column, float32 (out,), without making A B.
+    """||W + s A B|| of each column, float32 (out,), without forming A B.
 
     It is the square root of ||W||^2 + 2 s diag(W^T A B) + s^2 diag(B^T A^T A B).
     """
@@ -188,7 +188,7 @@ def adapted_structure(
 
 
 def init_adapters(params: Params, spec: AdapterSpec, seed: int | jax.Array) -> Params:
-    """The adapters' parameters before the first step, beside those of a frozen model.
+    """The adapters' initial parameters for a frozen model.
 
     Args:
         params: The model's pure dict, of either form.
@@ -197,7 +197,7 @@ def init_adapters(params: Params, spec: AdapterSpec, seed: int | jax.Array) -> P
 
     Returns:
         The nested dict of `lora/lora_a`, `lora/lora_b` and with DoRA `magnitude` under each target's
-        path, float32. The same for stacked layers and for single ones.
+        path, float32. Stacked and single layers give the same values.
 
     >>> from examples.llama.model.llama import create
     >>> from examples.llama.model.config import preset
@@ -224,7 +224,7 @@ def init_adapters(params: Params, spec: AdapterSpec, seed: int | jax.Array) -> P
 
 
 def merge_adapters(params: Params, adapters: Params, spec: AdapterSpec) -> Params:
-    """Parameters of the plain model that computes what the adapted one does.
+    """Parameters of the plain model that computes the same as the adapted one.
 
     Args:
         params: The frozen model's parameters.
@@ -254,7 +254,7 @@ def merge_adapters(params: Params, adapters: Params, spec: AdapterSpec) -> Param
 
 
 def target_kernels(params: Params, spec: AdapterSpec) -> dict[str, Any]:
-    """The kernels that get an adapter, by path."""
+    """The kernels with an adapter, by path."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     paths = {"/".join(map(str, _names(path))): leaf for path, leaf in flat}
     return {p: leaf for p, leaf in paths.items() if p.split("/")[-2] in spec.targets}

@@ -1,8 +1,9 @@
-r"""Final answers of worked solutions: finding them in a text, and telling whether two are the same.
+r"""Finds final answers in worked solutions, and decides whether two are the same.
 
-A model's answer is what follows the last "The answer is", else the last \boxed{}, else (numbers only) the last
-number. A reference may also mark it with "####", as GSM8K does. Numbers are compared exactly; other answers as
-LaTeX without differences of spelling. Two forms of what is no number (x+1 and 1+x) count as different.
+A model's answer is the text after the last "The answer is", else the last \boxed{}, else (numbers only) the
+last number. A reference may also mark it with "####", as GSM8K does. Numbers are compared exactly; other
+answers as LaTeX up to spelling. Two forms of an expression that is not a number (x+1 and 1+x) count as
+different.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ _NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+(?:/\d+)?")
 
 
 def find_answer(text: str, kind: AnswerKind = "math") -> str | None:
-    r"""The final answer that a text gives, as it is spelt; None where there is none.
+    r"""Returns the final answer in a text, as written, or None.
 
     Args:
         text: A worked solution.
-        kind: For `number` what is found is a number, if need be the last one of the text.
+        kind: With `number` the result is a number, if necessary the last one of the text.
 
     >>> find_answer("3 + 4 = 7, then half.\nThe answer is: 3.5.", "number")
     '3.5'
@@ -51,7 +52,7 @@ def find_answer(text: str, kind: AnswerKind = "math") -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""What is in the last \boxed{} or \fbox{} of a text; braces are matched.
+    r"""Returns the content of the last \boxed{} or \fbox{} of a text, with matched braces.
 
     >>> boxed(r"\boxed{1} and \boxed{x^{2}}")
     'x^{2}'
@@ -102,7 +103,7 @@ def number(text: str) -> Fraction | None:
 
 
 def normalized(answer: str) -> str:
-    r"""LaTeX without what does not change its meaning: spaces, sizes, units, dollar signs, a final stop.
+    r"""Removes what does not change the meaning of LaTeX: spaces, sizes, units, dollar signs, a final stop.
 
     >>> normalized(r"$x = \left( 3, \tfrac{\pi}2 \right)$.")
     '(3,\\frac{\\pi}{2})'

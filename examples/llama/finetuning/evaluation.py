@@ -31,7 +31,7 @@ class Task:
     """A set of problems with known answers.
 
     Attributes:
-        data: Where it is, as `read_records` takes it.
+        data: The data, as for `read_records`.
         split: Split of a hub data set.
         query_field: Field of the problem.
         answer_field: Field of the answer, or of a solution that ends in it.
@@ -58,11 +58,11 @@ class Item:
 
     Attributes:
         query: The problem.
-        response: What the model wrote.
+        response: The model's text.
         predicted: The answer found in it, or None.
-        reference: The right answer.
+        reference: The correct answer.
         correct: Whether they are the same.
-        stopped: Whether the model ended by itself; otherwise the limit did.
+        stopped: Whether the model ended by itself rather than at the limit.
     """
 
     query: str
@@ -85,12 +85,12 @@ class Evaluation:
 
     @property
     def correct(self) -> int:
-        """Problems whose answer is right."""
+        """The number of problems with a correct answer."""
         return sum(item.correct for item in self.items)
 
     @property
     def accuracy(self) -> float:
-        """Their share."""
+        """The share of problems with a correct answer."""
         return self.correct / len(self.items)
 
     def summary(self) -> dict[str, Any]:
@@ -118,18 +118,18 @@ def evaluate(
     dtype: str = "float32",
     console: Console | None = None,
 ) -> Evaluation:
-    """Lets a model solve problems.
+    """Solves problems with a model and checks the answers.
 
     Args:
         model: The model.
-        records: The problems; a response that they carry is not shown to the model.
+        records: The problems; the model does not see a response in them.
         template: From a record to the prompt.
         task: Fields and kind of the answers; its data is not read.
         batch_size: Problems that are solved at the same time.
         new_tokens: Longest response.
         sampling: How tokens are chosen.
         dtype: Compute dtype.
-        console: Where to show how many problems are done, if at all.
+        console: The console that shows progress, or None.
 
     Raises:
         DataError: There is no problem, or a record has no answer; the message says which.
@@ -200,15 +200,15 @@ class EvaluateConfig:
     tokenizer: str | None = None
     """A tokenizer.json or its folder; by default the model's."""
     limit: int | None = None
-    """Evaluate on the first so many problems."""
+    """Evaluate only on this many problems, the first ones."""
     batch_size: int = 32
     """Problems solved at the same time."""
     new_tokens: int = 512
     """Longest response."""
     temperature: float = 0.0
-    """0 for the most likely token, otherwise logits are divided by it."""
+    """0 takes the most likely token; otherwise logits are divided by this number."""
     top_p: float = 1.0
-    """Draw from the smallest set of tokens of at least this probability."""
+    """Draw from the smallest set of tokens with at least this probability."""
     seed: int = 0
     """Seed of the draws."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -233,7 +233,7 @@ def task_of(config: EvaluateConfig) -> Task:
 
 
 def check(config: EvaluateConfig) -> Sampling:
-    """How tokens are chosen; raises ValueError for what cannot be meant, before anything is read."""
+    """The sampling settings; raises ValueError for invalid ones before anything is read."""
     check_not_empty(config)
     for name in ("batch_size", "new_tokens", "limit"):
         value = getattr(config, name)

@@ -1,4 +1,4 @@
-"""Opens a trained model, however it is stored: a Hugging Face folder, a training or a fine-tuning run."""
+"""Opens a trained model from a Hugging Face folder, a training run or a fine-tuning run."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from examples.llama.training.resume import target
 from examples.llama.training.settings import settings_from_json
 
 FINETUNE = "finetune"
-"""The section of a fine-tuning run's config.json that says what was tuned and from which model."""
+"""The section of a fine-tuning run's config.json with the tuned parameters and the base model."""
 
 
 class Model:
-    """A stored model: shape and tokenizer read at once, parameters when asked for.
+    """A stored model. Its shape and tokenizer are read at once, its parameters on demand.
 
     Attributes:
-        folder: Where it is.
+        folder: Its folder.
         config: Its shape.
         tokenizer: Its tokenizer.
         stop_ids: Tokens that end a text.
-        hub_folder: The Hugging Face folder that it is, or was fine-tuned from; None for one trained here.
+        hub_folder: The Hugging Face folder of the model or of its base; None if it was trained here.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Model:
         shardings: Any = None,
         wanted: Callable[[str], bool] | None = None,
     ) -> Params:
-        """Parameters, on the host or, with a sharding for each leaf of the whole, where these say.
+        """Parameters on the host or, with shardings, on the devices.
 
         Args:
             scan_layers: Which form of the dict to fill.
             shardings: A sharding for every leaf of the whole dict, or None.
-            wanted: Which paths to read; the dict then holds these alone. All when None.
+            wanted: Paths to read; the dict then holds only these. None reads all.
         """
         return self._read(scan_layers=scan_layers, shardings=shardings, wanted=wanted)
 
@@ -80,15 +80,15 @@ class Model:
         return self.read(shardings=on_one_device(abstract(self.config)))
 
     def structure(self, dtype: Any = "float32") -> Any:
-        """The structure that `params` fit."""
+        """The model structure for `params`."""
         return structure(self.config, dtype=dtype)
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt, the special tokens that begin a text included."""
+        """Tokens of a prompt, including the special tokens that begin a text."""
         return encode_text(self.tokenizer, text, first=True)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens; special ones are left out."""
+        """The text of tokens, without special tokens."""
         return self.tokenizer.decode(list(tokens))
 
     def token_ids(self, names: Sequence[str]) -> list[int]:
@@ -110,8 +110,8 @@ def load_model(folder: str | Path, *, tokenizer: str | Path | None = None) -> Mo
     """Opens a model.
 
     Args:
-        folder: A Hugging Face folder, or the folder of a run of `train` or `finetune` with checkpoints, of
-            which the newest whole one counts.
+        folder: A Hugging Face folder, or the folder of a run of `train` or `finetune`, whose newest whole
+            checkpoint is used.
         tokenizer: A `tokenizer.json` or its folder to use instead of the model's.
 
     Raises:
@@ -130,7 +130,7 @@ def load_model(folder: str | Path, *, tokenizer: str | Path | None = None) -> Mo
 
 
 def _how_to_get(folder: Path) -> str:
-    """What to do about a folder that is no model: it may be the name of one on the hub."""
+    """What to do if a folder holds no model: its name may be a model on the hub."""
     if not folder.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", str(folder)):
         return f"if it is a model of the hub: hf download {folder} --local-dir {folder.name}"
     return "give a Hugging Face folder or a run's folder"
@@ -185,7 +185,7 @@ def _run_model(folder: Path, fields: dict[str, Any], tokenizer: Tokenizer) -> Mo
 
 
 def _base_of(folder: Path, fields: dict[str, Any]) -> Path:
-    """The model that a fine-tuning run starts from.
+    """The base model of a fine-tuning run.
 
     Raises:
         ValueError: The run, or one that it starts from, starts from itself.

@@ -1,6 +1,6 @@
-"""What fine-tuning trains: part of a model's parameters, or adapters of them, as a program of the trainer.
+"""The program of a fine-tuning run, which trains part of a model's parameters, or adapters.
 
-The train state holds the trained part alone. The rest is frozen: it has no gradient and no optimizer state.
+The train state holds only the trained part. The rest is frozen and has no gradient and no optimizer state.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from examples.llama.training.sources import FromSeed
 from layout_optax.layout import path_string
 
 LoadParams = Callable[..., Params]
-"""`load(scan_layers=..., shardings=..., wanted=...)` gives parameters of the model that training starts from:
-those whose path is wanted, or all."""
+"""`load(scan_layers=..., shardings=..., wanted=...)` gives parameters of the base model: those whose path is
+wanted, or all."""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What is trained of a model.
+    """The trained part of a model.
 
     Attributes:
         patterns: Paths of the parameters trained; None with an adapter.
-        adapter: The adapter trained in their place, or None.
+        adapter: The adapter trained instead, or None.
     """
 
     patterns: tuple[str, ...] | None = None
@@ -63,12 +63,12 @@ class Tuned:
 
 
 def tuned_to_json(tuned: Tuned) -> dict[str, Any]:
-    """What was tuned, fit for JSON."""
+    """The trained part, as JSON."""
     return dataclasses.asdict(tuned)
 
 
 def tuned_from_json(fields: dict[str, Any]) -> Tuned:
-    """The inverse of `tuned_to_json`, also after a trip through JSON.
+    """The inverse of `tuned_to_json`, also through JSON.
 
     >>> import json
     >>> tuned = Tuned(adapter=AdapterSpec("dora", rank=4))
@@ -82,22 +82,22 @@ def tuned_from_json(fields: dict[str, Any]) -> Tuned:
 
 
 def finetuning_program(settings: Settings, tuned: Tuned, load: LoadParams) -> Program:
-    """The program of a fine-tuning run; batches are those of `instruction_batches`.
+    """The program of a fine-tuning run, for batches of `instruction_batches`.
 
     Args:
         settings: The run's settings.
-        tuned: What is trained.
-        load: Reads the model that training starts from, when it is first needed.
+        tuned: The trained part.
+        load: Reads the base model when it is first needed.
     """
     return Program(settings, FromModel(tuned, load))
 
 
 @dataclass(frozen=True)
 class FromModel:
-    """A model's own parameters, of which some are trained, or new adapters of them.
+    """Trains some of a model's own parameters, or new adapters.
 
     Attributes:
-        tuned: What is trained.
+        tuned: The trained part.
         load: Reads the model.
         fields: The arrays of a batch.
     """
@@ -136,7 +136,7 @@ class FromModel:
         return sum(leaf.size for leaf in jax.tree.leaves(self.model_shapes(settings)))
 
     def frozen(self, settings: Settings, placement: Placement | None) -> Params:
-        """The rest of the model's parameters."""
+        """The frozen parameters."""
         return self._read(settings, placement, self.shapes(settings)[1])
 
     def trained(
@@ -148,7 +148,7 @@ class FromModel:
             return self._read(settings, placement, shapes)
         shardings = None
         if placement is not None:
-            # On Auto axes, as new parameters are made; to go there and back costs nothing.
+            # On Auto axes, like new parameters; moving there and back needs no copy.
             frozen = jax.device_put(frozen, placement.params(frozen, auto=True))
             shardings = placement.params(shapes, auto=True)
         make = jax.jit(
@@ -158,12 +158,12 @@ class FromModel:
         return adapters if placement is None else jax.device_put(adapters, placement.params(shapes))
 
     def _read(self, settings: Settings, placement: Placement | None, part: Params) -> Params:
-        """Those parameters of the model whose paths a part of its tree has."""
+        """The parameters of the model at the paths of a part of its tree."""
         model = self.model_shapes(settings)
         if placement is not None:
             shardings = placement.params(model)
         else:
-            # Not by way of a copy on the host: one parameter after the other.
+            # One parameter after the other, not by a copy on the host.
             first = SingleDeviceSharding(jax.devices()[0])
             shardings = jax.tree.map(lambda _: first, model)
         held = {path_string(path) for path, _ in jax.tree_util.tree_flatten_with_path(part)[0]}

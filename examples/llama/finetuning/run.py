@@ -1,4 +1,4 @@
-"""One fine-tuning run: what is trained, on which data, and the trainer's configuration for it."""
+"""One fine-tuning run: its trained parameters, its data, and its trainer configuration."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from examples.llama.training.run import Run
 ADAPTERS = ("lora", "rslora", "dora")
 
 PAPER_RATE, PAPER_METHODS = 2e-5, (*ADAPTERS, "adamw", "lorapre_adamw")
-"""Peak rate of the LoRA-Pre paper's fine-tuning, and the methods it is a default of."""
+"""Peak learning rate of the LoRA-Pre paper's fine-tuning, and the methods that use it by default."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,19 @@ class FinetuneConfig(StepConfig, RecordConfig, CheckpointConfig, ClusterConfig):
     rank: int = 8
     """Rank of adapters, factors or projections."""
     alpha: float = 16.0
-    """Of adapters: the scale is alpha / rank, with rslora alpha / sqrt(rank)."""
+    """For adapters: the scale is alpha / rank, with rslora alpha / sqrt(rank)."""
     targets: tuple[str, ...] = TARGETS
     """Projections that get an adapter."""
     trainable: str = "matrices"
-    """Parameters that are trained without adapters: matrices (attention and MLP), all, or patterns of paths
+    """Parameters that train without adapters: matrices (attention and MLP), all, or patterns of paths
     separated by commas, as layers/self_attn/*."""
     learning_rate: float | None = None
     """Peak learning rate; by default the paper's 2e-5 for the methods that the paper fine-tuned with."""
     scale: float | None = None
-    """Factor on the matrices' direction, for the optimizers that have it."""
-    options: OptionSet | None = None
+    """Factor on the matrices' direction, for optimizers with this option."""
+    option_set: Annotated[OptionSet | None, tyro.conf.arg(name="options")] = dataclasses.field(
+        default=None, metadata={"name": "options"}
+    )
     """LoRA-Pre Adam's options: the paper's (the default) or the recommended ones."""
     update_gap: int | None = None
     """Steps between two projections of GaLore."""
@@ -89,13 +91,13 @@ class FinetuneConfig(StepConfig, RecordConfig, CheckpointConfig, ClusterConfig):
     epochs: float = 1.0
     """Passes over the data."""
     steps: int | None = None
-    """Optimizer steps, in place of epochs."""
+    """Optimizer steps, instead of epochs."""
     batch_size: int = 128
-    """Rows of one step."""
+    """Rows per step."""
     seq_len: int = 512
-    """Predicted tokens of a row; a longer example is cut."""
+    """Predicted tokens per row; a longer example is cut."""
     packing: bool = True
-    """Put several examples into a row, without attention between them; otherwise one, padded."""
+    """Pack several examples into a row, without attention between them; otherwise one padded example a row."""
     template: str = "alpaca"
     """alpaca, plain, chat (the tokenizer's own), or a file with {query}."""
     query_field: str | None = None
@@ -105,11 +107,11 @@ class FinetuneConfig(StepConfig, RecordConfig, CheckpointConfig, ClusterConfig):
     split: str = "train"
     """Split of a hub data set."""
     limit: int | None = None
-    """Read at most so many records."""
+    """Read at most this many records."""
     skip_bad_records: bool = False
-    """Skip records that are no JSON object or do not fit the template, count them and name the first."""
+    """Skip records that are not JSON objects or do not fit the template, count them and name the first."""
     heldout_fraction: float = 0.02
-    """Share of the examples held out to measure the loss on."""
+    """Share of the examples held out for the held-out loss."""
     tokenizer: str | None = None
     """A tokenizer.json or its folder; by default the model's."""
     seed: int = 0
@@ -136,10 +138,10 @@ def prepare_finetuning(
     """A fine-tuning run, checked and ready to start.
 
     Args:
-        config: What was asked for.
+        config: The configuration.
         model: An opened model to use instead of opening it.
         data: Prepared data to use instead of reading it.
-        program: A compiled program to use where it serves.
+        program: A compiled program to reuse if it fits.
         console: Where to show progress.
 
     Raises:
@@ -165,7 +167,7 @@ def prepare_finetuning(
         rows = rows_per_epoch(data, config.seq_len)
         steps = max(1, math.ceil(config.epochs * rows / config.batch_size))
     job = trainer_config(config, steps)
-    # The trainer takes the rate as given, by whomever.
+    # The trainer uses the learning rate as given.
     settings = dataclasses.replace(resolve(job, model.config), rate_source=peak_rate(config)[1])
     source = FromModel(what, model.read)
     if program is None or not program.serves(settings, source):
@@ -196,7 +198,7 @@ def prepare_finetuning(
         module="examples.llama.finetune",
         console=console,
         name=config.method,
-        # The rules were compared from scratch only.
+        # The options were compared only in training from scratch.
         notes=(
             rank_notes(settings, program.abstract_params)
             if what.adapter is None
@@ -206,7 +208,7 @@ def prepare_finetuning(
 
 
 def check(config: FinetuneConfig) -> None:
-    """Raises ValueError for what is missing or does not go together, before anything is read."""
+    """Raises ValueError for missing or contradictory options, before anything is read."""
     if not config.model or not config.data:
         raise ValueError("give --model (a Hugging Face folder or a run) and --data")
     check_not_empty(config)
@@ -235,10 +237,10 @@ def check(config: FinetuneConfig) -> None:
 
 
 def peak_rate(config: FinetuneConfig) -> tuple[float, str]:
-    """The peak learning rate, and where it is from.
+    """The peak learning rate, and its source.
 
     Raises:
-        ValueError: None was given, and the method has no default; the message says where to begin.
+        ValueError: None was given, and the method has no default; the message suggests a start.
 
     >>> peak_rate(FinetuneConfig(method="lora"))
     (2e-05, "default: the LoRA-Pre paper's")
@@ -255,7 +257,7 @@ def peak_rate(config: FinetuneConfig) -> tuple[float, str]:
 
 
 def tuned(config: FinetuneConfig) -> Tuned:
-    """What a configuration trains.
+    """The part of the model that a configuration trains.
 
     >>> tuned(FinetuneConfig(method="rslora", rank=4)).adapter.scale
     8.0
@@ -269,10 +271,10 @@ def tuned(config: FinetuneConfig) -> Tuned:
 
 
 def trainer_config(config: FinetuneConfig, steps: int) -> TrainConfig:
-    """The trainer's configuration: adapters are trained with AdamW."""
+    """The trainer's configuration; AdamW trains adapters."""
     optimizer = "adamw" if config.method in ADAPTERS else config.method
     entry = optimizer_entry(optimizer)
-    given = {name: getattr(config, name) for name in ("scale", "options", "update_gap")}
+    given = {name: getattr(config, name) for name in ("scale", "option_set", "update_gap")}
     given["rank"] = config.rank if entry.has_rank else None
     given["learning_rate"] = peak_rate(config)[0]
     same = [
@@ -299,7 +301,7 @@ def template_of(
     query: str | None = None,
     response: str | None = None,
 ) -> Template:
-    """A template by name; `chat` is that of the model's tokenizer, or of the one given."""
+    """A template by name; `chat` is the chat template of the model's or the given tokenizer."""
     if name == "chat":
         return chat_template(tokenizer or model.hub_folder or model.folder)
     return prompt_template(name, query=query, response=response)

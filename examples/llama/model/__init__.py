@@ -1,1 +1,1 @@
-"""The network, its loss, its files and its decoding."""
+"""The Llama model, its loss, its files and its decoding."""

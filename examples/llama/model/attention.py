@@ -1,4 +1,4 @@
-"""Grouped-query softmax attention, by the code that suits the device: plain products, XLA's or cuDNN's."""
+"""Grouped-query softmax attention with an implementation for each device: plain products, XLA's or cuDNN's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ platform. `cudnn`: the same function with cuDNN's flash attention, which writes 
 `auto`: see `chosen`."""
 
 _SIXTEEN_BITS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-_WIDEST_HEAD = 128  # cuDNN takes 256 from Hopper on, 128 before it
+_WIDEST_HEAD = 128  # cuDNN supports 256 from Hopper on, 128 before
 
 
 def causal_attention(
@@ -46,7 +46,7 @@ def masked_attention(
     visible: jax.Array,
     implementation: Implementation = "auto",
 ) -> jax.Array:
-    """Softmax attention in which each query sees the keys it is told to.
+    """Softmax attention with a mask of visible keys for each query.
 
     Args:
         q: (B, T, heads, head_dim).
@@ -70,9 +70,9 @@ def masked_attention(
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
     """`masked_attention` as two batched products with the scores in float32 between them.
 
-    The heads that share a key head are folded into the time axis, so that keys are not repeated
-    and both products are plain batched matrix products (twice as fast on CPU as an einsum over
-    separate group axes at 8 x 256 tokens).
+    The heads that share a key head are folded into the time axis, so that keys are not repeated and both
+    products are plain batched matrix products. This is twice as fast on CPU as an einsum over separate group
+    axes at 8 x 256 tokens.
     """
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -90,11 +90,11 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array
 def chosen(
     implementation: Implementation, q: jax.Array, k: jax.Array, *, masked: bool
 ) -> Literal["plain", "xla", "cudnn"]:
-    """The implementation that `auto` stands for; any other as it is.
+    """Resolves `auto`; any other implementation stays as it is.
 
-    The choice falls when the function is traced, by the platform it is traced on, and not in the compiled
-    program: a branch for each platform would keep the residuals of all of them for the backward pass. A
-    program lowered for another platform keeps the choice of the tracing one; `plain` and `xla` lower for all.
+    The choice is made when the function is traced, by the platform of the trace, and not in the compiled
+    program, where a branch for each platform would keep the residuals of all of them for the backward pass. A
+    program lowered for another platform keeps this choice; `plain` and `xla` lower for all.
 
     Raises:
         ValueError: The implementation is unknown.
@@ -114,9 +114,9 @@ def chosen(
 
 
 def platform() -> str:
-    """Where a function that is traced now will run: `cpu`, `cuda`, `rocm` or `tpu`.
+    """The platform of a function that is traced now: `cpu`, `cuda`, `rocm` or `tpu`.
 
-    The default device counts where there is one, the default backend otherwise.
+    It is that of the default device if there is one, else that of the default backend.
     """
     default: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     named = default is None or isinstance(default, str)

@@ -16,17 +16,17 @@ from examples.llama.model.attention import Implementation, causal_attention, mas
 from examples.llama.model.config import LlamaConfig
 
 Constrain = Callable[..., jax.Array]
-"""From an activation and the name, or None, of each of its dimensions to the same, pinned to a mesh."""
+"""A function that constrains an activation on a mesh, given the name, or None, of each of its dimensions."""
 
 
 def unconstrained(x: jax.Array, *names: str | None) -> jax.Array:
-    """The activation as it is: without a mesh there is nothing to pin."""
+    """Returns the activation; without a mesh there is no constraint."""
     del names
     return x
 
 
 class KVCache(NamedTuple):
-    """Keys (rotated) and values of the tokens seen so far, of all layers.
+    """Keys (rotated) and values of the tokens so far, in all layers.
 
     Attributes:
         keys: (layers, B, S, kv_heads, head_dim) in the compute dtype; S slots, written in order.
@@ -73,7 +73,7 @@ class Block(nnx.Module):
         layer: jax.Array | int,
         slot: jax.Array | int,
     ) -> tuple[jax.Array, KVCache]:
-        """The same for tokens that go to slots `slot` .. `slot + T - 1` of a layer's cache."""
+        """The same for tokens in slots `slot` .. `slot + T - 1` of a layer's cache."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), rotary)
         keys, values = (
             jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (layer, 0, slot, 0, 0))
@@ -114,7 +114,7 @@ class Attention(nnx.Module):
         rotary: tuple[jax.Array, jax.Array],
         visible: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps (B, T, d) to (B, T, d); causal, or as `visible` says."""
+        """Maps (B, T, d) to (B, T, d), causally or with the mask `visible`."""
         return self.mix(*self.project(x, rotary), visible)
 
     def project(
@@ -192,7 +192,7 @@ def rotary_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array,
 
 
 def rotary_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Angular frequencies theta^(-2i / head_dim), float32 (head_dim / 2,), rescaled if asked.
+    """Angular frequencies theta^(-2i / head_dim), float32 (head_dim / 2,), with optional rescaling.
 
     Llama 3.1's scaling divides the frequency by `factor` where the wavelength exceeds the original
     context over `low_freq_factor`, keeps it where it is below the context over `high_freq_factor`
@@ -227,8 +227,8 @@ def flat_dot_general(
 ) -> jax.Array:
     """`jax.lax.dot_general` of (..., d) and a matrix, with the leading axes folded into one.
 
-    With two leading axes the gradient of the weight contracts over both; XLA's CPU backend then
-    transposes and copies both operands, which made a block's backward pass 1.6 times slower.
+    With two leading axes the gradient of the weight contracts over both. XLA's CPU backend then transposes and
+    copies both operands, which made a block's backward pass 1.6 times slower.
     """
     (contracted_x, contracted_weight), batch = dimension_numbers
     if contracted_x != (x.ndim - 1,) or batch != ((), ()):
@@ -247,7 +247,7 @@ def flat_dot_general(
 def linear(
     features_in: int, features_out: int, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Linear:
-    """A projection without bias: float32 kernel (in, out), N(0, init_std^2) at the start."""
+    """A projection without bias: float32 kernel (in, out), initialised from N(0, init_std^2)."""
     return nnx.Linear(
         features_in,
         features_out,

@@ -1,4 +1,4 @@
-"""Model shapes, and those that have a name."""
+"""Model shapes and named presets."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LlamaConfig:
         hidden_size: Width d of the residual stream.
         intermediate_size: Width of the SwiGLU layer.
         num_layers: Number of blocks.
-        num_heads: Query heads of a block.
+        num_heads: Query heads per block.
         num_kv_heads: Key and value heads; divides `num_heads` (grouped-query attention).
         head_dim: Width of one head; 0 means `hidden_size // num_heads`.
         tie_embeddings: Whether the head is the transposed embedding.
@@ -54,7 +54,7 @@ class LlamaConfig:
         max_seq_len: Longest sequence the model accepts.
 
     Raises:
-        ValueError: A size is not positive, or sizes do not divide as they must.
+        ValueError: A size is not positive, or one does not divide another as required.
 
     >>> LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=80, num_layers=2,
     ...             num_heads=4, num_kv_heads=2).head_dim
@@ -121,8 +121,8 @@ def preset(name: str, **overrides: Any) -> LlamaConfig:
         The configuration.
 
     Raises:
-        ValueError: The preset or a field is unknown (the message lists the names), or the result
-            is no valid configuration.
+        ValueError: The preset or a field is unknown (the message lists the names), or the result is not a valid
+            configuration.
 
     >>> preset("demo", num_layers=2).num_layers
     2

@@ -1,4 +1,4 @@
-"""The lookup of token embeddings, with a gradient by scatter or by products of one-hot rows."""
+"""The lookup of token embeddings, with a gradient by scatter or by products with one-hot rows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from jax.typing import DTypeLike
 from examples.llama.model.attention import platform
 
 Gradient = Literal["auto", "scatter", "products"]
-"""`scatter`: rows are added to a float32 table one by one. `products`: a one-hot matrix times the rows, chunk
-by chunk, 2 V d operations a token and no scatter. `auto`: products on a TPU in 16 bits, else scatter."""
+"""`scatter` adds rows to a float32 array one by one. `products` multiplies the rows by a one-hot matrix, chunk
+by chunk, with 2 V d operations per token and no scatter. `auto` uses products on a TPU in 16 bits, else
+scatter."""
 
 CHUNK_BYTES = 128 * 2**20
 """Size of the one-hot matrix of one chunk."""
@@ -23,10 +24,10 @@ CHUNK_BYTES = 128 * 2**20
 def lookup(
     table: jax.Array, tokens: jax.Array, dtype: DTypeLike, gradient: Gradient = "auto"
 ) -> jax.Array:
-    """Rows of an embedding table.
+    """Looks up rows of an embedding.
 
-    On a GPU a scatter moves a few bytes a number, while the products take as many operations as a third of
-    the head's (7 % of the step of the 1.3B model of 128256 tokens), so `auto` keeps the scatter there.
+    On a GPU a scatter moves a few bytes per number, while the products take as many operations as a third of
+    the head's (7 % of the step of the 1.3B model of 128256 tokens), so `auto` uses the scatter there.
 
     Args:
         table: (V, d).
@@ -54,7 +55,7 @@ def _lookup(table: jax.Array, tokens: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def _forward(table, tokens, dtype):
-    # An empty slice carries the table's size and dtype to the backward pass.
+    # An empty slice carries the embedding's size and dtype to the backward pass.
     return _lookup(table, tokens, dtype), (tokens, table[:, :0])
 
 
@@ -66,7 +67,7 @@ def _backward(dtype, saved, cotangent):
     size = max(1, min(length, CHUNK_BYTES // (vocab_size * batch * dtype.itemsize)))
     steps = -(-length // size)
     padding = (0, steps * size - length)
-    # Token -1 is no row: its one-hot is zero.
+    # Token -1 is not a row: its one-hot is zero.
     tokens = jnp.pad(tokens, ((0, 0), padding), constant_values=-1)
     rows = jnp.pad(cotangent.astype(dtype), ((0, 0), padding, (0, 0)))
     tokens = jnp.moveaxis(tokens.reshape(batch, steps, size), 1, 0)

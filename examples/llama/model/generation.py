@@ -1,8 +1,9 @@
 """Completes prompts: a key-value cache, one compiled prefill, one compiled decoding loop.
 
-Prompts of unequal length are padded on the left, so that all rows of a batch write the same slot of the cache;
-a row's padding is seen by nobody and its positions start at its first token. Prefill and decoding are compiled
-once for a batch size, a prompt length and a number of new tokens; temperature, top-p and seed are operands.
+Prompts of unequal length are padded on the left, so that all rows of a batch write the same slot of the cache.
+No token attends to a row's padding, and its positions start at its first token. Prefill and decoding are
+compiled once for a batch size, a prompt length and a number of new tokens; temperature, top-p and seed are
+operands.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from examples.llama.model.llama import Params, apply
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """The choice of the next token.
 
     Attributes:
         temperature: 0 takes the most likely token (greedy); otherwise logits are divided by it.
         top_p: Draw only from the smallest set of tokens whose probability reaches it.
-        seed: Seed of the draws. A prompt's draws depend on its place in the list and on nothing else
-            of the batch.
+        seed: Seed of the draws. A prompt's draws depend on its place in the list, but not on the rest of the
+            batch.
 
     Raises:
         ValueError: A number is out of its range.
@@ -49,11 +50,11 @@ GREEDY = Sampling()
 
 
 class Completion(NamedTuple):
-    """What follows a prompt.
+    """The completion of a prompt.
 
     Attributes:
         tokens: The new tokens, without the stop token.
-        stopped: Whether a stop token ended them; otherwise the limit did.
+        stopped: Whether a stop token ended the completion, rather than the limit.
     """
 
     tokens: list[int]
@@ -66,9 +67,9 @@ class Generator:
     Args:
         graphdef: The model's structure, scanned or not.
         params: Its parameters, sharded or not.
-        batch_size: Prompts that run at the same time.
-        prompt_tokens: Length that prompts are padded to.
-        new_tokens: Most tokens to add to a prompt.
+        batch_size: Prompts to run at the same time.
+        prompt_tokens: Length of the padded prompts.
+        new_tokens: Largest number of tokens to add to a prompt.
         stop_ids: Tokens that end a completion.
 
     Raises:
@@ -119,11 +120,11 @@ class Generator:
         sampling: Sampling = GREEDY,
         report: Callable[[int], None] | None = None,
     ) -> list[Completion]:
-        """Completes any number of prompts, a batch at a time.
+        """Completes any number of prompts, one batch at a time.
 
         Args:
-            prompts: Tokens of each.
-            sampling: How tokens are chosen.
+            prompts: Tokens of each prompt.
+            sampling: The choice of tokens.
             report: Called after each batch with the number of prompts completed.
 
         Raises:
@@ -179,12 +180,12 @@ class _Draw(NamedTuple):
 def _prefill(
     graphdef: Any, slots: int, params: Params, tokens: jax.Array, padding: jax.Array, draw: _Draw
 ) -> tuple[jax.Array, KVCache]:
-    """Reads the prompts (B, P); gives each row's first new token (B,) and the cache."""
+    """Reads the prompts (B, P); returns each row's first new token (B,) and the cache."""
     model = apply(graphdef, params)
     batch, length = tokens.shape
     place = jnp.arange(length)
     real = (place <= place[:, None]) & (place >= padding[:, None, None])
-    # Padding sees itself: a softmax over nothing would be NaN.
+    # Padding sees itself, since a softmax over nothing would be NaN.
     visible = jnp.pad(real | (place == place[:, None]), ((0, 0), (0, 0), (0, slots - length)))
     positions = jnp.maximum(place - padding[:, None], 0)
     cache = model.init_cache(batch, slots)
@@ -204,7 +205,7 @@ def _decode(
     stop: jax.Array,
     draw: _Draw,
 ) -> tuple[jax.Array, KVCache]:
-    """Adds tokens until every live row has stopped or is full; (B, new_tokens) and the cache."""
+    """Adds tokens until every live row has stopped or is full; returns (B, new_tokens) and the cache."""
     model = apply(graphdef, params)
     slots = jnp.arange(prompt_tokens + new_tokens)
 
@@ -251,8 +252,8 @@ def sample(logits: jax.Array, draw: _Draw, count: jax.Array | int) -> jax.Array:
 def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
     """Logits (..., V) with all but the most likely tokens at -inf.
 
-    Kept is the smallest set, in descending order, whose probability reaches `top_p`: each token whose
-    predecessors do not reach it yet, so at least one.
+    It keeps the smallest set, in descending order, whose probability reaches `top_p`: each token whose
+    predecessors do not reach it, so at least one.
 
     >>> logits = jnp.log(jnp.array([0.1, 0.5, 0.15, 0.25]))
     >>> jnp.exp(nucleus(logits, 0.7)).round(2).tolist()
@@ -262,12 +263,12 @@ def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
     probabilities = jax.nn.softmax(order, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     least = jnp.min(jnp.where(before < top_p, order, jnp.inf), axis=-1, keepdims=True)
-    # At 1 nothing is cut, whatever the sum's rounding.
+    # At 1 nothing is cut, whatever the rounding of the sum.
     return jnp.where((logits >= least) | (top_p >= 1), logits, -jnp.inf)
 
 
 def round_up(length: int, multiple: int = 32) -> int:
-    """The next multiple: lengths that share a compiled program.
+    """Rounds up to a multiple, so that lengths share a compiled program.
 
     >>> round_up(33), round_up(32)
     (64, 32)

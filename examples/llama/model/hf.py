@@ -37,9 +37,9 @@ TENSORS: dict[str, tuple[str, bool]] = {
     "norm/scale": ("model.norm.weight", False),
     "lm_head/kernel": ("lm_head.weight", True),
 }
-"""Our path (of the scanned form) to the checkpoint's name and whether the matrix is transposed."""
+"""Parameter path (scanned form) -> the checkpoint's name, and whether the matrix is transposed."""
 
-# Constants that old checkpoints stored beside the parameters.
+# Constants that old checkpoints store besides the parameters.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 _FLOATING = ("F64", "F32", "F16", "BF16")
@@ -56,27 +56,27 @@ def load_params(
 ) -> Params:
     """Reads a checkpoint's parameters into the pure dict of `examples.llama.model.llama.create`.
 
-    Names and shapes are all checked before anything is read. Then one parameter after the other is
-    made, a stacked one layer by layer. With `shardings` each process reads only the parts that its
-    own devices hold, straight from the files; beside the result no more than one parameter's part
-    is ever held on the host.
+    All names and shapes are checked first. Then one parameter after the other is made, a stacked one layer by
+    layer. With `shardings` each process reads only the parts of its own devices, directly from the files. Apart
+    from the result, the host never holds more than one parameter's part.
 
     Args:
         folder: Folder with `model.safetensors`, or with `model.safetensors.index.json` and the
             files that it names.
         config: The shape, usually from `read_config`.
-        scan_layers: Which form of the dict to fill.
+        scan_layers: The form of the dict to fill.
         shardings: A `jax.sharding.Sharding` for every leaf of the dict, or None.
         dtype: Dtype of the parameters; other floating dtypes are converted.
-        wanted: Which paths to read; the dict then holds these alone. All when None.
+        wanted: Paths to read; the dict then holds only these. None reads all.
 
     Returns:
-        Nested dict of `jax.Array` with these shardings; without them, of NumPy arrays.
+        Nested dict of `jax.Array` with these shardings, or of NumPy arrays without shardings.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A file is damaged, or a tensor is missing, unknown, of another shape, not floating or not
-            finite; the message names it.
+        ValueError: A file is damaged, or a tensor is missing, unknown, misshapen, not floating-point or not
+            finite;
+            the message names it.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract(config, scan_layers=scan_layers))
     places = [shardings] * len(leaves) if shardings is None else tree.flatten_up_to(shardings)
@@ -93,16 +93,16 @@ def load_params(
                 arrays.append(read(tuple(slice(None) for _ in source.shape)))
             else:
                 arrays.append(jax.make_array_from_callback(source.shape, sharding, read))
-                # Before the next one is read, so that not two are on the host at a time.
+                # Before the next one is read, so that the host never holds two.
                 jax.block_until_ready(arrays[-1])
     return select(tree.unflatten(arrays), wanted or (lambda _: True))
 
 
 def tensor_names(path: str, num_layers: int) -> tuple[list[str], bool, bool]:
-    """The tensors of a checkpoint that make up one parameter.
+    """The tensors of a checkpoint that form one parameter.
 
     Args:
-        path: The parameter's path; a layer's number stands in it in the unscanned form only.
+        path: The parameter's path, with a layer's number only in the unscanned form.
         num_layers: Number of layers.
 
     Returns:
@@ -123,7 +123,7 @@ def tensor_names(path: str, num_layers: int) -> tuple[list[str], bool, bool]:
 
 
 class _Source:
-    """Where one parameter comes from."""
+    """The source of one parameter."""
 
     def __init__(self, path: Any, shape: tuple[int, ...], num_layers: int):
         self.path = path_string(path)
@@ -132,12 +132,12 @@ class _Source:
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Shape of each tensor as it is stored."""
+        """Shape of each tensor in the files."""
         shape = self.shape[1:] if self.stacked else self.shape
         return shape[::-1] if self.transposed else shape
 
     def read(self, tensors: _Tensors, dtype: np.dtype, index: Any) -> np.ndarray:
-        """The part of the parameter that a tuple of slices selects, one for each axis."""
+        """The part of the parameter that a tuple of slices, one per axis, selects."""
         if not self.stacked:
             return self._tensor(tensors, self.names[0], index).astype(dtype)
         names = self.names[index[0]]
@@ -191,14 +191,14 @@ class _Tensors:
         return tuple(self._opened[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """A tensor's dtype as the file names it: F32, BF16, I32."""
+        """A tensor's dtype by the file's name: F32, BF16, I32."""
         return self._opened[name].get_slice(name).get_dtype()
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Part of a tensor, in its own dtype.
 
         Raises:
-            ValueError: It is not finite.
+            ValueError: The part is not finite.
         """
         part = self._opened[name].get_slice(name)[index]
         if not np.isfinite(part).all():
@@ -210,7 +210,7 @@ class _Tensors:
 
 
 def _indexed_files(index: Path) -> list[str]:
-    """The files that an index names, each one of its own folder.
+    """The files in an index, all from the index's own folder.
 
     Raises:
         ValueError: The index cannot be read or names something else.
@@ -236,7 +236,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _check(tensors: _Tensors, sources: Sequence[_Source], config: LlamaConfig) -> None:
-    """Raises ValueError unless the folder holds every tensor, no other, and each in its shape."""
+    """Raises ValueError unless the folder holds every tensor, no other, and each with its shape."""
     shapes = {name: source.tensor_shape for source in sources for name in source.names}
     for name, file in sorted(tensors.file_of.items()):
         if _IGNORED.fullmatch(name) or (name == "lm_head.weight" and config.tie_embeddings):
@@ -259,7 +259,7 @@ def _check(tensors: _Tensors, sources: Sequence[_Source], config: LlamaConfig) -
             f"({len(missing)} of {len(shapes)} are)"
         )
     if config.tie_embeddings and "lm_head.weight" in tensors.file_of:
-        # Some tied checkpoints store the head as well.
+        # Some tied checkpoints store the head too.
         table = "model.embed_tokens.weight"
         size, step = config.vocab_size, 4096
         rows = [slice(i, min(i + step, size)) for i in range(0, size, step)]

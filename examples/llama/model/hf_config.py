@@ -1,4 +1,4 @@
-"""Reads the shape of a model from a Hugging Face `config.json`, and says which field cannot be used."""
+"""Reads a model's shape from a Hugging Face `config.json`, and names fields that cannot be used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KEYS = {
     "init_std": "initializer_range",
     "max_seq_len": "max_position_embeddings",
 }
-"""Our names of fields and those of the file, where they differ."""
+"""Field names here and in the file, where they differ."""
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
@@ -55,7 +55,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
 
 
 def read_shape(folder: str | Path) -> tuple[LlamaConfig, str]:
-    """Reads the sizes of a decoder of any kind, as a Llama of these sizes: for planning, not for loading.
+    """Reads the sizes of any decoder as a Llama of these sizes, for planning, not for loading.
 
     Args:
         folder: Folder that holds `config.json`.
@@ -65,11 +65,11 @@ def read_shape(folder: str | Path) -> tuple[LlamaConfig, str]:
 
     Raises:
         FileNotFoundError: There is no `config.json`.
-        ValueError: It has experts, or a size is missing or of the wrong kind; the message names it.
+        ValueError: The model has experts, or a size is missing or of the wrong kind; the message names it.
     """
     path = Path(folder) / "config.json"
     fields = read_fields(path)
-    if isinstance(fields.get("text_config"), dict):  # of a model that sees pictures too
+    if isinstance(fields.get("text_config"), dict):  # a multimodal model
         fields = {"model_type": fields.get("model_type"), **fields["text_config"]}
     for name in _EXPERTS:
         if fields.get(name):
@@ -84,7 +84,7 @@ def read_fields(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: It is no JSON object.
+        ValueError: It is not a JSON object.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}")
@@ -130,7 +130,7 @@ def _shape(fields: dict[str, Any], path: Path, **rope: Any) -> LlamaConfig:
 def _number(
     fields: dict[str, Any], name: str, path: Path, default: float | None, *, whole: bool = False
 ) -> float:
-    """A finite number, or its default where the field is absent or null."""
+    """A finite number, or its default if the field is absent or null."""
     value = fields.get(name)
     if value is None:
         if default is None:

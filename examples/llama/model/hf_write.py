@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-"""Files of a tokenizer that are copied as they are; the first is needed, the others may be absent."""
+"""Files of a tokenizer to copy unchanged; the first is required, the others may be absent."""
 
 _COPIED = (*TOKENIZER_FILES, "generation_config.json")
 
@@ -47,20 +47,19 @@ def save_folder(
 ) -> list[Path]:
     """Writes parameters as a folder that `transformers`, and `read_config` and `load_params`, load.
 
-    One file's tensors at a time are on the host. The index, where there is more than one file, is
-    written last. The rotary settings are written as `rope_theta` and `rope_scaling`, which every
-    version of `transformers` reads.
+    The host holds one file's tensors at a time. If there is more than one file, the index is written last. The
+    rotary settings are written as `rope_theta` and `rope_scaling`, which every version of `transformers` reads.
 
     Args:
         folder: The folder; made if it is missing.
         config: The model's shape.
-        params: Parameters of either form, NumPy or JAX; sharded ones must be addressable as a whole.
+        params: Parameters of either form, NumPy or JAX; sharded ones must be fully addressable.
         dtype: Dtype to store.
-        max_file_bytes: Largest size of a safetensors file; a larger tensor gets one to itself.
-        base: A Hugging Face folder that the model was made from. What its `config.json` and
-            `generation_config.json` say besides the shape (special tokens) is kept.
-        tokenizer: A `tokenizer.json`, or the folder that holds it and its companions, to copy.
-        overwrite: Replace a model that the folder holds.
+        max_file_bytes: Largest size of a safetensors file; a larger tensor gets its own file.
+        base: The Hugging Face folder of the base model. The fields of its `config.json` and
+            `generation_config.json` besides the shape (special tokens) are kept.
+        tokenizer: A `tokenizer.json`, or the folder with it and its companions, to copy.
+        overwrite: Whether to replace a model in the folder.
 
     Returns:
         The files written, `config.json` first.
@@ -88,7 +87,7 @@ def save_folder(
         )
     copies = [] if tokenizer is None else _tokenizer_files(Path(tokenizer))
     folder.mkdir(parents=True, exist_ok=True)
-    # Everything is written beside the old files first: an error on the way leaves them as they were.
+    # Everything is written beside the old files first, so an error leaves them unchanged.
     place = folder / f".{uuid.uuid4().hex}.part"
     place.mkdir()
     try:
@@ -108,7 +107,7 @@ def save_folder(
             _write_json(written[-1], {"metadata": {"total_size": total}, "weight_map": weight_map})
         for path in old:
             path.unlink()
-        for path in reversed(written):  # config.json, which makes it a model, last
+        for path in reversed(written):  # config.json, which makes the folder a model, last
             path.chmod(_mode())
             path.replace(folder / path.name)
     finally:
@@ -117,7 +116,7 @@ def save_folder(
 
 
 class _Tensor(NamedTuple):
-    """One tensor to write, fetched when its file is."""
+    """One tensor to write, fetched together with its file."""
 
     name: str
     leaf: Any
@@ -140,7 +139,7 @@ class _Tensor(NamedTuple):
 
 
 def _mode() -> int:
-    """The mode of a new file as the user's mask has it: safetensors makes files for the owner alone."""
+    """The mode of a new file under the user's umask: safetensors makes files for the owner only."""
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
@@ -160,7 +159,7 @@ def _layer(leaf: Any, layer: int) -> np.ndarray:
 
 
 def _tensors(config: LlamaConfig, params: Params) -> Iterator[_Tensor]:
-    """All tensors, layer by layer: neighbours in the model share a file."""
+    """All tensors, layer by layer, so that neighbours in the model share a file."""
     scan_layers = "self_attn" in params["layers"]
     wanted = _by_path(abstract(config, scan_layers=scan_layers))
     given = _by_path(params)
@@ -190,7 +189,7 @@ def _place(name: str) -> int:
 
 
 def _files(tensors: list[_Tensor], itemsize: int, max_file_bytes: int) -> dict[str, list[_Tensor]]:
-    """The tensors of each file, by its name."""
+    """The tensors of each file, by file name."""
     if max_file_bytes < 1:
         raise ValueError(f"max_file_bytes must be positive, got {max_file_bytes}")
     named = {tensor.name: tensor for tensor in tensors}
@@ -206,7 +205,7 @@ def _files(tensors: list[_Tensor], itemsize: int, max_file_bytes: int) -> dict[s
 
 
 def _config_fields(config: LlamaConfig, dtype: str, base: str | Path | None) -> dict[str, Any]:
-    """What config.json says; fields of the base that are not about the shape are kept."""
+    """The content of config.json; fields of the base that are not about the shape are kept."""
     kept = {}
     if base is not None:
         kept = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))

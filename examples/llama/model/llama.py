@@ -39,24 +39,25 @@ from examples.llama.model.config import LlamaConfig
 from examples.llama.model.embedding import lookup
 
 Params = dict[str, Any]
-"""A pure nested dict of arrays (or of `jax.ShapeDtypeStruct`), as `create` returns it."""
+"""A pure nested dict of arrays (or of `jax.ShapeDtypeStruct`), as from `create`."""
 
 
 class Llama(nnx.Module):
     """A Llama decoder: embedding, pre-norm blocks, final norm, tied or untied head, no biases.
 
-    Norm statistics, the softmax and the logits are float32 whatever the compute dtype. The same
-    seed gives the same parameters scanned and unscanned.
+    Norm statistics, the softmax and the logits are float32 for any compute dtype. The same seed gives the same
+    parameters scanned and unscanned.
 
     Args:
         config: The shape.
-        scan_layers: Stack the blocks' parameters on axis 0 and scan over them, so that compile
-            time does not grow with depth. Otherwise one sub-module a block.
+        scan_layers: Whether to stack the blocks' parameters on axis 0 and scan over them, so that compile time
+            does
+            not grow with depth. Otherwise there is one submodule per block.
         remat: Recompute each block's activations in the backward pass instead of keeping them.
         dtype: Dtype of the matrix products and of the residual stream; parameters are float32.
-        constrain: Pins activations to a mesh, often `examples.llama.devices.mesh.Activations`; hashable.
-        attention: Which code computes attention; see `examples.llama.model.attention`.
-        rngs: Source of the initial parameters; `nnx.Rngs(0)` when None.
+        constrain: Constrains activations on a mesh, often `examples.llama.devices.mesh.Activations`; hashable.
+        attention: The attention implementation; see `examples.llama.model.attention`.
+        rngs: Random numbers for the initial parameters; `nnx.Rngs(0)` when None.
 
     >>> from examples.llama.model.config import preset
     >>> model = Llama(preset("demo", vocab_size=32, hidden_size=16, num_layers=2))
@@ -89,7 +90,7 @@ class Llama(nnx.Module):
             embedding_init=nnx.initializers.normal(config.init_std),
             rngs=rngs,
         )
-        # One key a block, whichever form: that is what makes the two forms equal.
+        # One key per block in both forms, which makes the two forms equal.
         keys = jax.random.split(rngs.params(), config.num_layers)
         block = partial(_make_block, config, self.dtype, constrain, attention)
         if scan_layers:
@@ -116,7 +117,7 @@ class Llama(nnx.Module):
             tokens: int32 (B, T). Attention is causal in the order of axis 1.
             positions: int32 (T,) or (B, T), the rotary position of each token; 0 .. T-1 when None.
             segments: int32 (B, T), the document of each token; a token sees only its own document.
-                One document a row when None.
+                None means one document per row.
 
         Returns:
             (B, T, d) in the compute dtype.
@@ -154,7 +155,7 @@ class Llama(nnx.Module):
         Args:
             tokens: int32 (B, T).
             positions: int32 (B, T), the rotary positions.
-            visible: bool (B, T, S), which slots each token sees, its own included.
+            visible: bool (B, T, S), the slots that each token sees, its own included.
             cache: From `init_cache` or an earlier call.
             slot: Slot of the first token; the others follow. `slot + T` must not exceed S.
 
@@ -200,8 +201,8 @@ class Llama(nnx.Module):
         return self.constrain(logits, "batch", *(None,) * (hidden.ndim - 2), "vocab")
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        # A NumPy table (parameters from a file) cannot be indexed by a traced array. On a mesh its features
-        # are gathered, not its tokens: each device looks up those it has.
+        # A traced array cannot index a NumPy embedding (parameters from a file). On a mesh its features are
+        # gathered, not its tokens: each device looks up those it has.
         table = self.constrain(jnp.asarray(self.embed_tokens.embedding[...]), "vocab", None)
         return self.constrain(lookup(table, tokens, self.dtype), "batch", None, None)
 
@@ -211,8 +212,8 @@ class Llama(nnx.Module):
         rotary: tuple[jax.Array, jax.Array],
         visible: jax.Array | None = None,
     ) -> jax.Array:
-        # Blocks are merged from pure arrays inside the body: to scan and to checkpoint they are
-        # ordinary functions of arrays, and nothing of NNX crosses a trace.
+        # Blocks are merged from pure arrays inside the body: for scan and checkpoint they are ordinary
+        # functions of arrays, and no NNX object crosses a trace.
         blocks = [self.layers] if isinstance(self.layers, Block) else list(self.layers)
 
         def run(graphdef, x, arrays, rotary, visible):
@@ -247,8 +248,8 @@ def create(
 ) -> tuple[nnx.GraphDef[Llama], Params]:
     """Initialises a model as static structure and a pure dict of arrays.
 
-    The parameters may be created inside `jax.jit` (with `out_shardings`, so that a large model is
-    born sharded): `jax.jit(lambda seed: create(config, seed)[1])`.
+    The parameters may be created inside `jax.jit` with `out_shardings`, so that a large model is created
+    sharded: `jax.jit(lambda seed: create(config, seed)[1])`.
 
     Args:
         config: The shape.
@@ -258,8 +259,8 @@ def create(
         dtype: See `Llama`.
 
     Returns:
-        `graphdef`, hashable and static, and `params`, a nested dict of float32 arrays. A training
-        step is an ordinary function of `params`.
+        `graphdef`, hashable and static, and `params`, a nested dict of float32 arrays. A training step is an
+        ordinary function of `params`.
 
     >>> from examples.llama.model.config import preset
     >>> graphdef, params = create(preset("demo", vocab_size=32, hidden_size=16, num_layers=2))
@@ -300,13 +301,13 @@ def structure(
     constrain: Constrain = unconstrained,
     attention: Implementation = "auto",
 ) -> nnx.GraphDef[Llama]:
-    """Returns `create`'s graphdef alone, without allocating anything (for loaded parameters)."""
+    """Returns only `create`'s graphdef, without allocating anything (for loaded parameters)."""
     options = {"remat": remat, "dtype": dtype, "constrain": constrain, "attention": attention}
     return nnx.split(nnx.eval_shape(lambda: Llama(config, scan_layers=scan_layers, **options)))[0]
 
 
 def apply(graphdef: nnx.GraphDef[Llama], params: Params) -> Llama:
-    """Binds parameters to a structure; cheap, made to be called inside a traced function."""
+    """Binds parameters to a structure; cheap, for use inside a traced function."""
     return nnx.merge(graphdef, params)
 
 
@@ -314,7 +315,7 @@ def stack_layers(params: Params) -> Params:
     """Turns the pure dict of an unscanned model into that of a scanned one.
 
     Args:
-        params: Parameters whose `layers` holds one dict a layer.
+        params: Parameters whose `layers` holds one dict per layer.
 
     Returns:
         The same with each block leaf stacked on axis 0; NumPy leaves stay NumPy.
@@ -349,7 +350,7 @@ def unstack_layers(params: Params) -> Params:
 
 
 def _as_key(seed: int | jax.Array) -> jax.Array:
-    """A key as it is; an integer, traced or not, as a key."""
+    """A key unchanged, or an integer, traced or not, as a key."""
     if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
         return seed
     return jax.random.key(seed)

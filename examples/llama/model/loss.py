@@ -28,16 +28,16 @@ def next_token_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Mean cross-entropy of each token given those before it.
 
-    The logits are made for `chunk` tokens at a time, and their gradient right after them, so that no
-    more than two (chunk, V) float32 arrays exist at once and the head is multiplied once forward
-    and twice backward, as without chunks (`_chunked`). Chunks are cut along time, not across
-    the batch: a batch sharded over devices stays sharded in every chunk.
+    The logits are computed for `chunk` tokens at a time, directly followed by their gradient. At most two
+    (chunk, V) float32 arrays exist at once, and the head is multiplied once forward and twice backward, as
+    without chunks (`_chunked`). Chunks are cut along time, not across the batch, so that a batch sharded over
+    devices stays sharded in every chunk.
 
     Args:
         model: The model, often from `apply` inside the differentiated function.
         tokens: int32 (B, T + 1); positions 0 .. T-1 are read, 1 .. T are predicted.
-        chunk: Tokens whose logits exist at once (at least B; rounded so that chunks are equal).
-            None picks `automatic_chunk`; B * T or more makes all logits at once.
+        chunk: Tokens whose logits exist at once (at least B; rounded so that chunks are equal). None uses
+            `automatic_chunk`; B * T or more computes all logits at once.
         mask: (B, T), boolean or number, the weight of each predicted token; all ones when None.
         positions: int32 (B, T), rotary positions of the tokens read; 0 .. T-1 when None.
         segments: int32 (B, T), their documents; see `Llama.hidden`.
@@ -80,7 +80,8 @@ def next_token_loss(
     if steps == 1:
         total: Any = jnp.sum(cross_entropy(model.logits(hidden), labels) * weights)
     else:
-        # What the head closes over (its weight, traced) becomes an argument: `_chunked` differentiates it.
+        # Values that the head closes over (its traced weight) become arguments, since `_chunked` differentiates
+        # them.
         logits, constants = jax.closure_convert(model.logits, _cut(hidden, steps)[0])
         total = jnp.asarray(_chunked(logits, steps, hidden, constants, labels, weights))
     count = jnp.sum(weights)
@@ -88,7 +89,7 @@ def next_token_loss(
 
 
 def document_positions(documents: jax.Array) -> jax.Array:
-    """The place of each token in its document, from document numbers (B, T).
+    """The position of each token in its document, from document numbers (B, T).
 
     >>> document_positions(jnp.array([[1, 1, 2, 2, 2, 0]])).tolist()
     [[0, 1, 0, 1, 2, 0]]
@@ -99,7 +100,7 @@ def document_positions(documents: jax.Array) -> jax.Array:
 
 
 def automatic_chunk(tokens: int, vocab_size: int, batch_shards: int = 1) -> int:
-    """Tokens whose float32 logits fill `CHUNK_BYTES` on each device, or all of them if they are fewer.
+    """The number of tokens whose float32 logits fill `CHUNK_BYTES` on each device, or all if there are fewer.
 
     Args:
         tokens: Number of tokens.
@@ -125,10 +126,10 @@ def _chunked(
 ) -> jax.Array:
     """The weighted sum of all tokens' losses, chunk by chunk.
 
-    The gradient of a sum of losses is known up to a factor when the sum is: where it is asked for, the
-    forward pass computes it with the loss, chunk by chunk, and the backward pass multiplies it by the
-    cotangent. It keeps the gradient of the hidden states in their dtype and that of the head in float32, where
-    making the logits again in the backward pass would keep the hidden states and take a fourth product.
+    The gradient of a sum of losses is known up to a factor once the sum is. If it is needed, the forward pass
+    computes it with the loss, chunk by chunk, and the backward pass multiplies it by the cotangent. The forward
+    pass keeps the gradient of the hidden states in their dtype and that of the head in float32. Recomputing the
+    logits in the backward pass would keep the hidden states and take a fourth product.
     """
 
     def add(total, piece):
@@ -177,7 +178,7 @@ def _summed(logits, hidden, constants, labels, weights):
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Negative log-likelihood log(sum(exp(logits))) - logits[label], in float32.
 
-    Keeps the logits and one number a token for the backward pass, which makes the gradient
+    It keeps the logits and one number per token for the backward pass, which computes the gradient
     softmax(logits) - onehot(label) in one array and without a scatter.
 
     Args:
@@ -221,6 +222,6 @@ def _cut(array: jax.Array, steps: int) -> jax.Array:
 
 
 def _join(pieces: jax.Array, length: int) -> jax.Array:
-    """What `_cut` cut, without the padding: (steps, B, size, ...) to (B, length, ...)."""
+    """Inverts `_cut` without the padding: (steps, B, size, ...) to (B, length, ...)."""
     joined = jnp.moveaxis(pieces, 0, 1)
     return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]

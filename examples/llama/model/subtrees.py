@@ -1,4 +1,4 @@
-"""Which parameters a run trains: rules on paths, and cutting and joining the tree of parameters."""
+"""Selects the trained parameters: rules on paths, and functions that split and join the parameter tree."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def trainable_patterns(text: str) -> tuple[str, ...]:
 
 
 def split_params(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
-    """The parameters that match a pattern, and the rest; both nested dicts without empty branches.
+    """Splits parameters into those that match a pattern and the rest, both without empty branches.
 
     Args:
         params: A nested dict of arrays or shapes.
-        patterns: Patterns of whole paths, as `fnmatch` reads them.
+        patterns: Patterns of whole paths for `fnmatch`.
 
     Returns:
         The matching part and the rest.
@@ -67,7 +67,7 @@ def split_params(params: Params, patterns: Sequence[str]) -> tuple[Params, Param
 
 
 def select(params: Params, wanted: Callable[[str], bool]) -> Params:
-    """The leaves whose path is wanted, in the same places."""
+    """The leaves at the wanted paths, in the same places."""
     kept: Params = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         if wanted(path_string(path)):
@@ -82,7 +82,7 @@ def merge_trees(left: Params, right: Params) -> Params:
     """Joins two nested dicts that share no leaf.
 
     Raises:
-        ValueError: They do share one.
+        ValueError: They share a leaf.
 
     >>> merge_trees({"a": {"x": 1}}, {"a": {"y": 2}, "b": 3})
     {'a': {'x': 1, 'y': 2}, 'b': 3}

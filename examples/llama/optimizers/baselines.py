@@ -1,4 +1,4 @@
-"""optax's own optimizers as baselines of the example, routed by layout and with decay times the rate."""
+"""optax's optimizers as baselines, routed by layout, with weight decay times the learning rate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from layout_optax.layout import ROLES
 
 
 def adamw(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
-    """AdamW on every parameter, at one rate or at a rate a role."""
+    """AdamW on every parameter, at one learning rate or at one per role."""
     given = options.only("b1", "b2", "eps", "mu_dtype")
     if options.role_multipliers:
         return by_role(
@@ -41,8 +41,8 @@ def lion(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransfo
 
 def adafactor(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
     """Adafactor, with its steps relative to each parameter's rms."""
-    # optax.adafactor's decay is not multiplied by the learning rate, so its parts are put together
-    # here in another order; without decay the two are the same.
+    # optax.adafactor does not multiply decay by the learning rate, so this function combines its parts in
+    # another order; without decay the two are the same.
     return optax.chain(
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
@@ -53,15 +53,15 @@ def adafactor(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTr
 
 
 def muon(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
-    """Muon on matrices, each layer by itself, with its AdamW on tables and vectors."""
+    """Muon on matrices, each layer by itself, and Muon's own AdamW on embedding, head and vectors."""
     direction = contrib.muon(
         1.0,
-        # The update's rms is then 0.2 in every matrix, near AdamW's, so that one rate suits both parts.
+        # Every matrix then has an update rms of 0.2, near AdamW's, so that one learning rate suits both parts.
         consistent_rms=0.2 if options.scale is None else options.scale,
         muon_weight_dimension_numbers=muon_dimension_numbers,
         **options.only("b1", "b2", prefix="adam_"),
     )
-    # Its own decay takes no mask in the AdamW part.
+    # Muon's own decay takes no mask in the AdamW part.
     return optax.chain(
         direction,
         optax.scale(-1.0),
@@ -71,7 +71,7 @@ def muon(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransfo
 
 
 def muon_dimension_numbers(params: Any) -> Any:
-    """Muon's view of each matrix (batch axes implied), None at tables and vectors.
+    """Muon's dimension numbers for each matrix (batch axes implied), None for other parameters.
 
     >>> import jax.numpy as jnp
     >>> numbers = muon_dimension_numbers({"layers": {"up": {"kernel": jnp.ones((2, 4, 8))}}})
@@ -88,9 +88,9 @@ def muon_dimension_numbers(params: Any) -> Any:
 
 
 def galore(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
-    """GaLore on unstacked matrices, AdamW on tables and vectors."""
-    # Inside a partition, since optax's GaLore would project tables too and give what it does not
-    # project placeholders of size zero, which no checkpoint can hold.
+    """GaLore on unstacked matrices, AdamW on embedding, head and vectors."""
+    # Inside a partition: otherwise optax's GaLore would project embeddings too, and give unprojected
+    # parameters placeholders of size zero, which no checkpoint can hold.
     matrices = contrib.galore(
         learning_rate,
         rank=options.rank or 0,
@@ -100,10 +100,11 @@ def galore(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTrans
         weight_decay=options.weight_decay,
     )
     others = adamw(learning_rate, options)
-    return optax.partition({"matrix": matrices, "other": others}, _matrix_or_other)
+    return optax.partition({"matrix": matrices, "other": others}, matrix_or_other)
 
 
-def _matrix_or_other(params: Any) -> Any:
+def matrix_or_other(params: Any) -> Any:
+    """Labels for `optax.partition`: matrices, and all else."""
     return jax.tree.map(
         lambda layout: "matrix" if layout.role == "matrix" else "other",
         resolve_layout(None, params),

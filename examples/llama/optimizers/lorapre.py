@@ -1,4 +1,4 @@
-"""The LoRA-Pre optimizers as the example's settings make them."""
+"""The LoRA-Pre optimizers, made from the example's settings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import optax
 
 import lorapre_optax
 from examples.llama.optimizers.options import OptimizerOptions
+from layout_optax import by_role
+from lorapre_optax import RECOMMENDED, RECOMMENDED_MUON, scale_by_lorapre_adam
+from sage_optax import scale_by_sage, scale_by_sinkhorn
 
 _FACTORS = ("rank", "residual", "initial_subspace", "factor_dtype", "damping")
 _ADAM = ("b1", "b2", "eps", "bias_correction", "bound", "second_moment", *_FACTORS)
@@ -23,14 +26,23 @@ def adamw(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransf
 
 
 def muon(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
-    """LoRA-Pre Muon on matrices, AdamW on the rest, at one rate as in the Muon baseline."""
-    return lorapre_optax.lorapre_muon(
-        learning_rate,
-        consistent_rms=0.2 if options.scale is None else options.scale,
-        **_switched_off(options.only(*_FACTORS, "table_rank")),
+    """LoRA-Pre Muon on matrices, AdamW on the rest, at one rate as in the Muon baseline.
+
+    The recommended options have another rule and rate for embedding and head.
+    """
+    base = dict(RECOMMENDED_MUON) if options.option_set == "recommended" else {}
+    if options.table_rank is not None:
+        base.pop("table_rule", None)
+    common = _common(options)
+    if common["learning_rate_multipliers"] is None:
+        common.pop("learning_rate_multipliers")
+    given = {
+        "consistent_rms": 0.2 if options.scale is None else options.scale,
+        **_switched_off(options.only(*_FACTORS, "table_rank", "table_rule")),
         **options.only("b1", "b2", prefix="adam_"),
-        **_common(options),
-    )
+        **common,
+    }
+    return lorapre_optax.lorapre_muon(learning_rate, **{**base, **given})
 
 
 def sgd(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
@@ -56,40 +68,48 @@ def lion(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransfo
 
 
 def sinkgd(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
-    """LoRA-Pre Adam on tables, SinkGD on matrices, AdamW on vectors; the recommended options."""
-    return lorapre_optax.lorapre_sinkgd(
-        learning_rate,
-        **adam_options(options),
-        **options.only("scale", "head_rule", "vector_rule"),
-        **_common(options),
+    """LoRA-Pre Adam on embedding and head, SinkGD on matrices, AdamW on vectors; the recommended options.
+
+    Without `head_rule` and `vector_rule` this is `lorapre_optax.lorapre_sinkgd`.
+    """
+    table = scale_by_lorapre_adam(**{**RECOMMENDED, **adam_options(options)})
+    matrix = optax.chain(
+        scale_by_sinkhorn(), optax.scale(10.0 if options.scale is None else options.scale)
     )
+    full = scale_by_lorapre_adam(None, **options.only("b1", "b2", "eps"))
+    heads = {"table": table, "matrix": matrix, "adamw": full}
+    vectors = {"adamw": full, "sage": scale_by_sage()}
+    directions = {
+        "embedding": table,
+        "head": heads[options.head_rule or "table"],
+        "vector": vectors[options.vector_rule or "adamw"],
+        "matrix": matrix,
+        "other": full,
+    }
+    return by_role(directions, learning_rate, **_common(options))
 
 
 def adam_options(options: OptimizerOptions) -> dict[str, Any]:
-    """The arguments of LoRA-Pre Adam: a named set of options under those that were given.
+    """The arguments of LoRA-Pre Adam: the given ones, then those of a named set of options.
 
-    >>> adam_options(OptimizerOptions(rank=4, options="recommended", bound=math.inf))["bound"]
+    >>> adam_options(OptimizerOptions(rank=4, option_set="recommended", bound=math.inf))["bound"]
     >>> adam_options(OptimizerOptions(rank=4))
     {'rank': 4}
     """
     base = {}
-    if options.options is not None:
-        base = (
-            dict(lorapre_optax.RECOMMENDED)
-            if options.options == "recommended"
-            else _paper_options()
-        )
+    if options.option_set is not None:
+        base = dict(RECOMMENDED) if options.option_set == "recommended" else _paper_options()
     return _switched_off({**base, **options.only(*_ADAM)})
 
 
 def _paper_options() -> dict[str, Any]:
-    """What the recommended options change, as the paper has it: the defaults of the direction."""
-    defaults = inspect.signature(lorapre_optax.scale_by_lorapre_adam).parameters
-    return {name: defaults[name].default for name in lorapre_optax.RECOMMENDED}
+    """The paper's values of the recommended options, which are the defaults of the direction."""
+    defaults = inspect.signature(scale_by_lorapre_adam).parameters
+    return {name: defaults[name].default for name in RECOMMENDED}
 
 
 def _switched_off(arguments: dict[str, Any]) -> dict[str, Any]:
-    """None for the values that stand for "none" where None already stands for "not given"."""
+    """None for the values that mean "none" where None already means "not given"."""
     none = {"residual": 0, "bound": math.inf}
     return {
         name: None if name in none and value == none[name] else value
@@ -98,7 +118,7 @@ def _switched_off(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _common(options: OptimizerOptions) -> dict[str, Any]:
-    """Decay and rates by role."""
+    """Decay and learning rates by role."""
     multipliers = options.role_multipliers
     return {
         "weight_decay": options.weight_decay,

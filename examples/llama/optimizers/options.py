@@ -1,13 +1,14 @@
-"""Settings of the example's optimizers, and what they come to as keyword arguments."""
+"""Settings of the example's optimizers, and their keyword arguments."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
+import tyro
 
 from layout_optax import resolve_layout
 
@@ -21,70 +22,84 @@ OptionSet = Literal["paper", "recommended"]
 BiasCorrection = Literal["paper", "exact"]
 SecondMoment = Literal["low_rank", "full"]
 InitialSubspace = Literal["normal", "gradient"]
+TableRule = Literal["others", "factored_rms"]
 FactorDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class OptimizerOptions:
-    """Settings of an optimizer; None means the optimizer's own default.
+class RuleOptions:
+    """Settings that only some optimizers take, as the command line has them; None: the optimizer's default."""
 
-    Attributes:
-        weight_decay: Decoupled weight decay, multiplied by the learning rate.
-        decay_vectors: Whether weight decay also applies to vectors (norm scales).
-        b1: Weight of the old momentum in the update's direction.
-        b2: Decay of the momentum (sign rules) or of the second moment (Adam rules).
-        eps: Added to the denominators of the tables' and vectors' rule.
-        damper: SAGE's damper: both terms, the averaged one alone, or none (Lion).
-        eps_mode: Whether SAGE's eps is absolute or relative to the rms of the scale.
-        mu_dtype: Storage of SAGE's momentum.
-        head_rule: What a hybrid does with an untied head: the tables' rule, the matrices', or AdamW.
-        vector_rule: What SAGE-Hybrid and LoRA-Pre SinkGD do with vectors.
-        scale: Factor on the matrices' direction, before weight decay.
-        sinkhorn_iterations: Iterations of SinkGD.
-        sinkhorn_variant: Whether SinkGD's norms are 1 or the square roots of the dimensions.
-        rank: Rank of low-rank projections and factors.
-        table_rank: Rank of LoRA-Pre Adam on embedding and head; by default their moments are full.
-        update_gap: Steps between two projections of GaLore.
-        options: The options of LoRA-Pre Adam that were not given: the paper's rule, or what
-            `lorapre_optax` recommends.
-        bias_correction: Correction of LoRA-Pre's second moment: the paper's or the exact one.
-        bound: Largest entry of LoRA-Pre's direction; infinite for none, also where `options` has one.
-        residual: Weight of the gradient outside LoRA-Pre's subspace; 0 for none, likewise.
-        second_moment: Whether LoRA-Pre Adam's second moment is low-rank too.
-        initial_subspace: Whether LoRA-Pre's factors start at random or from the first gradient.
-        factor_dtype: Storage of LoRA-Pre's factors.
-        damping: Of the inverses in LoRA-Pre's factor step.
-        role_multipliers: Learning rate of a role as a multiple of the common one.
-    """
+    b1: float | None = None
+    """Weight of the old momentum in the update."""
+    b2: float | None = None
+    """Decay of the momentum (sign rules) or of the second moment (Adam rules)."""
+    eps: float | None = None
+    """Added to denominators (SAGE's damper, Adam)."""
+    damper: Damper | None = None
+    """SAGE's damper: both terms, the averaged one only, or none (which is Lion)."""
+    eps_mode: EpsMode | None = None
+    """Whether SAGE's eps is absolute or relative to the scale's rms."""
+    mu_dtype: MuDtype | None = None
+    """Storage of the momentum."""
+    head_rule: HeadRule | None = None
+    """The rule of a hybrid for an untied head: the embedding's (table), the matrices' or AdamW."""
+    vector_rule: VectorRule | None = None
+    """The rule of SAGE-Hybrid and LoRA-Pre SinkGD for vectors."""
+    scale: float | None = None
+    """Factor on the matrices' direction."""
+    sinkhorn_iterations: int | None = None
+    """Iterations of SinkGD."""
+    sinkhorn_variant: SinkhornVariant | None = None
+    """Whether SinkGD's norms are 1 or the square roots of the dimensions."""
+    rank: int | None = None
+    """Rank of low-rank projections and factors."""
+    table_rank: int | None = None
+    """Rank of LoRA-Pre Adam on embedding and head, in LoRA-Pre Muon."""
+    table_rule: TableRule | None = None
+    """LoRA-Pre Muon's rule for embedding and head: AdamW's or Adafactor's, V + d numbers."""
+    update_gap: int | None = None
+    """Steps between two projections of GaLore."""
+    # Files and the command line say `options`; here that is the whole of an optimizer's settings.
+    option_set: Annotated[OptionSet | None, tyro.conf.arg(name="options")] = dataclasses.field(
+        default=None, metadata={"name": "options"}
+    )
+    """Values of LoRA-Pre Adam and Muon for options that are not given: the paper's or the recommended ones."""
+    bias_correction: BiasCorrection | None = None
+    """Bias correction of LoRA-Pre's second moment."""
+    bound: float | None = None
+    """Largest entry of LoRA-Pre Adam's direction; inf for none."""
+    residual: float | None = None
+    """Weight of the gradient outside LoRA-Pre's subspace; 0 for none."""
+    second_moment: SecondMoment | None = None
+    """Whether LoRA-Pre Adam's second moment is low-rank too."""
+    initial_subspace: InitialSubspace | None = None
+    """Initial factors of LoRA-Pre: random, or from the first gradient."""
+    factor_dtype: FactorDtype | None = None
+    """Storage of LoRA-Pre's factors."""
+    damping: float | None = None
+    """Damping of the inverses in LoRA-Pre's factor step."""
+
+
+RULE_OPTIONS = tuple(field.name for field in dataclasses.fields(RuleOptions))
+
+OPTION_NAMES = (*RULE_OPTIONS, "role_multipliers")
+"""The settings that only some optimizers take."""
+
+
+@dataclass(frozen=True)
+class OptimizerOptions(RuleOptions):
+    """All settings of an optimizer."""
 
     weight_decay: float = 0.0
+    """Decoupled weight decay, multiplied by the learning rate."""
     decay_vectors: bool = True
-    b1: float | None = None
-    b2: float | None = None
-    eps: float | None = None
-    damper: Damper | None = None
-    eps_mode: EpsMode | None = None
-    mu_dtype: MuDtype | None = None
-    head_rule: HeadRule | None = None
-    vector_rule: VectorRule | None = None
-    scale: float | None = None
-    sinkhorn_iterations: int | None = None
-    sinkhorn_variant: SinkhornVariant | None = None
-    rank: int | None = None
-    table_rank: int | None = None
-    update_gap: int | None = None
-    options: OptionSet | None = None
-    bias_correction: BiasCorrection | None = None
-    bound: float | None = None
-    residual: float | None = None
-    second_moment: SecondMoment | None = None
-    initial_subspace: InitialSubspace | None = None
-    factor_dtype: FactorDtype | None = None
-    damping: float | None = None
+    """Whether weight decay also applies to vectors (norm scales)."""
     role_multipliers: Mapping[str, float] | None = None
+    """Learning rate of a role as a multiple of the common one."""
 
     def only(self, *names: str, prefix: str = "") -> dict[str, Any]:
-        """Those of the named settings that were given, under the names with a prefix.
+        """The named settings that were given, under names with a prefix.
 
         >>> OptimizerOptions(b1=0.95, eps=1e-6).only("b1", "b2", prefix="adam_")
         {'adam_b1': 0.95}
@@ -110,7 +125,8 @@ class OptimizerOptions:
         }
 
 
-OPTION_NAMES = tuple(
-    field.name for field in dataclasses.fields(OptimizerOptions) if field.default is None
-)
-"""The settings that only some optimizers take."""
+WRITTEN = {
+    field.metadata.get("name", field.name): field.name
+    for field in dataclasses.fields(OptimizerOptions)
+}
+"""Each field by its name in files, flags and variants."""

@@ -1,8 +1,8 @@
-"""Peak learning rates by preset and optimizer, where each is from, and ranks by preset.
+"""Peak learning rates by preset and optimizer with their sources, and ranks by preset.
 
-`python -m examples.llama.compare --tune` searches them; the source says which were. A rate that was not
-searched is marked as such, so that no table passes it off as tuned. An optimizer with options has a rate of
-its own, under the key of its variant (`variants.Variant.key`): "galore:rank=16".
+`python -m examples.llama.compare --tune` searches them; the source says which were searched, so that no table
+presents a guess as tuned. An optimizer with options has its own learning rate, under the key of its variant
+(`variants.Variant.key`): "galore:rank=16".
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ TUNED_RATES: dict[str, dict[str, tuple[float, str]]] = {
 
 
 def tuned_rate(preset: str, optimizer: str) -> tuple[float, str]:
-    """The peak learning rate of an optimizer or variant on a preset, and where it is from.
+    """The peak learning rate of an optimizer or variant on a preset, and its source.
 
     Raises:
         ValueError: The table has none; the message says how to give or find one.
@@ -84,11 +84,11 @@ def tuned_rate(preset: str, optimizer: str) -> tuple[float, str]:
 
 
 def rate_to_begin_with(optimizer: str) -> tuple[float, str, str] | None:
-    """A rate for a model that has none of its own: that of the largest preset with one.
+    """The learning rate of the largest preset that has one, for a model without its own.
 
     Returns:
-        The rate, where it is from, and the preset; None if no preset has one. A rate of the optimizer with
-        options counts where there is none without.
+        The learning rate, its source, and the preset; None if no preset has one. The rate of the optimizer with
+        options counts if there is none without.
 
     >>> rate_to_begin_with("muon")
     (0.012, 'searched over 150 steps', 'demo')
@@ -109,7 +109,7 @@ RANKS = {"galore_60m": 128, "galore_130m": 256, "galore_350m": 256, "galore_1b":
 
 
 def default_rank(preset_name: str, hidden_size: int) -> int:
-    """The rank of low-rank optimizers when none is asked for: the published one, or a quarter of the width.
+    """The default rank of low-rank optimizers: the published one, or a quarter of the width.
 
     >>> default_rank("galore_60m", 512), default_rank("demo", 192)
     (128, 48)

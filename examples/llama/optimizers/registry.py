@@ -1,8 +1,8 @@
-"""The optimizers of the example by name: what each is, stores and accepts.
+"""The optimizers of the example by name, with their state and options.
 
-One peak learning rate drives an optimizer, also where its parts are different rules: the unit SinkGD of
-the hybrids carries its own `scale` (10), so that a rate that suits a sign or Adam rule on the tables
-suits the matrices too. Where that is not enough, `role_multipliers` gives a role another rate.
+One peak learning rate drives an optimizer, also if its parts use different rules. The unit SinkGD of the
+hybrids has its own `scale` (10), so that a learning rate for a sign or Adam rule on the embedding suits the
+matrices too. If that is not enough, `role_multipliers` gives a role another learning rate.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class OptimizerEntry:
     Attributes:
         label: Its name in tables and plots.
         factory: Makes the transformation from a learning rate and options.
-        state: What it stores for each parameter.
-        description: What it is, in a line.
-        options: The names of `OPTION_NAMES` it takes.
-        needs_unscanned: Whether it can only do without stacked layers.
+        state: The numbers that it stores for each parameter.
+        description: A one-line description.
+        options: The names of `OPTION_NAMES` that it takes.
+        needs_unscanned: Whether it fails on stacked layers.
         needs_auto_mesh: Whether it fails on a mesh of Explicit axes.
         has_rank: Whether it needs a rank; the preset gives one by default.
         int8_momentum: Whether its `mu_dtype` may be int8.
@@ -98,7 +98,7 @@ def optimizer_entry(name: str) -> OptimizerEntry:
 
 
 def register_optimizer(name: str, entry: OptimizerEntry) -> None:
-    """Adds an optimizer to the registry, for a benchmark's peers; again the same entry does nothing.
+    """Adds an optimizer to the registry, for a benchmark's peers; adding the same entry again does nothing.
 
     Raises:
         ValueError: The name is taken by another entry.
@@ -118,7 +118,7 @@ _LORAPRE_ADAM = (
     "b1",
     "b2",
     "eps",
-    "options",
+    "option_set",
     "bias_correction",
     "bound",
     "second_moment",
@@ -130,7 +130,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         "AdamW",
         baselines.adamw,
         state="two moments of the parameter's shape",
-        description="optax.adamw on everything: what the others are measured against.",
+        description="optax.adamw on everything: the reference for the others.",
         options=(*_ADAM, "role_multipliers"),
     ),
     "lion": OptimizerEntry(
@@ -160,7 +160,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         "GaLore",
         baselines.galore,
         state="a projection of the larger side and two moments on the smaller, (max + 2 min) r numbers "
-        "a matrix; two moments for the rest",
+        "per matrix; two moments for the rest",
         description="optax.contrib.galore on matrices, AdamW on the rest; needs unstacked layers.",
         options=("b1", "b2", "eps", "scale", "rank", "update_gap"),
         needs_unscanned=True,
@@ -170,37 +170,37 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "sage_hybrid": OptimizerEntry(
         "SAGE-Hybrid",
         sage.sage_hybrid,
-        state="one momentum and one number a column for tables and vectors, nothing for matrices",
-        description="SAGE on tables and vectors, SinkGD on matrices: the paper's method.",
+        state="one momentum and one number per column for all but matrices, nothing for matrices",
+        description="SinkGD on matrices, SAGE on everything else: the paper's method.",
         options=(*_SAGE, "vector_rule", *_HYBRID),
         int8_momentum=True,
     ),
     "sage_hybrid_int8": OptimizerEntry(
         "SAGE-Hybrid int8",
         sage.sage_hybrid_int8,
-        state="an int8 momentum, one number a row and one a column for tables and vectors",
+        state="an int8 momentum, one number per row and one per column for all but matrices",
         description="SAGE-Hybrid with its momentum in int8.",
         options=("b1", "b2", "eps", "damper", "eps_mode", "vector_rule", *_HYBRID),
     ),
     "sinkgd_hybrid": OptimizerEntry(
         "SinkGD-Hybrid",
         sage.sinkgd_hybrid,
-        state="two moments for tables and vectors, nothing for matrices",
-        description="AdamW on tables and vectors, SinkGD on matrices, at one peak rate and `scale` (10).",
+        state="two moments for all but matrices, nothing for matrices",
+        description="SinkGD on matrices, AdamW on everything else, at one peak rate and `scale` (10).",
         options=_ADAM + _HYBRID,
     ),
     "lion_hybrid": OptimizerEntry(
         "Lion-Hybrid",
         sage.lion_hybrid,
-        state="one momentum for tables and vectors, nothing for matrices",
-        description="Lion on tables and vectors, SinkGD on matrices: the control without damper.",
+        state="one momentum for all but matrices, nothing for matrices",
+        description="SinkGD on matrices, Lion on everything else: the control without damper.",
         options=("b1", "b2", "mu_dtype", *_HYBRID),
         int8_momentum=True,
     ),
     "sage": OptimizerEntry(
         "SAGE-Pure",
         sage.sage,
-        state="one momentum and one number a column for everything",
+        state="one momentum and one number per column for everything",
         description="SAGE on everything, matrices too: a control that the paper shows to fail.",
         options=_SAGE,
         int8_momentum=True,
@@ -209,13 +209,13 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         "SinkGD-Pure",
         sage.sinkgd,
         state="nothing",
-        description="SinkGD on everything, tables too: a control that the paper shows to fail.",
+        description="SinkGD on everything, embedding too: a control that the paper shows to fail.",
         options=("scale", *_SINKHORN),
     ),
     "lorapre_adamw": OptimizerEntry(
         "LoRA-Pre Adam",
         lorapre.adamw,
-        state="two factor pairs, (2p + 2q) r numbers a p x q matrix; two moments for the rest",
+        state="two factor pairs, (2p + 2q) r numbers per p x q matrix; two moments for the rest",
         description="LoRA-Pre Adam on matrices, AdamW on the rest; `scale` (1) is on the matrices.",
         options=(*_LORAPRE_ADAM, "scale"),
         has_rank=True,
@@ -223,17 +223,17 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "lorapre_muon": OptimizerEntry(
         "LoRA-Pre Muon",
         lorapre.muon,
-        state="one factor pair, (p + q) r numbers a p x q matrix; two moments for the rest, or two factor "
-        "pairs a table with `table_rank`",
+        state="one factor pair, (p + q) r numbers per p x q matrix; two moments for the rest, or two factor "
+        "pairs for embedding and head with `table_rank`, V + d numbers with `table_rule=factored_rms`",
         description="LoRA-Pre Muon on matrices at update rms `scale` (0.2), AdamW on the rest; with "
-        "`table_rank` LoRA-Pre Adam on tables.",
-        options=("b1", "b2", "scale", "table_rank", *_FACTORS),
+        "`table_rank` LoRA-Pre Adam, with `table_rule` Adafactor's rule on embedding and head.",
+        options=("b1", "b2", "scale", "option_set", "table_rank", "table_rule", *_FACTORS),
         has_rank=True,
     ),
     "lorapre_sgd": OptimizerEntry(
         "LoRA-Pre SGD",
         lorapre.sgd,
-        state="one factor pair, (p + q) r numbers a p x q matrix; one momentum for the rest",
+        state="one factor pair, (p + q) r numbers per p x q matrix; one momentum for the rest",
         description="SGD with momentum `b1` (0.9), which is low-rank on matrices.",
         options=("b1", "scale", *_FACTORS),
         has_rank=True,
@@ -241,7 +241,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "lorapre_lion": OptimizerEntry(
         "LoRA-Pre Lion",
         lorapre.lion,
-        state="one factor pair, (p + q) r numbers a p x q matrix; one momentum for the rest",
+        state="one factor pair, (p + q) r numbers per p x q matrix; one momentum for the rest",
         description="Lion with a low-rank momentum on matrices, Lion on the rest.",
         options=("b1", "b2", "scale", *_FACTORS),
         has_rank=True,
@@ -249,10 +249,10 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "lorapre_sinkgd": OptimizerEntry(
         "LoRA-Pre SinkGD",
         lorapre.sinkgd,
-        state="two factor pairs, (2p + 2q) r numbers a p x q table; two moments for vectors, nothing for "
-        "matrices",
-        description="LoRA-Pre Adam with the recommended options on tables, SinkGD on matrices, AdamW on "
-        "vectors, at one peak rate and `scale` (10).",
+        state="two factor pairs, (2p + 2q) r numbers for a p x q embedding or head; two moments for "
+        "vectors, nothing for matrices",
+        description="LoRA-Pre Adam with the recommended options on embedding and head, SinkGD on "
+        "matrices, AdamW on vectors, at one peak rate and `scale` (10).",
         options=(*_LORAPRE_ADAM, "scale", "head_rule", "vector_rule"),
         has_rank=True,
     ),

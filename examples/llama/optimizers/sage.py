@@ -12,7 +12,7 @@ from examples.llama.optimizers.options import OptimizerOptions
 
 
 def damper_arguments(options: OptimizerOptions) -> dict[str, Any]:
-    """The settings that `sage_optax.sage_damper` needs to know, as keyword arguments.
+    """The settings for `sage_optax.sage_damper`, as keyword arguments.
 
     >>> damper_arguments(OptimizerOptions(b1=0.8, b2=0.95))
     {'b2': 0.95}
@@ -33,7 +33,7 @@ def sinkgd(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTrans
 
 
 def sage_hybrid(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
-    """SAGE on tables and vectors, SinkGD on matrices."""
+    """SAGE on embedding, head and vectors, SinkGD on matrices."""
     return sage_optax.sage_hybrid(
         learning_rate,
         **_sage_options(options),
@@ -48,7 +48,7 @@ def sage_hybrid_int8(learning_rate: Any, options: OptimizerOptions) -> optax.Gra
 
 
 def sinkgd_hybrid(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
-    """AdamW on tables and vectors, SinkGD on matrices."""
+    """AdamW on embedding, head and vectors, SinkGD on matrices."""
     return sage_optax.sinkgd_hybrid(
         learning_rate,
         **options.only("b1", "b2", "eps", prefix="adam_"),
@@ -58,7 +58,7 @@ def sinkgd_hybrid(learning_rate: Any, options: OptimizerOptions) -> optax.Gradie
 
 
 def lion_hybrid(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
-    """Lion on tables and vectors, SinkGD on matrices."""
+    """Lion on embedding, head and vectors, SinkGD on matrices."""
     return sage_optax.lion_hybrid(
         learning_rate, **options.only("b1", "b2", "mu_dtype"), **_hybrid_options(options)
     )
@@ -83,7 +83,7 @@ def _hybrid_options(options: OptimizerOptions) -> dict[str, Any]:
 
 
 def _sinkhorn(options: OptimizerOptions) -> dict[str, Any]:
-    """SinkGD's own settings, which carry its name in the example's options.
+    """SinkGD's own settings, which have its name in the example's options.
 
     >>> _sinkhorn(OptimizerOptions(sinkhorn_iterations=3))
     {'iterations': 3}

@@ -1,7 +1,7 @@
 """Variants of the optimizers in a comparison: a name with options, `lorapre_adamw:rank=4:options=recommended`.
 
-The options are the fields of `OptimizerOptions` that the optimizer takes; `embedding_rate`, `head_rate`,
-`matrix_rate` and `vector_rate` are a role's rate as a multiple of the common one.
+The options are the fields of `OptimizerOptions` that the optimizer takes, by the names of `WRITTEN`;
+`embedding_rate`, `head_rate`, `matrix_rate` and `vector_rate` are multiples of the common learning rate.
 """
 
 from __future__ import annotations
@@ -15,23 +15,15 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union
 
-from examples.llama.optimizers.options import OptimizerOptions
+from examples.llama.optimizers.options import WRITTEN, OptimizerOptions
 from examples.llama.optimizers.rates import TUNED_RATES, parse_rate
 from examples.llama.optimizers.registry import OPTIMIZERS, optimizer_entry
 from layout_optax.layout import ROLES
 
 _MULTIPLIERS = "role_multipliers"
 _RATES = {f"{role}_rate": role for role in ROLES}
-_FIRST = ("rank", "table_rank", "options")
-_ORDER = (
-    *_FIRST,
-    *(
-        field.name
-        for field in dataclasses.fields(OptimizerOptions)
-        if field.name not in (*_FIRST, _MULTIPLIERS)
-    ),
-    *_RATES,
-)
+_FIRST = ("rank", "table_rank", "options", "weight_decay", "decay_vectors")
+_ORDER = (*_FIRST, *(name for name in WRITTEN if name not in (*_FIRST, _MULTIPLIERS)), *_RATES)
 """The order of options in a key."""
 
 
@@ -52,12 +44,12 @@ class Variant:
 
     @property
     def key(self) -> str:
-        """The variant as it is written, in one form only."""
+        """The variant's canonical text form."""
         return ":".join([self.optimizer, *(f"{k}={_text(v)}" for k, v in self.options.items())])
 
     @property
     def folder(self) -> str:
-        """The key as a file's name.
+        """The key as a file name.
 
         >>> parse_variant("galore:rank=16:scale=1").folder
         'galore__rank=16__scale=1'
@@ -66,7 +58,7 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """The variant to read.
+        """The variant's label for readers.
 
         >>> parse_variant("lorapre_adamw:rank=4:options=recommended:second_moment=full").label
         'LoRA-Pre Adam r=4 recommended second_moment=full'
@@ -84,7 +76,9 @@ class Variant:
         {'optimizer': 'adamw', 'b2': 0.95, 'role_multipliers': 'matrix=0.25'}
         """
         found: dict[str, Any] = {"optimizer": self.optimizer}
-        found |= {name: value for name, value in self.options.items() if name not in _RATES}
+        found |= {
+            WRITTEN[name]: value for name, value in self.options.items() if name not in _RATES
+        }
         roles = [
             f"{role}={_text(self.options[name])}"
             for name, role in _RATES.items()
@@ -169,7 +163,7 @@ def parse_variant_rates(rates: str | None) -> dict[str, float]:
 
 
 def nearest_rate(preset: str, variant: Variant) -> tuple[str, float] | None:
-    """The key and rate in the table of the variant with the most of these options and no other.
+    """The key and learning rate of the tuned variant with the most of these options and no others.
 
     >>> nearest_rate("demo", parse_variant("galore:rank=8"))
     ('galore', 0.01)
@@ -191,17 +185,17 @@ def _takes(options: Sequence[str], option: str) -> bool:
     """Whether an entry with these options takes an option of a variant; all take weight decay."""
     if option in _RATES:
         return _MULTIPLIERS in options
-    return option in options or option in ("weight_decay", "decay_vectors")
+    return WRITTEN[option] in (*options, "weight_decay", "decay_vectors")
 
 
 def _value(option: str, text: str) -> Any:
-    """Reads an option's value; the message of its ValueError is what the value must be."""
+    """Reads an option's value; the message of its ValueError says what the value must be."""
     if option in _RATES:
         number = _number(text)
         if not 0 < number < math.inf:
             raise ValueError("a positive number")
         return number
-    kind = _kinds()[option]
+    kind = _kinds()[WRITTEN[option]]
     if typing.get_origin(kind) is Literal:
         if text not in typing.get_args(kind):
             raise ValueError(f"one of {', '.join(typing.get_args(kind))}")
@@ -240,7 +234,7 @@ def _number(text: str) -> float:
 
 
 def _text(value: Any) -> str:
-    """A value as it is written in a key: the shortest form that reads back as the same number.
+    """A value as written in a key: the shortest form that reads back as the same number.
 
     >>> _text(0.95), _text(4.0), _text(1e-8), _text(True)
     ('0.95', '4', '1e-08', 'true')

@@ -1,1 +1,1 @@
-"""What a run leaves behind: metrics, progress, times, summaries."""
+"""The output of a run: metrics, progress, times, summaries."""

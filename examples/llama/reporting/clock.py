@@ -1,4 +1,4 @@
-"""Times steps that run ahead of the host: only between two waits for the device is a time known."""
+"""Times steps that run ahead of the host: a time is known only between two waits for the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class StepClock:
     """Times stretches of steps, each from one wait for the device to the next.
 
     Attributes:
-        seconds: Time of all stretches so far; what lies between them (evaluation) is left out.
+        seconds: Time of all stretches so far, without the time between them (evaluation).
         steps: Steps in all stretches.
 
     >>> clock = StepClock()
@@ -44,7 +44,7 @@ class StepClock:
         """Ends a stretch, after a wait for the device.
 
         Args:
-            ordinary: Whether its steps were all of the plain kind, without statistics.
+            ordinary: Whether all its steps were plain, without statistics.
         """
         elapsed = time.perf_counter() - self._started
         self.seconds += elapsed
@@ -60,7 +60,7 @@ class StepClock:
         return self.seconds - seconds, self.steps - steps
 
     def to_dict(self) -> dict[str, Any]:
-        """What has been timed so far, fit for JSON; not the running stretch."""
+        """The completed measurements, as JSON."""
         return {
             "seconds": self.seconds,
             "steps": self.steps,
@@ -71,7 +71,7 @@ class StepClock:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> StepClock:
-        """A clock that goes on from what `to_dict` gave.
+        """A clock that continues from the result of `to_dict`.
 
         >>> StepClock.from_dict(StepClock().to_dict()).steps
         0
@@ -84,6 +84,6 @@ class StepClock:
         return clock
 
     def median(self) -> float | None:
-        """Median over stretches of the mean time of an ordinary step; of any where none was plain."""
+        """Median over stretches of the mean time of an ordinary step; of any step if none was plain."""
         means = self._ordinary or self._others
         return statistics.median(means) if means else None

@@ -1,7 +1,7 @@
-"""One way to begin and to end a command: arguments read, a user's mistake said in one line, its exit status.
+"""Starts and ends a command: reads its arguments, reports a user's mistake in one line, returns a status.
 
-A line begins with `error:`, names the flag or the file, and says what to do. Whoever mistypes a name is told
-the nearest one. What is no mistake of the user keeps its traceback.
+A line begins with `error:`, names the flag or the file, and gives the remedy. A mistyped name gets the nearest
+one as a suggestion. Errors that are not the user's keep their traceback.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import Any, Literal, TypeVar
 import tyro
 from rich.console import Console
 
+from examples.llama.reporting.files import written
 from examples.llama.reporting.help import help_class
 
 T = TypeVar("T")
 
 USAGE_EXIT = 2
-"""What a command returns for a mistake of the user's."""
+"""The exit status for a mistake of the user."""
 
 _OTHER_NAMES = {
     "lr": "learning_rate",
@@ -43,7 +44,7 @@ _OTHER_NAMES = {
     "wd": "weight_decay",
     "optim": "optimizer",
 }
-"""What other trainers call our options."""
+"""Names of our options in other trainers."""
 
 
 def command(
@@ -54,14 +55,14 @@ def command(
     prog: str,
     usage_errors: tuple[type[Exception], ...] = (ValueError, OSError),
 ) -> int:
-    """Reads the arguments, acts, and says a user's mistake in one line; returns the exit status.
+    """Reads the arguments, runs the command, reports a user's mistake in one line; returns the exit status.
 
     Args:
         kind: The dataclass of the options.
-        act: What the command does with them; returns its exit status.
+        act: Runs the command with the options; returns its exit status.
         arguments: The arguments, by default those of the process.
-        prog: How the command is called, for its help.
-        usage_errors: Exceptions that the user's arguments or files cause; any other is raised.
+        prog: The command's name in its help.
+        usage_errors: Exceptions that the user's arguments or files cause; others are raised.
     """
     config = parse(kind, arguments, prog=prog)
     try:
@@ -95,7 +96,7 @@ def fail(error: BaseException, kind: Any = None) -> int:
     """Prints the line of an error; returns the exit status of a user's mistake.
 
     Args:
-        error: What went wrong.
+        error: The error.
         kind: The dataclass of the options, whose names in the message become flags.
     """
     Console(stderr=True).print(
@@ -105,7 +106,7 @@ def fail(error: BaseException, kind: Any = None) -> int:
 
 
 def message(error: BaseException, kind: Any = None) -> str:
-    """The line of an error: the file of an error of the system, flags by their names, the nearest name.
+    """The line of an error: the file of a system error, flags by their names, the nearest name.
 
     >>> message(FileNotFoundError(2, "No such file or directory", "a.json"))
     'a.json: No such file or directory'
@@ -121,7 +122,7 @@ def message(error: BaseException, kind: Any = None) -> str:
 
 
 def flags_named(text: str, kind: Any) -> str:
-    """A message with the options' Python names as flags; a name of one word only where the message begins.
+    """Replaces Python names of options in a message by flags; one-word names only at the beginning.
 
     >>> @dataclasses.dataclass
     ... class Config:
@@ -131,7 +132,7 @@ def flags_named(text: str, kind: Any) -> str:
     ('--batch-size 3 is odd', '--steps must be 1')
     """
     for option in dataclasses.fields(kind):
-        flag = f"--{option.name.replace('_', '-')}"
+        flag = f"--{written(option).replace('_', '-')}"
         if "_" in option.name:
             text = re.sub(rf"(?<![\w./'\"-]){option.name}(?![\w/'\"=.])", flag, text)
         else:
@@ -140,7 +141,7 @@ def flags_named(text: str, kind: Any) -> str:
 
 
 def nearest_said(text: str) -> str:
-    """A message of an unknown name with the nearest of those that it lists."""
+    """Adds the nearest of the listed names to a message about an unknown name."""
     found = re.match(
         r"(.*[Uu]nknown [^']*'([^']*)'[^;]*);\s*((?:.*?\b(?:are|of|use))\s+(.*))$", text
     )
@@ -163,9 +164,9 @@ def closest(name: str, names: Sequence[str]) -> str | None:
 
 
 def explain(kind: Any, arguments: Sequence[str]) -> str | None:
-    """Why a command line cannot be read, in one line; None where the reason is not among the common ones."""
+    """The reason in one line why a command line cannot be read; None for uncommon reasons."""
     hints = typing.get_type_hints(kind)
-    options = {option.name: option for option in dataclasses.fields(kind)}
+    options = {written(option): option for option in dataclasses.fields(kind)}
     seen = set()
     for position, argument in enumerate(arguments):
         if not argument.startswith("--") or argument == "--":
@@ -182,7 +183,7 @@ def explain(kind: Any, arguments: Sequence[str]) -> str | None:
         following = arguments[position + 1 :]
         if not equals:
             value = following[0] if following and not following[0].startswith("--") else None
-        problem = _wrong_value(hints[name], value)
+        problem = _wrong_value(hints[options[name].name], value)
         if problem:
             return f"--{name.replace('_', '-')} wants {problem}"
     for name, option in options.items():
@@ -203,7 +204,7 @@ def _unknown(name: str, names: Sequence[str]) -> str:
 
 
 def _wrong_value(hint: Any, value: str | None) -> str:
-    """What an option wants in place of a value; empty if the value is of its kind."""
+    """What an option expects instead of a value; empty if the value is valid."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         (hint,) = [part for part in typing.get_args(hint) if part is not type(None)][:1]
     if hint is bool:

@@ -1,4 +1,4 @@
-"""Files of a run that are written in one piece, and the JSON in them."""
+"""Files of a run that are written atomically, and their JSON."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _PACKAGES = ("jax", "jaxlib", "optax", "flax", "grain", "numpy", "tokenizers")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file in one piece: after a crash there is the old file or the new one."""
+    """Writes a JSON file atomically: after a crash there is the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in one piece, in a folder that is there."""
+    """Writes a text file atomically, in an existing folder."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, or None if there is none or it is not whole."""
+    """The content of a JSON file, or None if it is absent or incomplete."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -45,13 +45,13 @@ def read_json(path: Path) -> Any:
 
 
 def jsonable(value: Any) -> Any:
-    """A value made of what strict JSON has; numbers that it has not become their names.
+    """Converts a value to strict JSON; numbers that JSON lacks become their names.
 
     >>> jsonable({"rate": np.float32(0.5), "loss": float("nan"), "out": Path("runs")})
     {'rate': 0.5, 'loss': 'NaN', 'out': 'runs'}
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        value = {written(field): getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -65,10 +65,18 @@ def jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def same_json(stored: Any, value: Any) -> bool:
-    """Whether a value is what was stored, where None is the same as not being there.
+def written(field: dataclasses.Field[Any]) -> str:
+    """The name of a dataclass's field in files and, with dashes, on the command line.
 
-    A setting that is new since the file was written is None where it changes nothing.
+    It is the field's own, unless its metadata have another `name`.
+    """
+    return field.metadata.get("name", field.name)
+
+
+def same_json(stored: Any, value: Any) -> bool:
+    """Whether a value equals a stored one, where None equals an absent value.
+
+    A setting that is newer than the file is None if it changes nothing.
 
     >>> same_json({"b1": None, "b2": 0.9}, {"b2": 0.9, "rank": None})
     True
@@ -85,7 +93,7 @@ def same_json(stored: Any, value: Any) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers, and the device."""
+    """Versions of Python and of the packages that affect the numbers, and the device."""
     device = jax.devices()[0]
     return {
         "python": platform.python_version(),

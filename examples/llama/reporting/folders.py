@@ -1,8 +1,8 @@
-"""Which folder a command may write into: an empty one or its own kind's, and never what it reads.
+"""Decides which folder a command may write into: an empty one or one of its own kind, never its input.
 
 A command checks before it reads or removes anything. Symbolic links are followed first, so that a link to the
-input is the input. What a folder holds is told by its files: `config.json` of a run has the run's settings,
-that of a Hugging Face model has its `model_type`. Log files that a shell or a scheduler put there do not count.
+input counts as the input. The files of a folder identify it: `config.json` of a run has the run's settings,
+that of a Hugging Face model has its `model_type`. Log files from a shell or a scheduler do not count.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any, Literal
 from examples.llama.reporting.files import CONFIG, METRICS, SUMMARY
 
 Kind = Literal["nothing", "run", "comparison", "evaluation", "model", "something else"]
-"""What a folder may hold."""
+"""The kinds of content of a folder."""
 
 LOCK, REPLACED = "run.lock", ".replaced"
-"""Names of the lock of a folder, and of the folder in which a run waits while another begins in its place."""
+"""Names of a folder's lock, and of the folder in which an old run waits while another replaces it."""
 
 CHECKPOINTS, ITEMS = "checkpoints", "items.jsonl"
 """Names of a run's folder of checkpoints, and of an evaluation's file of single problems."""
@@ -42,7 +42,7 @@ _NAMES: dict[Kind, str] = {
 
 
 class FolderError(FileExistsError, ValueError):
-    """A command may not write where it was told to; the message says why and what to do."""
+    """A command may not write to its output; the message gives the reason and the remedy."""
 
 
 def check_output(
@@ -53,17 +53,17 @@ def check_output(
     flag: str = "--out",
     may_be_inside: bool = False,
 ) -> None:
-    """Refuses a folder that is no place for a command's output.
+    """Refuses a folder that is not valid for a command's output.
 
     Args:
         out: The folder.
-        kind: What the command writes: it may go where the folder is empty or holds that.
-        inputs: What the command reads, by flag. What is no path that exists (`hf:NAME`, None) is passed over.
+        kind: The kind of the output; the folder must be empty or hold that kind.
+        inputs: The command's inputs, by flag. Values that are not existing paths (`hf:NAME`, None) are ignored.
         flag: The flag that names the folder.
         may_be_inside: Whether the output may lie below an input, as an evaluation does below its run.
 
     Raises:
-        FolderError: It is a file, cannot be written, holds something else, or is, holds or lies in an input.
+        FolderError: It is a file, cannot be written, holds something else, or overlaps an input.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as name:
@@ -93,7 +93,7 @@ def check_apart(
     flag: str = "--out",
     may_be_inside: bool = False,
 ) -> None:
-    """Refuses an output that is the input, holds it or lies in it.
+    """Refuses an output that is the input, contains it or lies in it.
 
     Raises:
         FolderError: It does; the message names both.
@@ -111,10 +111,10 @@ def check_apart(
 
 
 def check_writable(out: Path, *, flag: str = "--out") -> None:
-    """Refuses a folder that is a file, lies under one or may not be written, without making anything.
+    """Refuses a folder that is a file, lies under one or is not writable, without creating anything.
 
     Raises:
-        FolderError: It is; the message names the part of the path that stands in the way.
+        FolderError: It is; the message names the part of the path that prevents writing.
     """
     place = out.expanduser().absolute()
     while not os.path.lexists(place) and place != place.parent:
@@ -133,8 +133,8 @@ def check_file(
 
     Args:
         path: The file.
-        inputs: What the command reads, by flag.
-        keys: Keys that the file's JSON object, or that of its first line, has if this command wrote it.
+        inputs: The command's inputs, by flag.
+        keys: Keys of the file's JSON object, or of its first line's, if this command wrote it.
         flag: The flag that names the file.
 
     Raises:
@@ -165,7 +165,7 @@ def make_folder(out: Path, *, flag: str = "--out") -> None:
 
 
 def kind_of(folder: Path) -> Kind:
-    """What a folder holds, as far as its files tell.
+    """The kind of a folder's content, from its files.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as name:
@@ -184,7 +184,7 @@ def kind_of(folder: Path) -> Kind:
         return "model"
     if ITEMS in names and "problems" in summary:
         return "evaluation"
-    # A run that a crash stopped early, or whose config.json is damaged, has its files and no others.
+    # A run that a crash stopped early, or whose config.json is damaged, has only its own files.
     if names <= _OF_RUN and not config:
         return "run"
     if names & _OF_COMPARISON or all(_is_part_of_comparison(folder / name) for name in names):
@@ -217,7 +217,7 @@ def _some_names(folder: Path) -> str:
 
 
 def _fields(path: Path) -> Mapping[str, Any]:
-    """The object in a JSON file; empty if there is none that can be read."""
+    """The object in a JSON file; empty if it cannot be read."""
     try:
         return _object(path.read_bytes())
     except OSError:
@@ -233,7 +233,7 @@ def _object(text: bytes) -> Mapping[str, Any]:
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is such a path; False for text that can be none (`synthetic:0` may be too long a name)."""
+    """Whether a path exists; False for text that cannot be a path (`synthetic:0` may be too long a name)."""
     try:
         return path.exists()
     except (OSError, ValueError):

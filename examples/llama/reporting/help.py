@@ -1,8 +1,8 @@
-"""The help of a command in groups: the options that matter first, then by what they are about.
+"""The help of a command in groups: the important options first, then by subject.
 
-A command reads its options from one flat dataclass. For `--help` alone the same options are put into nested
-ones, which tyro shows as boxes. Lines that an option's docstring breaks are joined, and an option that may be
-left out shows no default None.
+A command reads its options from one flat dataclass. Only for `--help`, the same options go into nested
+dataclasses, which tyro shows as boxes. Lines that an option's docstring breaks are joined, and an optional
+option shows no default None.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from examples.llama.reporting.files import written
+
 FIRST = (
     *("preset", "model", "hf_config", "prompt", "optimizer", "optimizers", "method", "finetune"),
     *("data", "task", "learning_rate", "tune", "device_gb", "out"),
 )
-"""Options that a command shows first, as far as it has them."""
+"""Options that a command shows first, if it has them."""
 
 MOST_FIRST = 5
 
 FEW = 8
-"""A command with no more options than these has one group."""
+"""A command with at most this many options has one group."""
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "step": (
@@ -56,7 +58,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "checkpoint": ("overwrite",),
 }
-"""Options by group; what is not named goes with the class that declares it, see `_BY_CLASS`."""
+"""Options by group; others go with the class that declares them, see `_BY_CLASS`."""
 
 _BY_CLASS = {
     "CheckpointConfig": "checkpoint",
@@ -94,7 +96,7 @@ def grouped(kind: type) -> dict[str, list[str]]:
 
 
 def help_class(kind: type) -> Any:
-    """A class that tyro shows as the grouped help of `kind`; it is not to be made into an object."""
+    """A class that tyro shows as the grouped help of `kind`; it is not meant to be instantiated."""
     described = descriptions(kind)
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -106,7 +108,7 @@ def help_class(kind: type) -> Any:
             member = dataclasses.field(
                 default=fields[name].default, default_factory=fields[name].default_factory
             )
-            members.append((name, hint, member))
+            members.append((written(fields[name]), hint, member))
         box = dataclasses.make_dataclass(group, members, kw_only=True)
         box.__doc__ = ""
         boxes.append((group, tyro.conf.OmitArgPrefixes[box]))
@@ -116,7 +118,7 @@ def help_class(kind: type) -> Any:
 
 
 def _shown(hint: Any, default: Any, described: str) -> Any:
-    """An option's type as the help shows it: without `{None}|` where None is what leaving it out means."""
+    """An option's type as the help shows it, without `{None}|` if None means that it is omitted."""
     given: list[Any] = list(hint.__metadata__) if typing.get_origin(hint) is Annotated else []
     bare = hint.__origin__ if given else hint
     helps = [one.help for one in given if getattr(one, "help", None)]
@@ -127,7 +129,7 @@ def _shown(hint: Any, default: Any, described: str) -> Any:
 
 
 def _metavar(hint: Any) -> str:
-    """How a value is written, for an option that may be left out.
+    """The form of a value, for an optional option.
 
     >>> _metavar(int | None), _metavar(Literal["a", "b"] | None), _metavar(list[str] | None)
     ('INT', '{a,b}', 'STR [STR ...]')
@@ -151,7 +153,7 @@ def descriptions(kind: type) -> dict[str, str]:
             continue
         try:
             source = textwrap.dedent(inspect.getsource(owner))
-        except OSError:  # made on the fly
+        except OSError:  # a dynamically created class
             continue
         (body,) = [node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
         for node, following in itertools.pairwise(body):

@@ -1,11 +1,11 @@
-"""One writer a folder: a lock that ends with the process that holds it.
+"""One writer per folder: a lock that ends with its process.
 
-The lock is `flock` on the folder's file `run.lock`. The kernel gives it back when its process ends, however it
-ends, so that a crash leaves nothing to clean up. Most shared file systems pass it on to other hosts; some keep
-it to themselves or have none. Therefore the file also names the holder's process and host. A lock that this
-host grants is not believed where the file names a process that lives here, for then `flock` does nothing on
-this file system, or one of another host, for nobody here can tell whether it lives. `--force-unlock` takes the
-lock of another host; a process that lives on this one has to end first.
+The lock is `flock` on the folder's file `run.lock`. The kernel releases it when the process ends in any way, so
+a crash needs no clean-up. Most shared file systems pass the lock on to other hosts; some keep it local or do
+not support it. The file therefore also names the holder's process and host. A granted lock is not trusted in
+two cases. If the file names a live process on this host, `flock` does nothing on this file system. If it names
+a process on another host, this host cannot tell whether it lives. `--force-unlock` takes the lock of another
+host; a live process on this host has to end first.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from examples.llama.reporting.folders import LOCK, FolderError, make_folder
 
 
 class FolderLock:
-    """Holds a folder for one writer; a context manager.
+    """Locks a folder for one writer; a context manager.
 
     Args:
         folder: The folder; made if it is missing.
-        force: Take over the lock of a process of another host, which may not be there any more.
-        active: Whether to lock at all; of several processes of a run one does.
+        force: Whether to take over the lock of a process on another host, which may have ended.
+        active: Whether to lock at all; among several processes of a run one does.
 
     Raises:
         FolderError: Another process writes there, or the folder cannot be written.
@@ -76,14 +76,14 @@ class FolderLock:
         trace: TracebackType | None,
     ) -> None:
         if self._file is not None:
-            # Removed while it is held: who opened it meanwhile sees that the file is gone and tries again.
+            # Removed while the lock is held: a process that opened it meanwhile sees that and tries again.
             with contextlib.suppress(OSError):
                 (self._folder / LOCK).unlink()
             os.close(self._file)
             self._file = None
 
     def _doubt(self, holder: dict[str, Any] | None) -> str:
-        """Why a lock that was granted may not be ours; empty if it is."""
+        """The reason why a granted lock may not be valid; empty if it is."""
         if holder is None or holder == _self():
             return ""
         if holder["host"] == socket.gethostname():
@@ -97,7 +97,7 @@ class FolderLock:
 
 
 def _locked(path: Path) -> int:
-    """Opens and locks a file that is there when the lock is held.
+    """Opens and locks a file that still exists once the lock is held.
 
     Raises:
         OSError: Another process holds it, or it cannot be written.
@@ -108,7 +108,7 @@ def _locked(path: Path) -> int:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                # A file system without flock: what the file says has to do.
+                # A file system without flock: the file's content has to suffice.
                 if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
                     raise
             with contextlib.suppress(FileNotFoundError):
@@ -129,7 +129,7 @@ def _self() -> dict[str, Any]:
 
 
 def _holder(path: Path) -> dict[str, Any] | None:
-    """Whom the file names, or None."""
+    """The process and host in the file, or None."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return found if {"process", "host"} <= found.keys() else None
@@ -138,7 +138,7 @@ def _holder(path: Path) -> dict[str, Any] | None:
 
 
 def _lives(holder: dict[str, Any]) -> bool:
-    """Whether a process of this host is there, and no later one with its number."""
+    """Whether a process of this host still lives, and its number was not reused."""
     try:
         os.kill(holder["process"], 0)
     except ProcessLookupError:
@@ -149,7 +149,7 @@ def _lives(holder: dict[str, Any]) -> bool:
 
 
 def _start_of(process: int) -> str | None:
-    """When a process began, in ticks since the host did; None where the system does not say."""
+    """Start time of a process, in ticks since the host started; None if the system does not provide it."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

@@ -1,4 +1,4 @@
-"""The lines of numbers of a run: the writer of JSON lines and TensorBoard events, and the reader."""
+"""Metrics of a run: the writer of JSON lines and TensorBoard events, and the reader."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from examples.llama.reporting.wandb_run import WandbMode, WandbRun
 
 
 class MetricsWriter:
-    """Writes the numbers of a run as JSON lines and, if asked, for TensorBoard and Weights & Biases.
+    """Writes the metrics of a run as JSON lines and, on request, for TensorBoard and Weights & Biases.
 
-    Every line is flushed when it is written, so that a crash loses nothing. The lines of an earlier run
-    in the folder are kept beside the new ones under the suffix `.old`; its event files are removed,
-    since TensorBoard would mix the two. A run that goes on from a checkpoint keeps what was written up to its
-    step, and nothing else: neither what came after nor a line that a crash cut short.
+    Every line is flushed when it is written, so a crash loses nothing. The lines of an earlier run in the
+    folder stay beside the new ones under the suffix `.old`. Its event files are removed, since TensorBoard
+    would mix the two. A run that resumes from a checkpoint keeps the lines up to its step, and drops later
+    lines and a line that a crash cut short.
 
     Args:
         folder: The run's folder; made if it is missing.
-        tensorboard: Write event files into `folder/tensorboard` too.
-        active: Write at all; of several processes one does.
-        wandb: Write to Weights & Biases too, sending the numbers or only keeping them.
-        keep_until: Step up to which the lines of the folder are kept and gone on from; None: of none.
+        tensorboard: Whether to write event files into `folder/tensorboard` too.
+        active: Whether to write at all; among several processes one does.
+        wandb: Whether to write to Weights & Biases too, online or offline.
+        keep_until: Step up to which the folder's lines are kept; None keeps none.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +71,7 @@ class MetricsWriter:
             self._wandb = WandbRun(folder, wandb, resumed=keep_until is not None)
 
     def write(self, kind: str, step: int, numbers: Mapping[str, float]) -> None:
-        """Writes one line: what kind of numbers, after which step, and the numbers by name."""
+        """Writes one line: the kind of numbers, the step, and the numbers by name."""
         if self._file is None:
             return
         line = {"kind": kind, "step": step, **jsonable(numbers)}
@@ -79,14 +79,14 @@ class MetricsWriter:
         self._file.flush()
         if self._events is not None:
             for name, value in numbers.items():
-                if math.isfinite(value):  # tensorboardX warns of every other, at length
+                if math.isfinite(value):  # tensorboardX prints a long warning for others
                     self._events.add_scalar(f"{kind}/{name}", value, step)
             self._events.flush()
         if self._wandb is not None:
             self._wandb.write(kind, step, numbers)
 
     def sync(self) -> None:
-        """Waits until the lines so far are on disk: a checkpoint must not outlive them."""
+        """Waits until the lines so far are on disk, since a checkpoint must not be newer than they are."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
@@ -107,7 +107,7 @@ class MetricsWriter:
 
 
 def _truncate(folder: Path, step: int) -> None:
-    """Leaves the lines up to a step; after a crash there is the old file or the new one."""
+    """Keeps the lines up to a step; after a crash there is the old file or the new one."""
     path = folder / METRICS
     lines = read_metrics(folder) if path.exists() else []
     kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
@@ -115,7 +115,7 @@ def _truncate(folder: Path, step: int) -> None:
 
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The lines of a run's metrics file; a last line that a crash cut short is left out.
+    """The lines of a run's metrics file, without a last line that a crash cut short.
 
     Args:
         folder: The run's folder.
@@ -125,6 +125,6 @@ def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
     for text in (folder / METRICS).read_bytes().splitlines():
         try:
             lines.append(json.loads(text))
-        except ValueError:  # no JSON, or bytes that are no text
+        except ValueError:  # not JSON, or bytes that are not text
             break
     return [line for line in lines if kind is None or line["kind"] == kind]

@@ -1,4 +1,4 @@
-"""What a run shows while it lasts: a live line on a terminal, plain lines in a log file."""
+"""The display of a run: a live line on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress(ABC):
-    """Shows how far a run is; a context manager."""
+    """Shows the progress of a run; a context manager."""
 
     def __enter__(self) -> Self:
         return self
@@ -37,18 +37,18 @@ class Progress(ABC):
 
     @abstractmethod
     def note(self, text: str) -> None:
-        """Shows a line that stays."""
+        """Shows a permanent line."""
 
 
 def make_progress(console: Console, label: str, total: int) -> Progress:
-    """A live line where the console is a terminal, else plain lines."""
+    """A live line if the console is a terminal, otherwise plain lines."""
     kind = LiveProgress if console.is_terminal else PlainProgress
     return kind(console, label, total)
 
 
 @contextlib.contextmanager
 def waiting(console: Console, text: str) -> Iterator[None]:
-    """Shows what is waited for and since when, while it lasts; nothing where the console is no terminal."""
+    """Shows a wait and its duration while it lasts; nothing if the console is not a terminal."""
     if not console.is_terminal:
         yield
         return
@@ -60,10 +60,10 @@ def waiting(console: Console, text: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def counting(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows how many of some things are done; gives the function to call with their number so far.
+    """Shows how many of some items are done; gives the function to call with their number so far.
 
-    On a terminal a line changes in place, from the start on, so that a compile shows its time. Elsewhere
-    there is a line at each tenth.
+    On a terminal a line changes in place, from the start, so that a compilation shows its time. Elsewhere there
+    is a line at each tenth.
 
     >>> with counting(Console(width=80), "problems", 4) as done:
     ...     done(2)
@@ -87,14 +87,14 @@ def counting(console: Console, label: str, total: int) -> Iterator[Callable[[int
         return
     said = 0
 
-    def say(done: int) -> None:
+    def tell(done: int) -> None:
         nonlocal said
         if done == total or 10 * (done - said) >= total:
             said = done
             text = f"{label} {done}/{total}, {_left(started, done, total)} left"
             console.print(escape(text), highlight=False, soft_wrap=True)
 
-    yield say
+    yield tell
 
 
 def _left(started: float, done: int, total: int) -> str:
@@ -103,7 +103,7 @@ def _left(started: float, done: int, total: int) -> str:
 
 
 class LiveProgress(Progress):
-    """One line that changes in place, with a spinner and the time since it began: a compile takes minutes."""
+    """One line that changes in place, with a spinner and the elapsed time, since compilation takes minutes."""
 
     def __init__(self, console: Console, label: str, total: int):
         self._bar = RichProgress(
@@ -141,7 +141,7 @@ class LiveProgress(Progress):
 
 
 class PlainProgress(Progress):
-    """One line a log interval, for logs that are read later."""
+    """One line per log interval, for later reading."""
 
     def __init__(self, console: Console, label: str, total: int):
         self._console, self._label, self._total = console, label, total
@@ -160,8 +160,13 @@ class PlainProgress(Progress):
         self._console.print(escape(text), highlight=False, soft_wrap=True)
 
 
+def say(console: Console, text: str) -> None:
+    """Prints a line as it is: no markup, no colours, no line breaks at the edge."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def duration(seconds: float) -> str:
-    """A time span to read.
+    """A time span as text.
 
     >>> duration(3.2), duration(185), duration(7322)
     ('3s', '3m05s', '2h02m')

@@ -1,4 +1,4 @@
-"""What is left of a run: the summary that is stored, and the table that is shown."""
+"""The summary of a run, for storage and as a table."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Status = Literal["finished", "interrupted", "preempted", "non_finite", "save_fai
 
 @dataclass
 class RunSummary:
-    """The result of a run, also of one that did not reach its end.
+    """The result of a run, also of one that did not finish.
 
     Attributes:
-        status: Whether it reached its end.
-        message: What stopped it, in a sentence; empty for a finished run.
+        status: Whether it finished.
+        message: The reason why it stopped, in a sentence; empty for a finished run.
         preset: Name of the model shape.
         optimizer: Name of the optimizer.
         learning_rate: Peak learning rate.
-        rate_source: Where that rate is from.
+        rate_source: The source of that learning rate.
         seed: Seed of parameters and data order.
         steps: Steps taken.
-        planned_steps: Steps asked for.
-        skipped: Of which so many changed nothing, their loss or gradient not being finite.
+        planned_steps: Planned steps.
+        skipped: Steps that changed nothing because their loss or gradient was not finite.
         tokens: Tokens trained on.
         train_loss: Mean loss of the last log interval, or None before the first.
         heldout_loss: Mean loss over the held-out tokens at the last evaluation, or None.
@@ -38,8 +38,8 @@ class RunSummary:
         heldout_step: Step of that evaluation.
         parameters: Number of parameters.
         optimizer_state_bytes: Bytes of the optimizer's state, over all devices without copies.
-        device_state_bytes: Bytes of it that one device holds, or None in files from before there were meshes.
-        adamw_state_bytes: Bytes that AdamW's would take.
+        device_state_bytes: Bytes of it on one device, or None in files from before meshes.
+        adamw_state_bytes: Bytes of AdamW's state.
         tokens_per_second: Tokens over the time of training, without compiling and evaluating.
         median_step_seconds: Median over log intervals of the mean time of a step.
         compile_seconds: Time to compile the train steps.
@@ -84,7 +84,7 @@ class RunSummary:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> RunSummary:
-        """A summary from what `to_dict` gave."""
+        """A summary from the result of `to_dict`."""
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in stored.items() if name in names})
 
@@ -98,7 +98,7 @@ class RunSummary:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that is too large to write.
+    """exp(loss), infinite if it overflows.
 
     >>> perplexity(0.0), perplexity(1e4)
     (1.0, inf)
@@ -142,7 +142,7 @@ def summary_table(summary: RunSummary) -> Table:
 
 
 def size(number: float) -> str:
-    """Bytes to read, in powers of 1024.
+    """Bytes as text, in powers of 1024.
 
     >>> size(512), size(35 * 2**20)
     ('512 B', '35.00 MiB')

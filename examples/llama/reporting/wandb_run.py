@@ -1,7 +1,7 @@
-"""The numbers of a run for Weights & Biases, beside the JSON lines: `--wandb online` or `--wandb offline`.
+"""Logs a run to Weights & Biases, besides the JSON lines: `--wandb online` or `--wandb offline`.
 
-The package is an extra and is imported only where it is asked for. Project, entity and key are its own
-environment variables (WANDB_PROJECT, WANDB_ENTITY, WANDB_API_KEY).
+The package is an extra and is imported only on request. Its own environment variables give project, entity and
+key (WANDB_PROJECT, WANDB_ENTITY, WANDB_API_KEY).
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from examples.llama.reporting.files import CONFIG, read_json, write_text
 WandbMode = Literal["online", "offline"]
 
 PROJECT = "llama-optimizers"
-"""The project where WANDB_PROJECT names none."""
+"""The project if WANDB_PROJECT is not set."""
 
 
 def check_wandb(mode: WandbMode | None) -> None:
-    """Raises ValueError where the package is asked for and not installed."""
+    """Raises ValueError if the package is requested but not installed."""
     if mode is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError("wandb needs the package of that name; pip install -e '.[wandb]'")
 
 
 class WandbRun:
-    """A run in Weights & Biases; one that is resumed goes on under the identity kept in its folder.
+    """A run in Weights & Biases; a resumed run keeps its identity from its folder.
 
     Args:
         folder: The run's folder; the package's own files go into its `wandb`.
-        mode: Send the numbers, or only keep them there (`wandb sync` sends them later).
-        resumed: Whether the run goes on from a checkpoint.
+        mode: Whether to send the numbers, or only keep them there (`wandb sync` sends them later).
+        resumed: Whether the run resumes from a checkpoint.
 
     Raises:
         ValueError: The package is not installed.
@@ -56,16 +56,17 @@ class WandbRun:
             mode=mode,
             config=read_json(folder / CONFIG) or {},
         )
-        # Steps of ours: after a resumption some come again, which a counter of the package's would refuse.
+        # The steps come from here: after a resumption some repeat, which the package's own counter would
+        # refuse.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def write(self, kind: str, step: int, numbers: Mapping[str, float]) -> None:
-        """Logs the numbers of a line, as TensorBoard has them."""
+        """Logs the numbers of a line under TensorBoard's names."""
         self._run.log(
             {"step": step, **{f"{kind}/{name}": value for name, value in numbers.items()}}
         )
 
     def close(self) -> None:
-        """Ends the run, and waits until what there is has been sent or is on disk."""
+        """Ends the run, and waits until its data is sent or on disk."""
         self._run.finish()

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: what one holds, saving in the background, and proof that what is read was written.
+"""Checkpoints of a run: their content, saving in the background, and verification on reading.
 
-A checkpoint has two items. `state` is the train state (parameters, optimizer state, counts), as Orbax
-stores arrays. `run` is one JSON record: schema version, step, settings, data, versions, the position in
-the data, the counters that logs go on from, and a fingerprint of every array. See docs/checkpoints.md.
+A checkpoint has two items. `state` is the train state (parameters, optimizer state, counts), as Orbax stores
+arrays. `run` is one JSON record: schema version, step, settings, data, versions, the position in the data, the
+counters from which logs continue, and a fingerprint of every array. See docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from examples.llama.training.fingerprint import fingerprints
 from examples.llama.training.step import TrainState
 
 SCHEMA = 1
-"""Version of what a checkpoint holds; one that cannot be read any more gets a new number."""
+"""Version of a checkpoint's content; a content that old programs cannot read gets a new number."""
 
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged-checkpoints"
-"""Names of a run's folders of checkpoints, and of those that were found to be damaged."""
+"""Names of a run's folders of checkpoints and of damaged checkpoints."""
 
 _STATE, _RUN, _LOSS = "state", "run", "heldout_loss"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message says which and why."""
+    """A checkpoint cannot be used; the message names it and the reason."""
 
 
 class SchemaError(ValueError):
-    """A checkpoint is of a schema that this program does not read."""
+    """A checkpoint has a schema that this program does not read."""
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written; the message says which, why, and what is left."""
+    """A checkpoint could not be written; the message names it, the reason, and what remains."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest and the best kept.
+    """The checkpoints of one run; it keeps the newest and the best.
 
     Saving copies the arrays and returns; they are written in the background, under a temporary name
     until all is on disk. An error there is raised by the next call of `save`, `wait` or `close`.
@@ -54,8 +54,8 @@ class Checkpoints:
     Args:
         out: The run's folder; the checkpoints are in its folder `checkpoints`.
         keep_last: Number of newest checkpoints to keep.
-        keep_best: Number of checkpoints of least held-out loss to keep beside them.
-        read_only: Only read, and leave alone what a run that is going on may be writing just now.
+        keep_best: Number of checkpoints of least held-out loss to keep as well.
+        read_only: Whether to only read, and not touch what an active run may be writing.
     """
 
     def __init__(
@@ -90,17 +90,17 @@ class Checkpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that were written to their end, newest first."""
+        """The steps of the completely written checkpoints, newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def save(
         self, state: TrainState, record: Mapping[str, Any], heldout_loss: float | None = None
     ) -> None:
-        """Begins to save a state; what is given may change or be donated as soon as this returns.
+        """Starts to save a state; the caller may change or donate the arguments as soon as this returns.
 
         Args:
             state: The train state.
-            record: What else there is to know, fit for JSON.
+            record: Further data to store, as JSON.
             heldout_loss: The held-out loss at this very step, if it was evaluated.
 
         Raises:
@@ -123,10 +123,10 @@ class Checkpoints:
         self._guarded(lambda: self._manager.save(step, args=args, metrics=metrics, force=True))
 
     def wait(self) -> None:
-        """Waits until what was begun is on disk.
+        """Waits until all started saves are on disk.
 
         Raises:
-            SaveError: It could not be written.
+            SaveError: A save failed.
         """
         self._guarded(self._manager.wait_until_finished)
 
@@ -145,13 +145,13 @@ class Checkpoints:
         """The record of a checkpoint.
 
         Raises:
-            CheckpointError: It cannot be read or was changed.
-            SchemaError: It is of another schema.
+            CheckpointError: The record cannot be read or was changed.
+            SchemaError: The record has another schema.
         """
         try:
             args = ocp.args.Composite(**{_RUN: ocp.args.JsonRestore()})
             found = self._manager.restore(step, args=args)[_RUN]
-        except Exception as error:  # Orbax raises what the damage happens to cause
+        except Exception as error:  # Orbax raises whatever the damage causes
             raise CheckpointError(f"its record cannot be read ({_brief(error)})") from error
         if not isinstance(found, dict) or found.get("sha256") != _digest(found):
             raise CheckpointError("its record is not what was written")
@@ -166,12 +166,12 @@ class Checkpoints:
         """Reads a state and compares every array with its fingerprint.
 
         Args:
-            step: Which checkpoint.
+            step: The checkpoint's step.
             abstract: Shapes, dtypes and, on a mesh, shardings to restore to; the mesh may be another than
                 the one that was saved from. Without a sharding an array goes to the first device.
 
         Raises:
-            CheckpointError: It cannot be read, or an array is not what was written.
+            CheckpointError: The state cannot be read, or an array differs from what was written.
         """
         expected = self.record(step)["fingerprints"]
         target = jax.tree.map(_target, abstract)
@@ -193,7 +193,7 @@ class Checkpoints:
         return state
 
     def set_aside(self, step: int) -> Path:
-        """Moves a damaged checkpoint out of the way; returns where it is now."""
+        """Moves a damaged checkpoint to another folder; returns its new path."""
         parent = self.out / DAMAGED_FOLDER
         target, count = parent / str(step), 1
         while target.exists():
@@ -207,7 +207,7 @@ class Checkpoints:
         return target
 
     def _guarded(self, act: Callable[[], Any]) -> None:
-        """Acts, and says in one sentence what went wrong with a save."""
+        """Runs an action, and describes a failed save in one sentence."""
         try:
             act()
         except Exception as error:
@@ -239,7 +239,7 @@ def _target(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _agree_on(failure: str) -> None:
-    """Makes all processes fail if one does, so that none of them trains alone."""
+    """Makes all processes fail if one does, so that none trains alone."""
     if jax.process_count() > 1:
         failed = np.asarray(multihost_utils.process_allgather(np.int32(bool(failure))))
         if failed.any() and not failure:

@@ -1,4 +1,4 @@
-"""What a training run can be asked for, and how the protocol and the preset fill in the rest."""
+"""The options of a training run, and the values that the protocol and the preset fill in."""
 
 from __future__ import annotations
 
@@ -13,21 +13,7 @@ from examples.llama.data.dataset import DataConfig
 from examples.llama.devices.mesh import MeshMode, parse_mesh
 from examples.llama.devices.processes import ClusterConfig, DeviceConfig
 from examples.llama.model.config import PRESETS, LlamaConfig, preset
-from examples.llama.optimizers.options import (
-    OPTION_NAMES,
-    BiasCorrection,
-    Damper,
-    EpsMode,
-    FactorDtype,
-    HeadRule,
-    InitialSubspace,
-    MuDtype,
-    OptimizerOptions,
-    OptionSet,
-    SecondMoment,
-    SinkhornVariant,
-    VectorRule,
-)
+from examples.llama.optimizers.options import RULE_OPTIONS, OptimizerOptions, RuleOptions
 from examples.llama.optimizers.rates import default_rank, parse_rates, tuned_rate
 from examples.llama.optimizers.registry import OPTIMIZERS, optimizer_entry
 from examples.llama.reporting.wandb_run import WandbMode
@@ -39,7 +25,7 @@ from layout_optax.layout import ROLES
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is saved and how often, how a run goes on from it, and when it gives up."""
+    """What to save and how often, how to resume, and when to give up."""
 
     checkpoint_every: int | None = None
     """Steps between checkpoints, written to the folder `checkpoints` under `out` while training goes on; by
@@ -47,20 +33,20 @@ class CheckpointConfig:
     keep_last: int = 2
     """Checkpoints to keep, the newest ones."""
     keep_best: int = 1
-    """Checkpoints to keep beside them: those of least held-out loss, among steps that were evaluated."""
+    """Checkpoints of least held-out loss to keep as well, among evaluated steps."""
     resume: bool = False
-    """Go on from the newest whole checkpoint in `out`; begin if there is none."""
+    """Continue from the newest whole checkpoint in `out`; start if there is none."""
     migrate: str | None = None
     """Changes that the resumed run may have, separated by commas: layers (stacked or not), rank (of LoRA-Pre's
     factors), schedule (steps, warm-up, final rate, peak rate)."""
     force_unlock: bool = False
-    """Take over `out` from a run of another host that is not there any more."""
+    """Take over `out` from a run on another host that has ended."""
     max_skipped: int = 5
-    """Stop after so many steps in a row whose loss or gradient is not finite."""
+    """Stop after this many consecutive steps whose loss or gradient is not finite."""
 
 
 def check_checkpoints(config: CheckpointConfig) -> None:
-    """Raises ValueError for options that are out of range or do not go together."""
+    """Raises ValueError for options that are out of range or contradict each other."""
     if config.checkpoint_every is not None and config.checkpoint_every < 0:
         raise ValueError(f"checkpoint_every must not be negative, got {config.checkpoint_every}")
     if config.keep_last < 1:
@@ -75,20 +61,20 @@ def check_checkpoints(config: CheckpointConfig) -> None:
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How long a run is, what a step is and when it is evaluated. None: from the protocol or the data."""
+    """Length of a run, size of a step, and evaluation. None takes the value of the protocol or the data."""
 
     steps: int | None = None
     """Optimizer steps."""
     batch_size: int | None = None
-    """Sequences of one step."""
+    """Sequences per step."""
     seq_len: int | None = None
-    """Predicted tokens of a sequence."""
+    """Predicted tokens per sequence."""
     accumulate: int = 1
     """Parts that a batch is computed in, one after the other."""
     warmup_fraction: float | None = None
-    """Share of the steps that warms up."""
+    """Share of the steps for warm-up."""
     final_rate_fraction: float | None = None
-    """Rate at the end of the cosine, as a share of the peak."""
+    """Learning rate at the end of the cosine, as a share of the peak."""
     clip_norm: float | None = None
     """Global gradient norm to clip to; 0 for no clipping."""
     weight_decay: float | None = None
@@ -105,7 +91,7 @@ class StepConfig:
     mesh_strict: bool | None = None
     """Refuse a model that the mesh does not divide, instead of copying that parameter along that axis."""
     loss_chunk: int | None = None
-    """Tokens whose logits exist at once; by default what fits 256 MiB."""
+    """Tokens whose logits exist at once; by default as many as fit 256 MiB."""
     seed: int = 0
     """Seed of the initial parameters, the held-out split and the order of the data."""
     eval_every: int | None = None
@@ -113,12 +99,12 @@ class StepConfig:
     eval_batches: int = 16
     """Held-out batches of an evaluation, spread evenly over the held-out text."""
     log_every: int = 10
-    """Steps between log lines; the device is waited for only then."""
+    """Steps between log lines; the program waits for the device only then."""
 
 
 @dataclass(frozen=True)
 class JobConfig(StepConfig, DeviceConfig):
-    """What to train on and how long, whichever the optimizer. None: from the protocol or the preset."""
+    """Data and length of the training, for any optimizer. None takes the protocol's or the preset's value."""
 
     preset: Annotated[str, tyro.conf.arg(help=f"Model shape: {', '.join(PRESETS)}.")] = "demo"
     protocol: Annotated[
@@ -131,7 +117,7 @@ class JobConfig(StepConfig, DeviceConfig):
     decay_vectors: bool = True
     """Let weight decay act on norm scales too."""
     scan_layers: bool | None = None
-    """Stack and scan the layers; by default yes, unless the optimizer cannot."""
+    """Stack and scan the layers; by default yes, unless the optimizer does not support it."""
     data: str = "stdlib"
     """stdlib, a text or JSONL file, a folder, hf:NAME[:CONFIG] or synthetic:SEED[:COUNT]."""
     tokenizer: str | None = None
@@ -141,9 +127,9 @@ class JobConfig(StepConfig, DeviceConfig):
     heldout_fraction: float = 0.05
     """Share of the tokens held out, in whole documents."""
     max_documents: int | None = None
-    """Read at most so many documents."""
+    """Read at most this many documents."""
     max_bytes: int | None = None
-    """Read at most so many bytes of text."""
+    """Read at most this many bytes of text."""
     text_field: str = "text"
     """Field of a JSONL or hub record that holds its text."""
     skip_bad_records: bool = False
@@ -154,7 +140,7 @@ class JobConfig(StepConfig, DeviceConfig):
 
 @dataclass(frozen=True)
 class RecordConfig:
-    """What is written down of a run, and where."""
+    """What to record of a run, and where."""
 
     statistics_every: int | None = None
     """Steps between statistics of updates, damper and factors, a multiple of log_every; by default log_every,
@@ -162,7 +148,7 @@ class RecordConfig:
     tensorboard: bool = True
     """Write TensorBoard files too."""
     wandb: WandbMode | None = None
-    """Log to Weights & Biases too: sent as it comes, or kept in `out` (offline)."""
+    """Log to Weights & Biases too: at once (online), or into `out` (offline)."""
     out: Path = Path("runs/train")
     """Folder for config.json, metrics.jsonl, summary.json, checkpoints and the TensorBoard files."""
     overwrite: bool = False
@@ -170,69 +156,25 @@ class RecordConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(JobConfig, RecordConfig, CheckpointConfig, ClusterConfig):
-    """Trains a Llama with one optimizer. What is not given comes from the protocol and the preset."""
+class TrainConfig(JobConfig, RuleOptions, RecordConfig, CheckpointConfig, ClusterConfig):
+    """Trains a Llama with one optimizer. The protocol and the preset give the defaults."""
 
     optimizer: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(OPTIMIZERS)}.")] = (
         "sage_hybrid"
     )
     learning_rate: float | None = None
-    """Peak learning rate; by default the tuned one of preset and optimizer."""
+    """Peak learning rate; by default the tuned one for preset and optimizer."""
     role_rates: str | None = None
-    """Peak rates of single roles: embedding=1e-3,vector=2e-3."""
+    """Peak learning rates of single roles: embedding=1e-3,vector=2e-3."""
     role_multipliers: str | None = None
-    """The same as multiples of the common rate: matrix=0.25."""
-    b1: float | None = None
-    """Weight of the old momentum in the update."""
-    b2: float | None = None
-    """Decay of the momentum (sign rules) or of the second moment (Adam rules)."""
-    eps: float | None = None
-    """Added to denominators (SAGE's damper, Adam)."""
-    damper: Damper | None = None
-    """SAGE's damper: both terms, the averaged one only, or none (which is Lion)."""
-    eps_mode: EpsMode | None = None
-    """Whether SAGE's eps is absolute or relative to the scale's rms."""
-    mu_dtype: MuDtype | None = None
-    """Storage of the momentum."""
-    head_rule: HeadRule | None = None
-    """What a hybrid does with an untied head: the tables' rule, the matrices' or AdamW."""
-    vector_rule: VectorRule | None = None
-    """What SAGE-Hybrid and LoRA-Pre SinkGD do with vectors."""
-    scale: float | None = None
-    """Factor on the matrices' direction."""
-    sinkhorn_iterations: int | None = None
-    """Iterations of SinkGD."""
-    sinkhorn_variant: SinkhornVariant | None = None
-    """Whether SinkGD's norms are 1 or the square roots of the dimensions."""
-    rank: int | None = None
-    """Rank of low-rank projections and factors."""
-    table_rank: int | None = None
-    """Rank of LoRA-Pre Adam on embedding and head, in LoRA-Pre Muon."""
-    update_gap: int | None = None
-    """Steps between two projections of GaLore."""
-    options: OptionSet | None = None
-    """LoRA-Pre Adam's options that are not given: the paper's or the recommended ones."""
-    bias_correction: BiasCorrection | None = None
-    """Bias correction of LoRA-Pre's second moment."""
-    bound: float | None = None
-    """Largest entry of LoRA-Pre Adam's direction; inf for none."""
-    residual: float | None = None
-    """Weight of the gradient outside LoRA-Pre's subspace; 0 for none."""
-    second_moment: SecondMoment | None = None
-    """Whether LoRA-Pre Adam's second moment is low-rank too."""
-    initial_subspace: InitialSubspace | None = None
-    """Where LoRA-Pre's factors start: at random or at the first gradient."""
-    factor_dtype: FactorDtype | None = None
-    """Storage of LoRA-Pre's factors."""
-    damping: float | None = None
-    """Damping of the inverses in LoRA-Pre's factor step."""
+    """The same as multiples of the common learning rate: matrix=0.25."""
 
 
 def resolve(config: TrainConfig, model: LlamaConfig | None = None) -> Settings:
-    """Fills in what a configuration leaves open, and checks it before anything is loaded.
+    """Fills in the open values of a configuration, and checks it before anything is loaded.
 
     Args:
-        config: What was asked for.
+        config: The configuration.
         model: A shape to use instead of the preset's.
 
     Raises:
@@ -298,7 +240,7 @@ def resolve(config: TrainConfig, model: LlamaConfig | None = None) -> Settings:
 
 
 def check_not_empty(config: Any) -> None:
-    """Raises ValueError for an option given as an empty text, as an unset variable of a shell gives it.
+    """Raises ValueError for an option with an empty text, such as an unset shell variable.
 
     >>> check_not_empty(TrainConfig(cache_dir=""))
     Traceback (most recent call last):
@@ -329,7 +271,7 @@ def data_config(config: TrainConfig, settings: Settings) -> DataConfig:
 def _options(
     config: TrainConfig, model: LlamaConfig, rate: float, weight_decay: float
 ) -> OptimizerOptions:
-    given = {name: getattr(config, name) for name in OPTION_NAMES}
+    given = {name: getattr(config, name) for name in RULE_OPTIONS}
     if optimizer_entry(config.optimizer).has_rank and given["rank"] is None:
         given["rank"] = default_rank(config.preset, model.hidden_size)
     if config.role_rates and config.role_multipliers:
@@ -343,7 +285,7 @@ def _options(
 
 
 def _mesh(config: TrainConfig) -> dict[str, Any]:
-    """The settings of the mesh; None where there is none, as in files from before there was one."""
+    """The settings of the mesh; None without a mesh, as in files from before meshes."""
     if config.mesh is None:
         for name in ("mesh_mode", "mesh_strict"):
             if getattr(config, name) is not None:

@@ -1,7 +1,7 @@
-"""Fingerprints of arrays, computed where the arrays live: equal on every mesh, other for every changed bit.
+"""Fingerprints of arrays, computed where the arrays are: equal on every mesh, different for every changed bit.
 
-Storage formats check their own indices but not always the numbers; these tell whether what was read
-is what was written. Integer sums do not depend on the order of adding, so that each device adds its own part.
+Storage formats check their own indices but not always the numbers. Fingerprints show whether the arrays read
+are the arrays written. Integer sums do not depend on their order, so each device sums its own part.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _ODD, _STRIDE = 0x9E3779B1, 0x85EBCA6B
 def fingerprints(tree: Any) -> dict[str, str]:
     """64 bits of every array of a tree, as 16 hexadecimal digits by path.
 
-    Two sums modulo 2^32 over all elements, of their bits b at position p: b (2 p + 1) K, and a bijective
-    mix of b and p. A single changed element changes both; so do, but for a chance of 2^-64, other
-    changes, exchanged elements and another dtype.
+    Two sums modulo 2^32 over all elements, of their bits b at position p: b (2 p + 1) K, and a bijective mix of
+    b and p. A single changed element changes both. Other changes, exchanged elements and another dtype also do,
+    except with probability 2^-64.
 
     Args:
         tree: A pytree of arrays, sharded or not. Several processes must call it together.
 
     Raises:
-        TypeError: A leaf has no bits to look at (a typed key); the message names it.
+        TypeError: A leaf has no readable bits (a typed key); the message names it.
 
     >>> one = fingerprints({"w": jnp.arange(4.0)})
     >>> one == fingerprints({"w": jnp.arange(4.0)}), one == fingerprints({"w": -jnp.arange(4.0)})

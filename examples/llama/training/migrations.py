@@ -1,6 +1,6 @@
-"""A saved train state for a model of the other form: layers stacked or not, other ranks of LoRA-Pre's factors.
+"""Migrates a saved train state to a model of another form: stacked layers or not, other ranks of LoRA-Pre.
 
-Nothing is averaged or guessed: an array that has no counterpart in the other form is an error.
+Migration averages and guesses nothing: an array without a counterpart in the other form is an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MIGRATIONS = {
     "rank": ("options.rank", "options.table_rank"),
     "schedule": ("steps", "warmup_steps", "final_rate_fraction", "learning_rate"),
 }
-"""What a resumed run may change when asked to, by the names of the settings."""
+"""Changes that a resumed run may make on request, by the names of the settings."""
 
 
 def parse_migrations(text: str | None) -> tuple[str, ...]:
@@ -45,14 +45,14 @@ def parse_migrations(text: str | None) -> tuple[str, ...]:
 
 
 class MigrationError(ValueError):
-    """A state has no counterpart in the form asked for; the message names the array."""
+    """A state has no counterpart in the requested form; the message names the array."""
 
 
 def migrate_layers(state: Any, like: Any) -> Any:
     """Stacks or unstacks the layers of parameters and of every part of a state that is shaped like them.
 
     Arrays are matched by path: `layers/0/...` up to `layers/n/...` are the slices along axis 0 of
-    `layers/...`. An array without a layer axis (a step count, a placeholder) is taken as it is.
+    `layers/...`. An array without a layer axis (a step count, a placeholder) does not change.
 
     Args:
         state: A tree of arrays.
@@ -98,11 +98,11 @@ def migrate_layers(state: Any, like: Any) -> Any:
 
 
 def migrate_ranks(state: TrainState, settings: Settings, like: TrainState) -> TrainState:
-    """Gives LoRA-Pre's factors other ranks, see `lorapre_optax.resize_ranks`.
+    """Changes the ranks of LoRA-Pre's factors; see `lorapre_optax.resize_ranks`.
 
     Args:
         state: The train state.
-        settings: Those with the new ranks.
+        settings: The settings with the new ranks.
         like: Shapes and dtypes of the train state with the new ranks.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What whoever starts a run should know about its settings: ranks that save nothing, a rule that is beaten."""
+"""Notes on a run's settings for its user: ranks that save nothing, a rule with a better alternative."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TABLES = ("embedding", "head")
 
 
 def quiet_rank_warning() -> None:
-    """Leaves it to `rank_notes` to say what `lorapre_optax` warns of at each init."""
+    """Silences the warnings of `lorapre_optax` at each init, since `rank_notes` reports the same."""
     warnings.filterwarnings("ignore", "rank .* saves nothing", UserWarning)
 
 
@@ -26,7 +26,7 @@ def settings_notes(settings: Settings, params: Any) -> list[str]:
 
 
 def rank_notes(settings: Settings, params: Any) -> list[str]:
-    """Says on how many parameters a rank saves no state, if on any.
+    """Reports on how many parameters a rank saves no state, if on any.
 
     LoRA-Pre keeps (p + q) r numbers in place of the p q of a moment, GaLore (max + 2 min) r in place of 2 p q.
 
@@ -37,7 +37,7 @@ def rank_notes(settings: Settings, params: Any) -> list[str]:
     if not optimizer_entry(settings.optimizer).has_rank:
         return []
     options, galore = settings.options, settings.optimizer == "galore"
-    # LoRA-Pre SinkGD has its factors on the tables; its matrices have no state.
+    # LoRA-Pre SinkGD has factors on embedding and head; its matrices have no state.
     roles = TABLES if settings.optimizer == "lorapre_sinkgd" else ("matrix",)
     notes = [
         _rank_note(options.rank, _sides(params, roles), roles, galore=galore),
@@ -47,12 +47,12 @@ def rank_notes(settings: Settings, params: Any) -> list[str]:
 
 
 def rule_notes(settings: Settings) -> list[str]:
-    """Says that LoRA-Pre Adam by the paper's rule is what the recommended options are compared with."""
+    """Recommends the recommended options if LoRA-Pre Adam uses the paper's rule."""
     options = settings.options
     changed = (options.bias_correction, options.bound, options.residual, options.initial_subspace)
     if (
         settings.optimizer != "lorapre_adamw"
-        or options.options
+        or options.option_set
         or any(x is not None for x in changed)
     ):
         return []

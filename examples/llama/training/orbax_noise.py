@@ -1,4 +1,4 @@
-"""Hides what Orbax, TensorStore and asyncio print around a fault that is handled here and said in one line."""
+"""Hides messages of Orbax, TensorStore and asyncio about errors that this program reports itself."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 _LOGGERS = ("absl", "asyncio", "orbax", "orbax.checkpoint")
 
-# Their background threads and coroutines: what they raise is raised again where a save or a restore waits.
+# Their background threads and coroutines; their errors are raised again where a save or a restore waits.
 _SOURCES = ("orbax", "tensorstore", "asyncio", "coroutine")
 
 
 def quiet_orbax() -> None:
-    """Hides Orbax's logs, and tracebacks of its threads and coroutines whose errors arrive otherwise too.
+    """Hides Orbax's logs, and tracebacks of threads and coroutines whose errors are also raised elsewhere.
 
-    Its warnings are of what is meant (a folder that is only read, a save that waits for the last), its errors
+    Its warnings concern intended behaviour (a read-only folder, a save that waits for the last), and its errors
     are raised where the training waits for the save. A second call changes nothing.
     """
     for name in _LOGGERS:
@@ -36,7 +36,7 @@ def _quieter(show: Any, theirs: Any) -> Any:
 
 
 def _of_coroutine(found: Any) -> bool:
-    """Whether an exception that nobody can catch is of a coroutine that an aborted restore left behind."""
+    """Whether an unraisable exception comes from a coroutine that an aborted restore left behind."""
     text = f"{type(found.object).__name__} {found.object!r} {found.err_msg or ''}".lower()
     return (
         any(source in text for source in _SOURCES)

@@ -1,9 +1,9 @@
 """The compiled functions of a run: initialisation, train step, train step with statistics, evaluation.
 
-Each is compiled once, ahead of its first call, for one shape of batch: a batch of another shape is an error
-and never a second compile. Trained parameters and optimizer state are donated to the step; what is frozen is
-an operand that is neither differentiated nor donated. On a mesh every array is made where it belongs and stays
-there; a process gives its own share of each batch.
+Each is compiled once, before its first call, for one shape of batch; another shape is an error and never
+compiles again. Trained parameters and optimizer state are donated to the step. Frozen parameters are an operand
+that is neither differentiated nor donated. On a mesh every array is created with its final sharding, and a
+process passes its own share of each batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from examples.llama.data.checks import check_batch
-from examples.llama.devices.mesh import Placement, parse_mesh
+from examples.llama.devices.mesh import Placement, parse_mesh, with_sharding
 from examples.llama.devices.processes import share_of_batch
 from examples.llama.model.blocks import unconstrained
 from examples.llama.model.llama import apply
@@ -54,9 +54,9 @@ LossFn = Callable[[Params, Params, Any], tuple[jax.Array, jax.Array]]
 
 @dataclass(frozen=True)
 class NextTokenLoss:
-    """The loss of a batch of text, or of instructions where the batch says which tokens are learned.
+    """The loss of a batch of text, or of instructions if the batch marks the tokens to learn.
 
-    Hashable, so that programs of one model share what is compiled for it.
+    Hashable, so that programs of one model share compiled functions.
 
     Attributes:
         graphdef: The model's structure.
@@ -79,23 +79,22 @@ class NextTokenLoss:
 
 
 class Program:
-    """What a run executes on its devices, compiled when first used.
+    """The functions that a run executes on its devices, compiled when first used.
 
-    The learning rate and the seed of `settings` play no part, so that runs which differ in these
-    alone can share one program (`serves`).
+    The learning rate and the seed of `settings` do not matter, so runs that differ only in these can share one
+    program (`serves`).
 
     Args:
         settings: The run's settings.
-        source: Which parameters are trained and where all of them come from; new ones, all trained, when
-            None.
+        source: The trained parameters and the source of all of them; None trains new ones, all of them.
 
     Raises:
         ValueError: The mesh does not fit the devices, the batch or, in strict mode, the model.
 
     Attributes:
-        settings: What it was made for.
-        source: Where its parameters come from.
-        placement: Where arrays live on the mesh, or None without a mesh.
+        settings: The settings it was made for.
+        source: The source of its parameters.
+        placement: The shardings on the mesh, or None without a mesh.
         compile_seconds: Time that compiling train steps has taken so far.
     """
 
@@ -112,23 +111,23 @@ class Program:
             placement.params(self.abstract_params)
 
     def serves(self, settings: Settings, source: Source | None = None) -> bool:
-        """Whether this program is the one that other settings need."""
+        """Whether this program fits other settings."""
         same = _without_rate(self.settings) == _without_rate(settings)
         return same and self.source == (FromSeed() if source is None else source)
 
     @cached_property
     def abstract_params(self) -> Params:
-        """Shapes and dtypes of the parameters that are trained."""
+        """Shapes and dtypes of the trained parameters."""
         return self.source.shapes(self.settings)[0]
 
     @cached_property
     def abstract_frozen(self) -> Params:
-        """Shapes and dtypes of the parameters that are not."""
+        """Shapes and dtypes of the frozen parameters."""
         return self.source.shapes(self.settings)[1]
 
     @cached_property
     def frozen(self) -> Params:
-        """The parameters that are not trained, where they belong; read when first asked for."""
+        """The frozen parameters with their shardings; read on first use."""
         return self.source.frozen(self.settings, self.placement)
 
     @cached_property
@@ -153,23 +152,23 @@ class Program:
         return self.placement.bytes_per_device(state.opt_state, shardings.opt_state)
 
     def adamw_state_bytes(self) -> int:
-        """Bytes that AdamW's state would take for what is trained."""
+        """Bytes of AdamW's state for the trained parameters."""
         tx = make_optimizer("adamw", optax.constant_schedule(0.0))
         return state_bytes(tx, self.abstract_params)
 
     def share_of_batch(self) -> dict[str, int]:
-        """Which share of each batch this process reads, as the data's functions take it."""
+        """The share of each batch that this process reads, for the data's functions."""
         if self.placement is None:
             return {"process_index": 0, "process_count": 1}
         index, count = share_of_batch(self.placement.batch, self.settings.batch_size)
         return {"process_index": index, "process_count": count}
 
     def describe_mesh(self) -> dict[str, Any] | None:
-        """The mesh and what is not split on it, fit for JSON; None without a mesh."""
+        """The mesh and the parameters that are not split on it, as JSON; None without a mesh."""
         return None if self.placement is None else self.placement.describe()
 
     def notes(self) -> list[str]:
-        """What whoever starts a run should know about its devices."""
+        """Notes on the devices for the run's user."""
         if self.placement is not None:
             return [f"Note: {note}." for note in self.placement.notes]
         devices = jax.devices()
@@ -188,8 +187,8 @@ class Program:
     def init(self, seed: int) -> TrainState:
         """The state before the first step.
 
-        The parameters come from a function of their own, whatever the optimizer, so that all
-        optimizers start from the same bits.
+        The parameters come from a separate function for every optimizer, so that all optimizers start from the
+        same bits.
         """
         trained = self.source.trained(self.settings, self.placement, seed, self.frozen)
         make = self.settings.optimizer_from
@@ -200,7 +199,7 @@ class Program:
         )(trained)
 
     def compile(self, *, detailed: bool = False) -> None:
-        """Compiles the train step now, and the one with statistics if asked."""
+        """Compiles the train step now, and the one with statistics on request."""
         _ = self._step
         if detailed:
             _ = self._detailed_step
@@ -212,10 +211,10 @@ class Program:
 
         Args:
             state: The state.
-            batch: int32 arrays (batch_size, seq_len + 1), of several processes each its share of the
+            batch: int32 arrays (batch_size, seq_len + 1); with several processes each passes its share of the
                 sequences.
             peak: Peak learning rate.
-            detailed: Compute the statistics of updates, damper and factors too.
+            detailed: Whether to compute the statistics of updates, damper and factors too.
         """
         compiled = self._detailed_step if detailed else self._step
         return compiled(state, self.frozen, self._placed(batch), jax.device_put(np.float32(peak)))
@@ -235,7 +234,7 @@ class Program:
 
         Args:
             statistics: See `make_train_step`.
-            platforms: What to lower for, as ("cuda",); by default the devices at hand.
+            platforms: The platforms to lower for, as ("cuda",); by default the present devices.
         """
         settings, placement, loss_fn = self.settings, self.placement, self._loss_fn()
 
@@ -253,9 +252,9 @@ class Program:
         state, frozen, batch = self.abstract_state, self.abstract_frozen, self._abstract_batch()
         options: dict[str, Any] = {"donate_argnums": 0}
         if placement is not None:
-            state = jax.tree.map(_with_sharding, state, self.state_shardings)
-            frozen = jax.tree.map(_with_sharding, frozen, placement.params(frozen))
-            batch = {name: _with_sharding(leaf, placement.batch) for name, leaf in batch.items()}
+            state = jax.tree.map(with_sharding, state, self.state_shardings)
+            frozen = jax.tree.map(with_sharding, frozen, placement.params(frozen))
+            batch = {name: with_sharding(leaf, placement.batch) for name, leaf in batch.items()}
             replicated = placement.replicated
             options["out_shardings"] = (self.state_shardings, replicated, replicated)
         peak = jax.ShapeDtypeStruct((), jnp.float32)
@@ -263,7 +262,7 @@ class Program:
         return traced.lower(lowering_platforms=None if platforms is None else tuple(platforms))
 
     def _placed(self, batch: Batch) -> Any:
-        """A batch on the device, or on the mesh from the share of it that this process has read."""
+        """A batch on the device, or on the mesh, from the share that this process has read."""
         if self.placement is None:
             return jax.device_put(batch)
         place = partial(jax.make_array_from_process_local_data, self.placement.batch)
@@ -280,7 +279,7 @@ class Program:
         settings, placement = self.settings, self.placement
         chunk = settings.loss_chunk
         if placement is not None and chunk is None:
-            # The limit is of one device's memory.
+            # The limit applies to the memory of one device.
             tokens = settings.tokens_per_step
             chunk = automatic_chunk(tokens, settings.model.vocab_size, placement.batch_shards)
         loss_fn = NextTokenLoss(self._graphdef, chunk)
@@ -317,10 +316,6 @@ def _placement(settings: Settings) -> Placement | None:
         mode=settings.mesh_mode or "auto",
         strict=settings.mesh_strict or False,
     )
-
-
-def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _add_evaluation(loss_fn: LossFn, trained: Params, frozen: Params, batch: Any, sums: Any) -> Any:

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Protocol:
-    """Training settings that a published table was made with.
+    """Training settings of a published table.
 
     Attributes:
-        seq_len: Tokens of one sequence.
-        batch_size: Sequences of one step.
+        seq_len: Tokens per sequence.
+        batch_size: Sequences per step.
         steps: Optimizer steps.
         clip_norm: Global gradient norm to clip to, or None.
         weight_decay: Decoupled weight decay.
-        warmup_fraction: Share of the steps that warms up linearly from zero.
+        warmup_fraction: Share of the steps for the linear warm-up from zero.
         final_rate_fraction: Learning rate at the end of the cosine, as a share of the peak.
     """
 
@@ -29,7 +29,7 @@ class Protocol:
 
     @property
     def tokens_per_step(self) -> int:
-        """Training tokens of one optimizer step.
+        """Training tokens per optimizer step.
 
         >>> PROTOCOLS["galore"].tokens_per_step
         131072
@@ -66,7 +66,7 @@ PROTOCOLS: dict[str, Protocol] = {
         warmup_fraction=0.1,
         final_rate_fraction=0.0,
     ),
-    # 2048 tokens a step: small enough for two CPU cores.
+    # 2048 tokens per step, few enough for two CPU cores.
     "demo": Protocol(
         seq_len=128,
         batch_size=16,
@@ -80,7 +80,7 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def default_protocol(preset_name: str) -> str:
-    """The protocol of a preset's family; `demo` for those that have none.
+    """The protocol of a preset's family; `demo` for presets without one.
 
     >>> default_protocol("sage_1.3b"), default_protocol("llama2_7b")
     ('sage', 'demo')

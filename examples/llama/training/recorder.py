@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: log lines, evaluations, steps that failed, and the summary of it all."""
+"""The records of a run: log lines, evaluations, failed steps, and the summary."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class Recorder:
-    """Takes the steps' metrics, which may still be on their way, and writes them at log intervals.
+    """Takes the steps' metrics, which may still be in computation, and writes them at log intervals.
 
     Attributes:
-        summary: What the run has come to so far.
+        summary: The summary so far.
         clock: The time of its steps.
-        skipped_in_row: Number of steps up to now whose updates were skipped, without one between.
+        skipped_in_row: Number of consecutive skipped steps up to now.
 
     Args:
         summary: A new summary.
         settings: The run's settings.
-        max_skipped: Number of steps in a row that are too many.
-        writer: Where lines go.
-        progress: What is shown.
-        name: What progress calls the run.
+        max_skipped: Number of consecutive skipped steps that stops the run.
+        writer: The writer of the lines.
+        progress: The display.
+        name: The run's name in the display.
     """
 
     def __init__(
@@ -70,18 +70,18 @@ class Recorder:
         self.clock.count()
 
     def split(self) -> None:
-        """Begins a new stretch of the clock, so that what comes is not timed with what was."""
+        """Starts a new stretch of the clock, so that later steps are timed separately."""
         if self._running:
             jax.block_until_ready(self._running[-1])
             self.clock.stop(ordinary=True)
             self.clock.start()
 
     def fetch(self, step: int, *, ordinary: bool = True) -> None:
-        """Waits for the device, ends the clock's stretch, and looks at what came.
+        """Waits for the device, ends the clock's stretch, and checks the metrics.
 
         Args:
             step: The last step taken.
-            ordinary: Whether the stretch's steps were of the plain kind.
+            ordinary: Whether the stretch had only plain steps.
 
         Raises:
             NonFiniteLossError: Too many steps in a row were skipped.
@@ -109,7 +109,7 @@ class Recorder:
             )
 
     def write(self, numbers: Mapping[str, Any]) -> None:
-        """Writes a log line of what was fetched since the last one, and further numbers."""
+        """Writes a log line of the metrics since the last one, and of further numbers."""
         summary, settings, clock = self.summary, self.settings, self.clock
         seconds, steps = clock.interval()
         summary.train_loss = _mean([metrics.loss for metrics in self._fetched])
@@ -143,7 +143,7 @@ class Recorder:
         )
 
     def evaluated(self, loss: float, tokens: int) -> None:
-        """Writes what an evaluation after the last step fetched gave."""
+        """Writes the result of an evaluation after the last fetched step."""
         summary = self.summary
         summary.heldout_loss, summary.heldout_tokens = loss, tokens
         summary.heldout_step = summary.steps
@@ -155,7 +155,7 @@ class Recorder:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What a run that goes on must know to write the same lines, fit for JSON."""
+        """The state that a resumed run needs to write the same lines, as JSON."""
         return {
             "summary": self.summary.to_dict(),
             "clock": self.clock.to_dict(),
@@ -164,7 +164,7 @@ class Recorder:
         }
 
     def go_on_from(self, stored: Mapping[str, Any]) -> None:
-        """Takes over what `to_dict` gave; what the run is (optimizer, bytes, steps asked for) stays."""
+        """Restores the state from `to_dict`; the run's constants (optimizer, bytes, planned steps) stay."""
         saved = RunSummary.from_dict(stored["summary"])
         for name in _REACHED:
             value = getattr(saved, name)
@@ -179,16 +179,16 @@ _REACHED = (
     *("steps", "skipped", "tokens", "train_loss", "heldout_loss", "heldout_tokens", "heldout_step"),
     *("tokens_per_second", "median_step_seconds", "compile_seconds", "total_seconds"),
 )
-"""The fields of a summary that tell how far a run has come."""
+"""The fields of a summary that show the progress of a run."""
 
 
 def _metrics(loss: Any, grad_norm: Any, learning_rate: Any, skipped: bool) -> StepMetrics:
-    """What was fetched, from JSON: float32 again, and NaN where there is its name."""
+    """Metrics from JSON: float32 again, and NaN where JSON has its name."""
     numbers: Any = [np.float32(float(value)) for value in (loss, grad_norm, learning_rate)]
     return StepMetrics(numbers[0], numbers[1], numbers[2], np.bool_(skipped))  # pyright: ignore[reportArgumentType]
 
 
 def _mean(losses: Sequence[Any]) -> float:
-    """The mean of the finite ones, NaN if there is none."""
+    """The mean of the finite numbers, NaN if there are none."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     return float(np.mean(finite)) if finite else math.nan

@@ -1,8 +1,8 @@
-"""A run that takes another's folder: the old one waits until the new one has begun, or else comes back.
+"""Replaces the run in a folder: the old run waits until the new one has started, and otherwise comes back.
 
 The files of the old run move to the folder `.replaced` of the same file system. The new run commits after its
-first state stands: its data, its base model and its compiled step were all good by then. Until that moment an
-error, Ctrl-C or the death of the process leaves the old run whole.
+first state exists, so its data, its base model and its compiled step are valid by then. Until that moment an
+error, Ctrl-C or the death of the process keeps the old run whole.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from examples.llama.training.checkpoints import checkpoint_steps
 
 _MOVED = (CONFIG, SUMMARY, "tokenizer.json", "checkpoints", "damaged-checkpoints", "tensorboard")
 _COPIED = (METRICS,)
-"""The next run renames the old lines by itself."""
+"""The next run renames the old lines itself."""
 
 
 def recover(out: Path) -> None:
-    """Puts back the old run of a folder where a process died while another was to begin in its place.
+    """Restores the old run of a folder if a process died while it replaced the run.
 
     Raises:
-        FolderError: That process is not dead.
+        FolderError: That process is still alive.
     """
     if (out / REPLACED).is_dir():
         with FolderLock(out), Replacement(out, replace=False):
@@ -39,10 +39,10 @@ def recover(out: Path) -> None:
 
 @contextmanager
 def locked(out: Path, *, force: bool = False) -> Iterator[None]:
-    """Holds a run's folder for the main process; all processes go on, or none.
+    """Locks a run's folder for the main process; all processes continue, or none.
 
     Raises:
-        FolderError: Another run is writing there, or the folder cannot be written.
+        FolderError: Another run writes there, or the folder cannot be written.
         ValueError: In the other processes.
     """
     with ExitStack() as stack:
@@ -60,8 +60,9 @@ class Replacement:
 
     Args:
         out: The run's folder.
-        replace: Whether the old run is to go; without it this only undoes what a dead process left half done.
-        active: Whether to do anything; of several processes one does.
+        replace: Whether to replace the old run; otherwise this only repairs what a dead process left
+            unfinished.
+        active: Whether to do anything; among several processes one does.
     """
 
     def __init__(self, out: Path, *, replace: bool, active: bool = True):
@@ -86,10 +87,10 @@ class Replacement:
         return self
 
     def commit(self) -> None:
-        """Removes the old run: the new one has begun."""
+        """Removes the old run, since the new one has started."""
         if self._pending:
             self._pending = False
-            # One rename decides; what a crash leaves of the removal is no run any more.
+            # One rename decides; files that a crash leaves during the removal no longer form a run.
             gone = self._out / f".{uuid.uuid4().hex}.part"
             self._kept.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
@@ -105,7 +106,7 @@ class Replacement:
             self._restore()
 
     def _restore(self) -> None:
-        """Puts the old run back in the place of what began."""
+        """Restores the old run in place of the new one."""
         for kept in self._kept.iterdir():
             begun = self._out / kept.name
             if begun.is_dir():
@@ -120,12 +121,12 @@ def claim_folder(folder: Path, inputs: Mapping[str, str], *, overwrite: bool, re
     Args:
         folder: The run's folder.
         inputs: Files and folders that the run reads, by flag.
-        overwrite: Whether the run may take another's place.
-        resume: Whether it goes on from what is there.
+        overwrite: Whether the run may replace another.
+        resume: Whether it continues the run in the folder.
 
     Raises:
-        ValueError: The folder is one of them, or holds what is no run.
-        FileExistsError: It holds a run, and neither `resume` nor `overwrite` is set.
+        ValueError: The folder is an input, or holds something other than a run.
+        FileExistsError: It holds a run, without `resume` or `overwrite`.
     """
     check_output(folder, "run", dict(inputs))
     if is_main():
@@ -134,10 +135,10 @@ def claim_folder(folder: Path, inputs: Mapping[str, str], *, overwrite: bool, re
 
 
 def check_folder(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
-    """Refuses a folder that holds a finished run, or checkpoints of one that is not.
+    """Refuses a folder with a finished run, or with checkpoints of an unfinished one.
 
     Raises:
-        FileExistsError: It does, and neither `overwrite` nor `resume` is set.
+        FileExistsError: The folder holds one, without `overwrite` or `resume`.
     """
     if overwrite or resume:
         return

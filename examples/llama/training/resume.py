@@ -1,4 +1,4 @@
-"""Goes on from a checkpoint: which one, whether it is of the same run, and what was asked to change."""
+"""Resumes from a checkpoint: finds it, checks that it is of the same run, and applies migrations."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from examples.llama.devices.mesh import with_sharding
 from examples.llama.reporting.files import jsonable, versions
 from examples.llama.training.checkpoints import CheckpointError, Checkpoints, checkpoint_steps
 from examples.llama.training.config import TrainConfig
@@ -31,27 +32,27 @@ FREE = frozenset(
         *("remat", "loss_chunk", "accumulate", "mesh", "mesh_mode", "mesh_strict"),
     }
 )
-"""Settings that a resumed run may change: they touch what is logged, or the numbers by rounding only."""
+"""Settings that a resumed run may change: they only affect logs, or the numbers by rounding."""
 
 DATA = (
     *("corpus_sha256", "tokenizer_sha256", "vocab_size", "train_tokens", "heldout_tokens"),
     *("heldout_fraction", "seed"),
 )
-"""What makes data the same, of `Dataset.describe`; it may have moved."""
+"""The fields of `Dataset.describe` that identify data; its path may change."""
 
 
 class ResumeError(ValueError):
-    """A run cannot go on from what is in its folder; the message says why and what to do."""
+    """A run cannot continue from its folder; the message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting that is not what it was.
+    """A setting that changed.
 
     Attributes:
-        name: Its name, with dots for what is inside.
-        saved: What the checkpoint has.
-        asked: What was asked for now.
+        name: Its name, with dots for nested fields.
+        saved: The value in the checkpoint.
+        asked: The value of the new run.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Difference:
 
     @property
     def migration(self) -> str | None:
-        """The migration that makes it possible, if there is one."""
+        """The migration that allows the change, or None."""
         return next((key for key, names in MIGRATIONS.items() if self.name in names), None)
 
     def __str__(self) -> str:
@@ -68,19 +69,19 @@ class Difference:
 
 
 class RunCheckpoints:
-    """The checkpoints of one run: the one it goes on from, and those it leaves to go on from.
+    """The checkpoints of one run: the one it resumes from, and those it writes.
 
-    As a context it closes them at the end of training, unless that could mean to wait for a process that
-    is gone.
+    As a context manager it closes them at the end of training, unless that could wait for a process that
+    has died.
 
     Args:
         config: The run's folder, and what to keep there.
-        every: Steps between checkpoints; with 0 nothing is saved.
-        program: What the run executes.
-        batches: Its training batches, whose place is part of a checkpoint.
-        run: What it is, from `describe_run`.
-        record: What else to keep beside the train state.
-        name: What the lines shown call the run.
+        every: Steps between checkpoints; 0 saves nothing.
+        program: The run's program.
+        batches: Its training batches, whose position is part of a checkpoint.
+        run: The run's description, from `describe_run`.
+        record: Further data to store with the train state.
+        name: The run's name in messages.
         say: Shows a line.
     """
 
@@ -108,7 +109,7 @@ class RunCheckpoints:
             )
 
     def restore(self) -> tuple[TrainState, dict[str, Any]] | None:
-        """The state and record to go on from, if there is one; the batches go on from there too.
+        """The state and record to resume from, or None; the batches move to the same position.
 
         Raises:
             ResumeError, SchemaError, MigrationError: See `restore_newest`.
@@ -133,11 +134,11 @@ class RunCheckpoints:
 
         Args:
             state: The train state.
-            progress: What the recorder goes on from.
+            progress: The state that the recorder resumes from.
             loss: The held-out loss of this step, if it was evaluated.
 
         Raises:
-            SaveError: This save or the one before it has failed.
+            SaveError: This save or the previous one failed.
         """
         if self._checkpoints is None:
             return
@@ -150,7 +151,7 @@ class RunCheckpoints:
         self._checkpoints.save(state, record, loss)
 
     def close(self) -> None:
-        """Waits for what is being saved, and closes."""
+        """Waits for running saves, and closes."""
         if self._checkpoints is not None:
             self._checkpoints.close()
 
@@ -163,20 +164,20 @@ class RunCheckpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Of several processes one that failed alone would wait for the others for ever.
+        # With several processes, one that failed alone would wait for the others forever.
         if error is None or jax.process_count() == 1 or isinstance(error, NonFiniteLossError):
             self.close()
 
 
 def describe_run(settings: Settings, data: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same in a run that goes on, by name: settings and data."""
+    """The settings and data that a resumed run must keep, by name."""
     flat = _flatten(jsonable(settings))
     flat |= {f"data.{name}": jsonable(data).get(name) for name in DATA}
     return {name: value for name, value in flat.items() if name not in FREE}
 
 
 def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[Difference]:
-    """What two descriptions differ in; a name that one of them lacks counts as None.
+    """The differences of two descriptions; a missing name counts as None.
 
     >>> [str(d) for d in differences({"optimizer": "lion", "rank": 4}, {"optimizer": "lion"})]
     ['rank is None and was 4']
@@ -189,10 +190,10 @@ def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[Diff
 def check_same_run(
     saved: Mapping[str, Any], asked: Mapping[str, Any], migrations: Sequence[str], folder: Path
 ) -> list[Difference]:
-    """Refuses to go on with another run; returns the differences that were asked for.
+    """Refuses to continue another run; returns the requested differences.
 
     Raises:
-        ResumeError: There are others; the message names each with both values.
+        ResumeError: There are other differences; the message names each with both values.
     """
     found = differences(saved, asked)
     refused = [row for row in found if row.migration not in migrations]
@@ -200,7 +201,7 @@ def check_same_run(
         hints = sorted({row.migration for row in refused if row.migration})
         said = "; ".join(map(str, refused))
         if not all(row.migration for row in refused):
-            # The others would be refused all the same.
+            # The others would be refused anyway.
             said, hints = "; ".join(map(_with_migration, refused)), []
         how = f"give the run's own options or another --out{_or_migrate(hints)}"
         raise ResumeError(f"{folder} holds another run: {said}; {how}")
@@ -214,24 +215,24 @@ def restore_newest(
     migrations: Sequence[str],
     say: Callable[[str], None],
 ) -> tuple[TrainState, dict[str, Any]] | None:
-    """The state and record of the newest whole checkpoint, in the form that a program wants.
+    """The state and record of the newest whole checkpoint, in the form that a program needs.
 
-    Damaged ones are moved to the folder `damaged-checkpoints`, and said.
+    Damaged ones move to the folder `damaged-checkpoints`, with a message.
 
     Args:
         checkpoints: The run's checkpoints.
-        program: What will go on; on a mesh its arrays go where it wants them, from whatever mesh.
-        asked: What the run is, from `describe_run`.
-        migrations: Names of `MIGRATIONS` that were asked for.
+        program: The program that resumes; on a mesh its arrays get its shardings, from any mesh.
+        asked: The new run's description, from `describe_run`.
+        migrations: The requested names of `MIGRATIONS`.
         say: Shows a line.
 
     Returns:
-        None where there is no checkpoint at all.
+        None if there is no checkpoint.
 
     Raises:
-        ResumeError: All are damaged, or the newest whole one is of another run.
-        SchemaError: It is of another schema.
-        MigrationError: Its state has no counterpart in the form asked for.
+        ResumeError: All are damaged, or the newest whole one belongs to another run.
+        SchemaError: It has another schema.
+        MigrationError: Its state has no counterpart in the requested form.
     """
     steps = checkpoints.steps()
     for step in steps:
@@ -255,11 +256,11 @@ def restore_newest(
 
 
 def check_folder_holds(out: Path, asked: Mapping[str, Any], migrations: Sequence[str]) -> None:
-    """Refuses a folder whose newest readable checkpoint is of another run; before anything is compiled.
+    """Refuses a folder whose newest readable checkpoint belongs to another run, before anything is compiled.
 
     Raises:
-        ResumeError: It is.
-        SchemaError: It is of another schema.
+        ResumeError: It belongs to another run.
+        SchemaError: It has another schema.
     """
     if not checkpoint_steps(out):
         return
@@ -277,11 +278,7 @@ def target(program: Program) -> TrainState:
     """Shapes, dtypes and, on a mesh, shardings of a program's train state."""
     if program.state_shardings is None:
         return program.abstract_state
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        program.abstract_state,
-        program.state_shardings,
-    )
+    return jax.tree.map(with_sharding, program.abstract_state, program.state_shardings)
 
 
 def _restored(
@@ -325,7 +322,7 @@ def _or_migrate(hints: Sequence[str]) -> str:
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one of dotted names, without the entries that are None."""
+    """Flattens a nested mapping to dotted names, without entries that are None."""
     if not isinstance(value, Mapping):
         return {} if value is None else {prefix: value}
     flat: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""One training run: prepared, trained, and written down."""
+"""One training run: preparation, training, and records."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from examples.llama.reporting.files import (
     write_json,
 )
 from examples.llama.reporting.metrics import MetricsWriter
-from examples.llama.reporting.progress import make_progress
+from examples.llama.reporting.progress import make_progress, say
 from examples.llama.reporting.summary import RunSummary, summary_table
 from examples.llama.reporting.wandb_run import check_wandb
 from examples.llama.training.checkpoints import SaveError, checkpoint_steps
@@ -60,7 +60,7 @@ EXIT_CODES = {
     "non_finite": 1,
     "save_failed": 1,
 }
-"""What the process returns for each status of a run."""
+"""The exit status of the process for each status of a run."""
 
 
 def train(config: TrainConfig, **arguments: Any) -> RunSummary:
@@ -80,16 +80,16 @@ def prepare_run(
     """A run on text, checked and ready to start.
 
     Args:
-        config: What was asked for.
+        config: The configuration.
         model: A shape to use instead of the preset's.
         dataset: Prepared data to use instead of reading it.
-        program: A compiled program to use where it serves.
+        program: A compiled program to reuse if it fits.
         console: Where to show progress; by default standard output.
-        name: What progress calls the run; by default the optimizer's name.
+        name: The run's name in the display; by default the optimizer's name.
 
     Raises:
         ValueError: The configuration, the data or the batch cannot be used.
-        FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` is set.
+        FileExistsError: The folder holds a run, without `resume` or `overwrite`.
     """
     settings = resolve(config, model)
     check_wandb(config.wandb)
@@ -114,13 +114,14 @@ def prepare_run(
 def run_command(
     config: C, make_run: Callable[[C, Console], Run], usage_errors: tuple[type[Exception], ...]
 ) -> int:
-    """Starts the devices, prepares a run with all processes, trains, and shows how it ended.
+    """Starts the devices, prepares a run with all processes, trains, and shows the result.
 
     Args:
-        config: What the command line asked for.
+        config: The command line's configuration.
         make_run: Makes the run from the configuration and a console.
-        usage_errors: Exceptions of the training that the user's arguments or files cause: one line says what
-            they say. Any other is raised, after this process has told the others to end.
+        usage_errors: Exceptions of the training that the user's arguments or files cause; their message is
+            shown in
+            one line. Others are raised after this process has told the other processes to end.
 
     Returns:
         The exit status.
@@ -140,7 +141,7 @@ def run_command(
         summary = run.train()
         finish()
     except (*usage_errors, OSError) as error:
-        # What the others were told to wait for does not come, unless all of them see the same.
+        # The other processes wait for this one, unless all of them see the same error.
         if jax.process_count() > 1 and isinstance(error, OSError):
             abort()
         return fail(error, type(config))
@@ -149,14 +150,14 @@ def run_command(
             abort()
         raise
     console.print(summary_table(summary))
-    console.print(f"Written to {run.config.out}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"Written to {run.config.out}")
     if summary.message:
         errors.print(summary.message, markup=False, soft_wrap=True)
     return EXIT_CODES[summary.status]
 
 
 def prepared(config: C, console: Console, make_run: Callable[[C, Console], Run]) -> Run:
-    """A run that every process can begin with the same settings and data; see `prepare_run` for the errors."""
+    """A run that every process can start with the same settings and data; see `prepare_run` for the errors."""
     run, problem = None, None
     try:
         run = make_run(config, console)
@@ -171,19 +172,19 @@ class Run:
     """One training run, checked and ready to start; `prepare_run` makes one from a configuration.
 
     Args:
-        config: What was asked for of the trainer: folder, checkpoints, progress.
-        settings: What that was decided to be.
-        data: What the batches are of: `describe()`, `tokenizer`, `vocab_size`, `corpus_sha256` and `notes`.
-        program: What it executes.
+        config: The trainer's configuration: folder, checkpoints, display.
+        settings: The settings.
+        data: The data of the batches: `describe()`, `tokenizer`, `vocab_size`, `corpus_sha256` and `notes`.
+        program: The program.
         batches: Its training batches, an iterator with `get_state` and `set_state`.
         heldout: The batches of an evaluation.
-        asked: The configuration to write down where it is not `config`.
+        asked: The configuration to record if it is not `config`.
         sections: Further sections of config.json, by name.
-        identity: What must be the same when the run goes on, beside settings and data.
-        module: The module whose command line this is.
+        identity: What a resumed run must keep, besides settings and data.
+        module: The module of the command line.
         console: Where to show progress; by default standard output.
-        name: What progress calls the run; by default the optimizer's name.
-        notes: What whoever starts the run should know about it; by default about its settings.
+        name: The run's name in the display; by default the optimizer's name.
+        notes: Notes for the run's user; by default on its settings.
 
     Raises:
         ValueError: The data has more tokens than the model, or the folder holds another run.
@@ -236,25 +237,25 @@ class Run:
         )
 
     def identity(self) -> str:
-        """What must be the same in all processes of a run: settings, data and versions."""
+        """What all processes of a run must agree on: settings, data and versions."""
         known = versions()
         del known["platform"]
         parts = {"settings": self.settings, "data": self.data.describe(), "versions": known}
         return json.dumps(jsonable(parts), sort_keys=True)
 
     def describe(self) -> dict[str, Any]:
-        """What must be the same when a run goes on from a checkpoint."""
+        """What a run that resumes from a checkpoint must keep."""
         return describe_run(self.settings, self.data.describe()) | dict(self._identity)
 
     def train(self) -> RunSummary:
-        """Trains to the end, to too many steps that are not finite, to a signal or to a save that fails.
+        """Trains to the end, to too many non-finite steps, to a signal or to a failed save.
 
-        Whichever it is, the summary of what was reached is written and returned.
+        In each case it writes and returns a summary of the progress.
 
         Raises:
-            ResumeError: None of the checkpoints to resume from is whole, or they are of another run.
-            SchemaError: They are of another schema.
-            MigrationError: They do not have what the migration needs.
+            ResumeError: No checkpoint to resume from is whole, or the checkpoints belong to another run.
+            SchemaError: They have another schema.
+            MigrationError: They lack what the migration needs.
         """
         config, summary = self.config, self.summary
         started, main = time.perf_counter(), is_main()
@@ -336,7 +337,7 @@ class Run:
     ) -> None:
         """Trains from a state, or from the beginning, to the last step or to a signal.
 
-        `begun` is called when the step is compiled and the state is there.
+        It calls `begun` when the step is compiled and the state exists.
         """
         settings, program, summary = self.settings, self.program, self.summary
         if summary.steps >= settings.steps:
@@ -350,7 +351,7 @@ class Run:
         for step in range(summary.steps + 1, settings.steps + 1):
             detailed = settings.statistics_every > 0 and step % settings.statistics_every == 0
             if detailed:
-                # So that the median step time is that of ordinary steps.
+                # So that the median step time counts only ordinary steps.
                 recorder.split()
             state, metrics, numbers = program.step(
                 state, next(self.batches), settings.learning_rate, detailed=detailed
@@ -367,7 +368,7 @@ class Run:
                 recorder.write(numbers)
             if evaluates:
                 recorder.evaluated(*program.evaluate(state.params, self.heldout))
-            # After a step that failed the parameters may be what is wrong: the older checkpoint stays.
+            # After a failed step the parameters may be the cause, so the older checkpoint stays.
             if (saves and not recorder.skipped_in_row) or stops:
                 save(state)
             if stops:
@@ -375,7 +376,7 @@ class Run:
             recorder.clock.start()
 
     def _conclude(self, stop: StopSignals) -> None:
-        """Says in the summary how the run ended: at its last step, or at a signal before it."""
+        """Records in the summary how the run ended: at its last step, or at a signal before it."""
         summary = self.summary
         if summary.steps >= self.settings.steps:
             summary.status = "finished"
@@ -395,10 +396,10 @@ class Run:
             summary.message = f"Interrupted after step {summary.steps}{saved}."
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
     def _facts(self) -> dict[str, Any]:
-        """What config.json and every checkpoint say about the run."""
+        """The description of the run for config.json and every checkpoint."""
         return {
             "settings": jsonable(self.settings),
             "data": self.data.describe(),
@@ -416,12 +417,12 @@ class Run:
                 **self._sections,
             },
         )
-        # So that the run can be generated from and fine-tuned without its data.
+        # For generation and fine-tuning without the run's data.
         self.data.tokenizer.save(str(self.config.out / TOKENIZER))
 
 
 def check_vocabulary(dataset: Any, settings: Settings) -> None:
-    """Refuses data whose tokens the model has no embedding for.
+    """Refuses data with more tokens than the model has embeddings.
 
     Raises:
         ValueError: The tokenizer has more tokens than the model.

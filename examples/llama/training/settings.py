@@ -1,4 +1,4 @@
-"""What a training run is decided to be: every setting of it, and the checks that they go together."""
+"""The settings of a training run, and the checks that they fit together."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Any
 from examples.llama.data.checks import check_batch
 from examples.llama.devices.mesh import MeshMode
 from examples.llama.model.config import LlamaConfig, RopeScaling
-from examples.llama.optimizers.options import OptimizerOptions
+from examples.llama.optimizers.options import WRITTEN, OptimizerOptions
 from examples.llama.optimizers.registry import make_optimizer
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A run with everything decided; what `TrainConfig` and the tables come to.
+    """All settings of a run, derived from `TrainConfig` and the tables.
 
     Attributes:
         model: The model's shape.
         optimizer: Name of the optimizer.
-        options: Its settings.
+        options: The optimizer's settings.
         learning_rate: Peak learning rate.
-        rate_source: Where that rate is from.
+        rate_source: The source of that learning rate.
         steps: Optimizer steps.
-        warmup_steps: Of which so many warm up.
-        final_rate_fraction: Rate at the end, as a share of the peak.
-        batch_size: Sequences of one step.
-        seq_len: Predicted tokens of a sequence.
+        warmup_steps: Steps of the warm-up, of these.
+        final_rate_fraction: Learning rate at the end, as a share of the peak.
+        batch_size: Sequences per step.
+        seq_len: Predicted tokens per sequence.
         accumulate: Parts of a batch.
         clip_norm: Global gradient norm to clip to, or None.
         compute_dtype: Dtype of the matrix products.
         scan_layers: Whether layers are stacked.
         remat: Whether activations are recomputed.
-        mesh: Sizes of the mesh's axes as they were asked for, or None for one device.
+        mesh: Sizes of the mesh's axes as requested, or None for one device.
         mesh_mode: Auto or Explicit axes, or None without a mesh.
         mesh_strict: Whether the mesh must divide the model, or None without a mesh.
         loss_chunk: Tokens whose logits exist at once, or None for automatic.
@@ -71,16 +71,16 @@ class Settings:
 
     @property
     def tokens_per_step(self) -> int:
-        """Predicted tokens of one optimizer step."""
+        """Predicted tokens per optimizer step."""
         return self.batch_size * self.seq_len
 
     def optimizer_from(self, schedule: Any) -> Any:
-        """The optimizer at a learning-rate schedule."""
+        """The optimizer with a learning-rate schedule."""
         return make_optimizer(self.optimizer, schedule, self.options)
 
 
 def check_settings(settings: Settings) -> None:
-    """Raises ValueError for what the parts would refuse later or less clearly."""
+    """Raises ValueError for values that the parts would refuse later or less clearly."""
     for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_batches", "log_every"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
@@ -117,7 +117,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def check_finite(settings: Settings) -> None:
-    """Raises ValueError for a number that is not finite where it must be; only `bound` may be infinite."""
+    """Raises ValueError for a number that is not finite; only `bound` may be infinite."""
     numbers = {
         "learning_rate": settings.learning_rate,
         "clip_norm": settings.clip_norm,
@@ -138,7 +138,7 @@ def check_finite(settings: Settings) -> None:
         value = numbers.get(name)
         if value is not None and value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
-    # A negative scale would climb, and a bound or scale of zero train nothing.
+    # A negative scale would increase the loss, and a bound or scale of zero would train nothing.
     for name in ("scale", "bound"):
         value = numbers.get(name)
         if value is not None and not value > 0:
@@ -150,10 +150,10 @@ def check_finite(settings: Settings) -> None:
 
 
 def settings_from_json(fields: dict[str, Any]) -> Settings:
-    """The settings that a run has written down.
+    """Reads the recorded settings of a run.
 
     Raises:
-        ValueError: They are of another version of this program.
+        ValueError: Another version of this program wrote them.
 
     >>> from examples.llama.reporting.files import jsonable
     >>> from examples.llama.training.config import TrainConfig, resolve
@@ -167,7 +167,7 @@ def settings_from_json(fields: dict[str, Any]) -> Settings:
         if model["rope_scaling"] is not None:
             model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
         options: dict[str, Any] = {
-            name: float(value) if value in ("Infinity", "-Infinity", "NaN") else value
+            WRITTEN[name]: float(value) if value in ("Infinity", "-Infinity", "NaN") else value
             for name, value in fields["options"].items()
         }
         parts = {"model": LlamaConfig(**model), "options": OptimizerOptions(**options)}

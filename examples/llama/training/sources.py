@@ -1,4 +1,4 @@
-"""Which parameters a program trains, and where all of them come from."""
+"""The trained parameters of a program, and the source of all parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from examples.llama.training.settings import Settings
 
 
 class Source(Protocol):
-    """Which parameters are trained, and where they and the frozen ones come from."""
+    """Says which parameters are trained, and gives them and the frozen ones."""
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -33,19 +33,19 @@ class Source(Protocol):
         ...
 
     def frozen(self, settings: Settings, placement: Placement | None) -> Params:
-        """The frozen parameters, where they belong."""
+        """The frozen parameters, with their shardings."""
         ...
 
     def trained(
         self, settings: Settings, placement: Placement | None, seed: int, frozen: Params
     ) -> Params:
-        """The trained parameters before the first step, where they belong; the caller may donate them."""
+        """The trained parameters before the first step, with their shardings; the caller may donate them."""
         ...
 
 
 @dataclass(frozen=True)
 class FromSeed:
-    """New parameters from a seed, all of them trained on text."""
+    """New parameters from a seed, all trained on text."""
 
     fields: tuple[str, ...] = ("tokens",)
 
@@ -60,22 +60,22 @@ class FromSeed:
         )
 
     def shapes(self, settings: Settings) -> tuple[Params, Params]:
-        """Shapes and dtypes of all parameters, and nothing."""
+        """Shapes and dtypes of all parameters; there are no frozen ones."""
         return abstract(settings.model, scan_layers=settings.scan_layers), {}
 
     def frozen(self, settings: Settings, placement: Placement | None) -> Params:
-        """Nothing."""
+        """No frozen parameters."""
         return {}
 
     def trained(
         self, settings: Settings, placement: Placement | None, seed: int, frozen: Params
     ) -> Params:
-        """New parameters; on a mesh each device makes its own part of them."""
+        """New parameters; on a mesh each device makes its own part."""
         model, scan_layers = settings.model, settings.scan_layers
         if placement is None:
             return _init_params(model, scan_layers, np.uint32(seed))
         shapes = self.shapes(settings)[0]
-        # On Auto axes the compiler splits the random numbers too; what changes after is the type.
+        # On Auto axes the compiler splits the random numbers too; afterwards only the type changes.
         born = jax.jit(
             partial(_create_params, model, scan_layers),
             out_shardings=placement.params(shapes, auto=True),

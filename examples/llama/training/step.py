@@ -1,8 +1,8 @@
 """One training step as a pure function of arrays: gradients, clipping, update. No files, no clocks.
 
-A step whose loss or gradient is not finite changes neither parameters nor optimizer state. The peak
-learning rate is an operand, not a constant, so that a search over rates compiles once. What the step is
-made from is static.
+A step whose loss or gradient is not finite changes neither parameters nor optimizer state. The peak learning
+rate is an operand, not a constant, so a search over learning rates compiles once. The other ingredients of the
+step are static.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import optax
 
 Params = Any
 Batch = Any
-"""An array, or a dictionary of arrays, whose first axis is that of the sequences."""
+"""An array, or a dictionary of arrays, with sequences on the first axis."""
 LossFn = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
 """From parameters and a batch to the mean loss and the number of predicted tokens."""
 MakeOptimizer = Callable[[optax.Schedule], optax.GradientTransformation]
@@ -24,7 +24,7 @@ StatisticsFn = Callable[["StepRecord"], dict[str, jax.Array]]
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes.
+    """The state that a step changes.
 
     Attributes:
         params: The parameters.
@@ -40,13 +40,13 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What every step reports, on the device: scalars, float32 but for the last.
+    """The report of every step, on the device: float32 scalars and one bool.
 
     Attributes:
         loss: Mean loss of the step's tokens, before the update.
         grad_norm: Global norm of the gradient, before clipping.
         learning_rate: The rate of this step's update.
-        skipped: Whether the update was skipped since loss or norm is not finite, a bool.
+        skipped: Whether the update was skipped because the loss or the norm is not finite, a bool.
     """
 
     loss: jax.Array
@@ -56,14 +56,14 @@ class StepMetrics(NamedTuple):
 
 
 class StepRecord(NamedTuple):
-    """What statistics of a step are computed from.
+    """The inputs of a step's statistics.
 
     Attributes:
         params: The parameters before the update.
-        updates: What is added to them.
+        updates: The sum that the step adds to them.
         gradients: The clipped gradient, as the optimizer sees it.
         old_state: The optimizer's state before the update.
-        new_state: And after.
+        new_state: The optimizer's state after the update.
     """
 
     params: Params
@@ -74,9 +74,10 @@ class StepRecord(NamedTuple):
 
 
 def warmup_cosine(steps: int, warmup_steps: int, final_fraction: float) -> optax.Schedule:
-    """A linear warm-up from 0 to 1, then a cosine to `final_fraction`, to be multiplied by a peak.
+    """A linear warm-up from 0 to 1, then a cosine to `final_fraction`, as a factor of the peak.
 
-    The first step's rate is `1 / (warmup_steps + 1)` of the peak, not 0: a step at rate 0 would be
+    The first step's learning rate is `1 / (warmup_steps + 1)` of the peak, because a step at 0 would change
+    nothing. The last step's learning rate is just above the end of the cosine.
     spent for nothing. The last step's rate is just above the end of the cosine.
 
     >>> schedule = warmup_cosine(steps=10, warmup_steps=1, final_fraction=0.1)
@@ -90,7 +91,7 @@ def warmup_cosine(steps: int, warmup_steps: int, final_fraction: float) -> optax
 
 
 def init_state(params: Params, make_optimizer: MakeOptimizer) -> TrainState:
-    """The state before the first step; the learning rate does not matter to it."""
+    """The state before the first step; it does not depend on the learning rate."""
     tx = make_optimizer(optax.constant_schedule(0.0))
     return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -111,7 +112,7 @@ def make_train_step(
         make_optimizer: From a learning-rate schedule to the optimizer.
         schedule: The learning rate as a share of the peak, from the step count.
         clip_norm: Global gradient norm to clip to, or None.
-        accumulate: Number of equal parts whose gradients are added up before the update.
+        accumulate: Number of equal parts whose gradients are summed before the update.
         statistics: Further numbers to report, or None.
 
     Returns:
@@ -132,7 +133,7 @@ def make_train_step(
         numbers = {} if statistics is None else statistics(record)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         params, opt_state = _either(finite, (params, opt_state), (state.params, state.opt_state))
-        # The optimizer counts the updates it made, and takes its rate from that count.
+        # The optimizer counts its updates and takes its learning rate from that count.
         rate = jnp.asarray(peak * schedule(state.step - state.skipped), jnp.float32)
         skipped = state.skipped + jnp.logical_not(finite)
         metrics = StepMetrics(loss, grad_norm, rate, jnp.logical_not(finite))
@@ -146,8 +147,8 @@ def accumulated_gradients(
 ) -> tuple[jax.Array, Params]:
     """The loss and gradient of a batch, computed in `accumulate` equal parts one after the other.
 
-    Parts are weighted by their number of predicted tokens and added in float32 (float64 where the
-    parameters are), so that the result is that of the whole batch up to rounding.
+    Parts are weighted by their number of predicted tokens and added in float32 (float64 for float64
+    parameters), so the result equals that of the whole batch up to rounding.
 
     Args:
         loss_fn: See `LossFn`.
@@ -173,7 +174,7 @@ def accumulated_gradients(
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % accumulate:
         raise ValueError(f"a batch of {rows} sequences does not divide into {accumulate} parts")
-    # Every accumulate-th sequence: on a mesh each part then spans all devices as the batch does.
+    # Every accumulate-th sequence: on a mesh each part then spans all devices like the batch.
     parts = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch
     )
@@ -196,10 +197,10 @@ def accumulated_gradients(
 
 
 def _either(condition: jax.Array, new: Any, old: Any) -> Any:
-    """The new tree or the old one.
+    """Selects the new tree or the old one.
 
-    A select and not a branch: it joins the loops that write the new arrays, into the donated old ones, so
-    that no second copy is needed and the arithmetic before it stays as it is.
+    A select and not a branch: it fuses with the loops that write the new arrays into the donated old ones, so
+    that no second copy is needed and the arithmetic before it does not change.
     """
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 

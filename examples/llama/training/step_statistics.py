@@ -1,7 +1,7 @@
-"""Statistics of a step: how large the update is, what SAGE's damper does, what LoRA-Pre's factors hold.
+"""Statistics of a step: the size of the update, SAGE's damper, and the content of LoRA-Pre's factors.
 
-Everything here is computed on the device, inside the detailed form of the train step, which runs at
-log intervals only.
+All of them are computed on the device, inside the detailed form of the train step, which runs only at log
+intervals.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def update_statistics(params: Any, updates: Any) -> dict[str, jax.Array]:
 
     Args:
         params: The parameters before the update.
-        updates: What is added to them: learning rate, decay and sign included.
+        updates: The sum that the step adds to them, with learning rate, decay and sign.
 
     Returns:
         For each role that occurs, float32 scalars: `update/ROLE/rms`, `update/ROLE/max` (largest
@@ -74,13 +74,13 @@ def update_statistics(params: Any, updates: Any) -> dict[str, jax.Array]:
 def damper_statistics(
     gradients: Any, old_state: Any, new_state: Any, **arguments: Any
 ) -> dict[str, jax.Array]:
-    """What SAGE's damper does, by role; nothing where the state holds no SAGE scale.
+    """Statistics of SAGE's damper, by role; empty if the state holds no SAGE scale.
 
     Args:
         gradients: The gradient that the optimizer saw.
         old_state: Its state before the update.
         new_state: Its state after the update.
-        **arguments: The optimizer's `b2`, `eps`, `damper` and `eps_mode` where they differ from
+        **arguments: The optimizer's `b2`, `eps`, `damper` and `eps_mode` if they differ from
             SAGE's defaults.
 
     Returns:
@@ -116,12 +116,12 @@ def damper_statistics(
 
 
 def low_rank_statistics(gradients: Any, old_state: Any, updates: Any) -> dict[str, jax.Array]:
-    """What LoRA-Pre's factors hold of the gradient; nothing where no first moment has factors.
+    """The share of the gradient that LoRA-Pre's factors hold; empty if no first moment has factors.
 
     Args:
         gradients: The gradient that the optimizer saw.
         old_state: Its state before the update.
-        updates: What is added to the parameters.
+        updates: The sum that the step adds to the parameters.
 
     Returns:
         For each parameter with factors, scalars over its stack of matrices: `lorapre/PATH/energy_share`

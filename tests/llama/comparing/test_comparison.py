@@ -6,11 +6,13 @@ import dataclasses
 import io
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks.peers import PEERS
 from examples.llama.compare import main
 from examples.llama.comparing import comparison as comparison_module
 from examples.llama.comparing.comparison import CompareConfig, Comparison
@@ -19,11 +21,13 @@ from examples.llama.comparing.rows import Row, markdown_table, rich_table
 from examples.llama.comparing.timing import paired_step_times
 from examples.llama.optimizers.rates import TUNED_RATES
 from examples.llama.optimizers.variants import parse_variant, parse_variants
-from examples.llama.reporting.files import read_json, write_json
+from examples.llama.reporting.files import jsonable, read_json, write_json
 from examples.llama.reporting.metrics import read_metrics
 from examples.llama.training.program import Program
 from examples.llama.training.run import Run
 from tests.llama import tiny
+
+DEMO = pathlib.Path(__file__).parents[3] / "docs" / "results" / "demo"
 
 RATES = "adamw=1e-2,lion=3e-3"
 
@@ -83,8 +87,8 @@ def test_a_comparison_writes_table_picture_and_json(tmp_path):
     found = comparison(tmp_path)
     rows = found.run()
     assert [row.optimizer for row in rows] == ["adamw", "lion"]
-    assert [row.learning_rate for row in rows] == [1e-2, 3e-3]
-    assert [row.state_ratio for row in rows] == [1.0, pytest.approx(0.5, abs=1e-3)]
+    assert [row.summary.learning_rate for row in rows] == [1e-2, 3e-3]
+    assert [row.summary.state_ratio for row in rows] == [1.0, pytest.approx(0.5, abs=1e-3)]
     assert rows[0].step_time_ratio == 1.0
     assert rows[1].step_time_ratio is not None
     assert rows[1].step_time_ratio > 0
@@ -143,7 +147,7 @@ def test_an_interrupted_comparison_continues_without_repeating(tmp_path, monkeyp
     rows = comparison(tmp_path).run()
     assert [name for name, *_ in started] == ["lion"]
     assert (tmp_path / "runs" / "adamw" / "summary.json").read_bytes() == kept
-    assert all(row.status == "finished" for row in rows)
+    assert all(row.finished for row in rows)
 
     # A third call repeats nothing, not even the timing; without --resume all is made again.
     started.clear()
@@ -171,7 +175,7 @@ def test_a_finished_run_under_other_settings_is_not_taken_for_this_one(tmp_path,
 
 def test_a_run_that_diverges_is_a_row_of_its_own(tmp_path):
     rows = comparison(tmp_path, rates="adamw=1e30,lion=3e-3", timing_rounds=0).run()
-    assert [row.status for row in rows] == ["non_finite", "finished"]
+    assert [row.summary.status for row in rows] == ["non_finite", "finished"]
     assert rows[0].heldout_perplexity == math.inf
     assert "diverged (" in (tmp_path / "table.md").read_text()
     assert read_json(tmp_path / "comparison.json")["rows"][0]["heldout_loss"] == "Infinity"
@@ -194,8 +198,8 @@ def test_tuning_searches_short_runs_and_uses_and_writes_what_it_finds(tmp_path, 
     best = read_json(tmp_path / "tuned_rates.json")["demo"]["adamw"]
     assert best in trials
     assert min(trials) < best < max(trials)
-    assert rows[0].learning_rate == best
-    assert rows[0].rate_source == "searched"
+    assert rows[0].summary.learning_rate == best
+    assert rows[0].summary.rate_source == "searched"
     assert "lion" not in read_json(tmp_path / "tuned_rates.json")["demo"]
     assert f"adamw: best rate {best:g} of" in text_of(found)
 
@@ -258,7 +262,6 @@ def row(index, **fields):
         "learning_rate": 1e-3,
         "rate_source": "given",
         "heldout_loss": 3.0 + 0.1 * index,
-        "heldout_perplexity": math.exp(3.0 + 0.1 * index),
         "train_loss": 2.5,
         "steps": 8,
         "tokens": 8000,
@@ -270,7 +273,24 @@ def row(index, **fields):
         "heldout_curve": curve,
         "train_curve": curve,
     }
-    return Row(**{**defaults, **fields})
+    return Row.from_dict({**defaults, **fields})
+
+
+def test_a_row_of_version_0_2_is_read_and_written_as_it_was():
+    stored = read_json(DEMO / "comparison.json")["rows"][0]
+    found = Row.from_dict(stored)
+    assert found.summary.adamw_state_bytes == found.summary.optimizer_state_bytes
+    assert found.summary.rate_source == "searched over 150 steps"
+    again = jsonable(found.to_dict())
+    assert {"variant": again.pop("variant"), "rank": again.pop("rank")} == {
+        "variant": "",
+        "rank": None,
+    }
+    assert again.pop("options") == {}
+    assert again == stored
+    diverged = jsonable(row(1, status="non_finite").to_dict())
+    assert diverged["heldout_loss"] == diverged["heldout_perplexity"] == "Infinity"
+    assert jsonable(Row.from_dict(diverged).to_dict()) == diverged
 
 
 def test_tables_show_every_row_and_mark_the_best():
@@ -320,7 +340,7 @@ def test_every_optimizer_of_the_demo_has_a_tuned_rate():
     from examples.llama.optimizers.registry import OPTIMIZERS
 
     # LoRA-Pre's rates are entered as they are measured.
-    wanted = {name for name in OPTIMIZERS if not name.startswith("lorapre_")}
+    wanted = {name for name in OPTIMIZERS if not name.startswith("lorapre_")} - set(PEERS)
     assert wanted <= {parse_variant(key).optimizer for key in TUNED_RATES["demo"]}
     assert all(rate > 0 and source for rate, source in TUNED_RATES["demo"].values())
 
@@ -354,9 +374,9 @@ def test_variants_are_rows_with_runs_rates_and_times_of_their_own(tmp_path, monk
     ]
     assert [row.rank for row in rows] == [None, None, 2]
     assert rows[2].options == {"rank": 2, "options": "recommended"}
-    assert [row.learning_rate for row in rows] == [1e-2, 2e-2, 5e-3]
+    assert [row.summary.learning_rate for row in rows] == [1e-2, 2e-2, 5e-3]
     assert len({row.heldout_loss for row in rows}) == 3
-    assert rows[2].state_ratio < rows[1].state_ratio == pytest.approx(1.0, abs=1e-3)
+    assert rows[2].summary.state_ratio < rows[1].summary.state_ratio == pytest.approx(1.0, abs=1e-3)
     assert set(read_json(tmp_path / "timing.json")) == set(keys[1:])
     assert all(row.step_time_ratio is not None for row in rows)
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
@@ -384,9 +404,9 @@ def test_a_variant_is_searched_from_the_rate_of_the_plain_optimizer(tmp_path, mo
     rows = found.run()
     trials = [rate for _, rate, steps in started if steps == 4]
     assert trials == [start, 2 * start, start / 2]
-    assert rows[1].rate_source == "searched"
+    assert rows[1].summary.rate_source == "searched"
     tuned = read_json(tmp_path / "tuned_rates.json")["demo"]
-    assert tuned == {"adamw:matrix_rate=0.25": rows[1].learning_rate}
+    assert tuned == {"adamw:matrix_rate=0.25": rows[1].summary.learning_rate}
     assert (tmp_path / "tuning" / "adamw__matrix_rate=0.25.json").exists()
     # Without a search there is no rate to take.
     with pytest.raises(ValueError, match=r"no tuned rate of 'adamw:matrix_rate=0\.25' for preset"):

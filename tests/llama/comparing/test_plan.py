@@ -356,7 +356,7 @@ def test_the_command_can_be_run():
     assert words[:3] == ["python", "-m", "examples.llama.train"]
     settings = resolve(parse(TrainConfig, words[3:], prog="train"))
     assert (settings.optimizer, settings.options.rank) == ("lorapre_adamw", 16)
-    assert (settings.options.options, settings.options.scale) == ("recommended", 0.25)
+    assert (settings.options.option_set, settings.options.scale) == ("recommended", 0.25)
     assert (settings.learning_rate, settings.accumulate) == (0.005, 2)
     assert (settings.batch_size, settings.seq_len) == (16, 128)
 

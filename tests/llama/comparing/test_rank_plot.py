@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from benchmarks.peers import PEERS
 from examples.llama.comparing import palette
 from examples.llama.comparing.labels import spread
 from examples.llama.comparing.palette import MOST_COLOURED, PALE, coloured, row_styles
@@ -27,27 +28,28 @@ RANKED = tuple(
 def row(key, perplexity=30.0, state=0.5, status="finished", rank=None):
     variant = parse_variant(key)
     curve = [(1000.0 * k, 4.0 / k + math.log(perplexity)) for k in range(1, 5)]
-    return Row(
-        optimizer=variant.optimizer,
-        label=variant.label,
-        status=status,
-        learning_rate=1e-3,
-        rate_source="given",
-        heldout_loss=math.log(perplexity),
-        heldout_perplexity=perplexity,
-        train_loss=2.5,
-        steps=8,
-        tokens=8000,
-        parameters=10,
-        optimizer_state_bytes=int(state * 2**20),
-        state_ratio=state,
-        tokens_per_second=1e3,
-        median_step_seconds=0.1,
-        heldout_curve=curve,
-        train_curve=curve,
-        variant=key,
-        rank=rank or variant.options.get("rank"),
-        options=dict(variant.options),
+    return Row.from_dict(
+        {
+            "optimizer": variant.optimizer,
+            "label": variant.label,
+            "status": status,
+            "learning_rate": 1e-3,
+            "rate_source": "given",
+            "heldout_loss": math.log(perplexity),
+            "train_loss": 2.5,
+            "steps": 8,
+            "tokens": 8000,
+            "parameters": 10,
+            "optimizer_state_bytes": int(state * 2**20),
+            "state_ratio": state,
+            "tokens_per_second": 1e3,
+            "median_step_seconds": 0.1,
+            "heldout_curve": curve,
+            "train_curve": curve,
+            "variant": key,
+            "rank": rank or variant.options.get("rank"),
+            "options": dict(variant.options),
+        }
     )
 
 
@@ -84,18 +86,24 @@ def test_of_many_rows_the_best_of_ten_optimizers_have_colour():
     shown = coloured(many)
     assert len(shown) == MOST_COLOURED
     assert [one.optimizer for one in shown] == names[:MOST_COLOURED]
-    assert all(one.heldout_perplexity % 1 == 0 for one in shown)  # the better of the two
+    assert all(
+        abs(x - round(x)) < 1e-9 for x in (one.heldout_perplexity for one in shown)
+    )  # the better of the two
     styles = styled(many, shown)
     assert sum(style["color"] != PALE for style in styles) == MOST_COLOURED
 
 
-def test_colours_of_the_main_optimizers_are_not_shared():
-    main = (
-        *("adamw", "adafactor", "muon", "galore", "sage_hybrid", "sage_hybrid_int8", "lion"),
-        *("lion_hybrid", "sinkgd_hybrid", "lorapre_adamw", "lorapre_muon", "lorapre_sinkgd"),
-    )
-    assert len({palette.colour(name) for name in main}) == len(main)
-    assert set(palette.OPTIMIZERS) - {"fira", "apollo"} <= set(OPTIMIZERS)
+def test_no_two_optimizers_share_a_colour():
+    # Other tests of this process may have registered crossings of rules, which are grey.
+    own = {
+        name
+        for name, entry in OPTIMIZERS.items()
+        if entry.factory.__module__.startswith("examples.")
+    }
+    assert set(palette.OPTIMIZERS) == own | set(PEERS)
+    colours = {palette.colour(name) for name in palette.OPTIMIZERS}
+    assert len(colours) == len(palette.OPTIMIZERS)
+    assert palette.PALE not in colours
 
 
 @pytest.mark.parametrize("copies", [1, 3])
@@ -130,8 +138,8 @@ def test_the_table_says_once_what_each_optimizer_stores():
     at = lines.index("What each stores:")
     assert lines[at + 2 : at + 5] == [
         "- GaLore: a projection of the larger side and two moments on the smaller, (max + 2 min) r "
-        "numbers a matrix; two moments for the rest",
-        "- LoRA-Pre Adam: two factor pairs, (2p + 2q) r numbers a p x q matrix; two moments for the rest",
+        "numbers per matrix; two moments for the rest",
+        "- LoRA-Pre Adam: two factor pairs, (2p + 2q) r numbers per p x q matrix; two moments for the rest",
         "",
     ]
     assert lines[at - 2].startswith("| LoRA-Pre Adam r=16 recommended | 30.00 |")

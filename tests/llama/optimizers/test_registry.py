@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ from examples.llama.optimizers.registry import OPTIMIZERS, make_optimizer, optim
 from examples.llama.optimizers.sage import damper_arguments
 from layout_optax import resolve_layout, state_bytes
 from tests.llama import tiny
+from tests.llama.random_params import random_params
 
 NAMES = tuple(OPTIMIZERS)
 
@@ -205,8 +207,9 @@ def test_every_option_of_an_entry_changes_what_is_computed(name):
         "sinkhorn_variant": "sqrt",
         "rank": 2,
         "table_rank": 3,
+        "table_rule": "factored_rms",
         "update_gap": 3,
-        "options": "recommended",
+        "option_set": "recommended",
         "bias_correction": "exact",
         "bound": 2.0,
         "residual": 0.5,
@@ -217,7 +220,7 @@ def test_every_option_of_an_entry_changes_what_is_computed(name):
         "role_multipliers": {"matrix": 2.0},
     }
     if name == "lorapre_sinkgd":  # whose own defaults these are
-        values |= {"options": "paper", "bias_correction": "paper", "vector_rule": "sage"}
+        values |= {"option_set": "paper", "bias_correction": "paper", "vector_rule": "sage"}
         values["initial_subspace"] = "normal"
     if name == "sinkgd":
         values["sinkhorn_variant"] = "unit"
@@ -262,20 +265,20 @@ def test_a_rate_for_a_role_scales_adamw_and_one_for_none_is_optax_adamw():
 
 
 def test_recommended_options_yield_to_those_given_and_can_be_switched_off():
-    assert adam_options(OptimizerOptions(options="recommended")) == lorapre_optax.RECOMMENDED
+    assert adam_options(OptimizerOptions(option_set="recommended")) == lorapre_optax.RECOMMENDED
     off = OptimizerOptions(
-        options="recommended",
+        option_set="recommended",
         bias_correction="paper",
         bound=math.inf,
         residual=0.0,
         initial_subspace="normal",
     )
-    paper = OptimizerOptions(options="paper")
+    paper = OptimizerOptions(option_set="paper")
     nothing = {"bias_correction": "paper", "bound": None, "residual": None}
     nothing["initial_subspace"] = "normal"
     assert adam_options(off) == {**adam_options(paper), **nothing}
     assert adam_options(OptimizerOptions()) == {}
-    with_rank = adam_options(OptimizerOptions(options="recommended", bound=3.0, rank=2))
+    with_rank = adam_options(OptimizerOptions(option_set="recommended", bound=3.0, rank=2))
     assert with_rank == {**lorapre_optax.RECOMMENDED, "bound": 3.0, "rank": 2}
 
 
@@ -286,9 +289,9 @@ def test_the_default_of_lorapre_is_the_papers_rule():
         return str(jax.make_jaxpr(lambda p: tx.update(p, tx.init(p), p))(params))
 
     plain = traced(make_optimizer("lorapre_adamw", 0.1, rank=3))
-    assert plain == traced(make_optimizer("lorapre_adamw", 0.1, rank=3, options="paper"))
+    assert plain == traced(make_optimizer("lorapre_adamw", 0.1, rank=3, option_set="paper"))
     assert plain == traced(lorapre_optax.lorapre_adamw(0.1, 3))
-    assert plain != traced(make_optimizer("lorapre_adamw", 0.1, rank=3, options="recommended"))
+    assert plain != traced(make_optimizer("lorapre_adamw", 0.1, rank=3, option_set="recommended"))
 
 
 def test_lorapre_sinkgd_is_recommended_unless_told_otherwise():
@@ -298,7 +301,9 @@ def test_lorapre_sinkgd_is_recommended_unless_told_otherwise():
         tx = make_optimizer("lorapre_sinkgd", 0.1, rank=2, **fields)
         return str(jax.make_jaxpr(lambda p: tx.update(p, tx.init(p), p))(params))
 
-    assert traced() == traced(options="recommended") != traced(options="paper")
+    own = lorapre_optax.lorapre_sinkgd(0.1, 2, weight_decay=0.0)
+    assert traced() == str(jax.make_jaxpr(lambda p: own.update(p, own.init(p), p))(params))
+    assert traced() == traced(option_set="recommended") != traced(option_set="paper")
     paper = lorapre_optax.lorapre_sinkgd(
         0.1,
         2,
@@ -308,7 +313,7 @@ def test_lorapre_sinkgd_is_recommended_unless_told_otherwise():
         initial_subspace="normal",
         weight_decay=0.0,
     )
-    assert traced(options="paper") == str(
+    assert traced(option_set="paper") == str(
         jax.make_jaxpr(lambda p: paper.update(p, paper.init(p), p))(params)
     )
 
@@ -352,3 +357,15 @@ def test_int8_by_name_and_by_option_are_one():
 def test_damper_arguments_are_those_of_the_damper():
     options = OptimizerOptions(b1=0.8, b2=0.95, eps=1e-6, damper="ema", scale=3.0)
     assert damper_arguments(options) == {"b2": 0.95, "eps": 1e-6, "damper": "ema"}
+
+
+def test_the_recommended_lorapre_muon_is_that_of_the_package():
+    params = random_params(tiny.MODEL)
+    for given, own in (({}, {}), ({"table_rank": 2}, {"table_rule": "others", "table_rank": 2})):
+        theirs = make_optimizer("lorapre_muon", 1e-2, option_set="recommended", rank=2, **given)
+        recommended = {**lorapre_optax.RECOMMENDED_MUON, "rank": 2, **own}
+        ours = lorapre_optax.lorapre_muon(1e-2, **recommended)
+        found, wanted = (
+            jax.jit(one.update)(params, one.init(params), params)[0] for one in (theirs, ours)
+        )
+        chex.assert_trees_all_equal(found, wanted)

@@ -49,7 +49,7 @@ def test_the_options_of_a_variant_arrive_in_the_settings():
     config = tiny.config(None, weight_decay=0.1)
     settings = resolve(dataclasses.replace(config, **variant.fields()), tiny.MODEL)
     options = settings.options
-    assert (options.rank, options.options, options.b2) == (4, "recommended", 0.9)
+    assert (options.rank, options.option_set, options.b2) == (4, "recommended", 0.9)
     assert (options.weight_decay, options.decay_vectors) == (0.5, False)
     assert options.role_multipliers == {"embedding": 4.0, "matrix": 0.25}
     assert set(OPTION_NAMES) <= {field.name for field in dataclasses.fields(TrainConfig)}

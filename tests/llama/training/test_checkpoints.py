@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import json
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ import pytest
 
 from examples.llama.model.llama import stack_layers, unstack_layers
 from examples.llama.optimizers.registry import OPTIMIZERS
-from examples.llama.reporting.files import METRICS, SUMMARY, read_json
+from examples.llama.reporting.files import METRICS, SUMMARY, jsonable, read_json
 from examples.llama.reporting.metrics import MetricsWriter, read_metrics
 from examples.llama.training import checkpoints as checkpoints_module
 from examples.llama.training.checkpoints import (
@@ -42,6 +43,7 @@ from examples.llama.training.migrations import (
 from examples.llama.training.program import Program
 from examples.llama.training.resume import ResumeError, describe_run, target
 from examples.llama.training.run import prepare_run
+from examples.llama.training.settings import settings_from_json
 from examples.llama.training.step import TrainState
 from tests.faults.damage import DAMAGES, every_file, flip_file
 from tests.llama import tiny
@@ -622,6 +624,23 @@ def test_a_description_tells_runs_apart_by_what_matters():
         assert describe_run(settings, data) != describe_run(
             dataclasses.replace(settings, **change), data
         )
+
+
+def test_settings_have_the_names_that_files_of_version_0_2_have():
+    settings = resolve(
+        tiny.config(None, optimizer="lorapre_adamw", rank=4, option_set="paper", bound=math.inf),
+        tiny.MODEL,
+    )
+    stored = jsonable(settings)
+    names = """weight_decay decay_vectors b1 b2 eps damper eps_mode mu_dtype head_rule vector_rule scale
+    sinkhorn_iterations sinkhorn_variant rank table_rank update_gap options bias_correction bound residual
+    second_moment initial_subspace factor_dtype damping role_multipliers"""
+    given = {"weight_decay": 0.01, "decay_vectors": True, "rank": 4, "options": "paper"}
+    given["bound"] = "Infinity"
+    assert stored["options"] == {**dict.fromkeys(names.split()), **given}
+    assert settings_from_json(stored) == settings
+    run = describe_run(settings, tiny.dataset().describe())
+    assert {name for name in run if name.startswith("options.")} == {f"options.{n}" for n in given}
 
 
 def test_who_only_reads_leaves_alone_what_is_being_written(tmp_path):

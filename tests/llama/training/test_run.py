@@ -510,7 +510,7 @@ def test_a_rank_that_saves_nothing_is_said(tmp_path, optimizer, ranks, note):
 
 def test_the_trainer_says_it_in_the_librarys_place(tmp_path):
     """One line among the notes, and no warning beside it."""
-    config = tiny.config(tmp_path, optimizer="lorapre_adamw", rank=1000, options="paper")
+    config = tiny.config(tmp_path, optimizer="lorapre_adamw", rank=1000, option_set="paper")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         prepared = prepare_run(config, model=tiny.MODEL, dataset=tiny.dataset())
@@ -525,7 +525,7 @@ def test_the_papers_rule_is_named_where_another_was_better(tmp_path):
 
     (note,) = notes(optimizer="lorapre_adamw", rank=4)
     assert "--options recommended" in note
-    assert notes(optimizer="lorapre_adamw", rank=4, options="paper") == []
-    assert notes(optimizer="lorapre_adamw", rank=4, options="recommended") == []
+    assert notes(optimizer="lorapre_adamw", rank=4, option_set="paper") == []
+    assert notes(optimizer="lorapre_adamw", rank=4, option_set="recommended") == []
     assert notes(optimizer="lorapre_adamw", rank=4, bound=1.0) == []
     assert notes(optimizer="lorapre_muon", rank=4) == []
