@@ -19,7 +19,7 @@ PART ?= 1/6
 LIBRARY_TESTS := layout_optax sage_optax lorapre_optax tests/layout tests/sage tests/lorapre tests/sharding tests/compatibility
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-distributed test test-all test-part test-library lint format wheel plan bench-sinkhorn bench-collectives bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality bench-finetuning bench-lowering bench-mfu bench-accelerator faults figures docs docs-serve clean
+.PHONY: help setup demo demo-distributed test test-all test-part test-library test-frameworks lint format wheel plan bench-sinkhorn bench-collectives bench-step-time bench-memory bench-lorapre bench-faithfulness bench-quality bench-finetuning bench-lowering bench-mfu bench-accelerator faults figures docs docs-serve clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -63,6 +63,10 @@ test-part: $(READY) ## Run one part of what test-all has beyond test (make test-
 test-library: $(READY) ## Run the tests of the three packages only
 	@echo "== Running the packages' tests on Python $(VERSION)"
 	@TEST_CODEGEN=quick $(PYTEST) -m "not extended" $(LIBRARY_TESTS) $(ARGS)
+
+test-frameworks: ## Train inside Tunix, MaxText and Levanter, each in its own environment (ARGS=tunix: one; Python >= 3.12)
+	@echo "== Each framework has a gigabyte of its own under .venv-frameworks, made the first time"
+	@$$(tools/find-python $(or $(FRAMEWORKS_PYTHON),python3.12)) tools/frameworks/run.py $(ARGS)
 
 lint: $(READY) ## Check format, style and types (ruff, pyright)
 	@$(BIN)/ruff format --check .

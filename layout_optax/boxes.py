@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,17 @@ import optax
 
 from layout_optax.fit import check_transformation
 from layout_optax.layout import PyTree, path_string
-from layout_optax.metadata import Owner, has_partition_names, partition_names, with_metadata
+from layout_optax.metadata import (
+    Owner,
+    has_partition_names,
+    is_named_array,
+    partition_names,
+    with_metadata,
+)
 
 
 def unboxed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Gives a transformation plain arrays instead of Flax's boxes, and boxes its updates again.
+    """Gives a transformation plain arrays instead of Flax's or Haliax's boxes, and boxes its updates again.
 
     Boxes are Linen's ``nn.Partitioned``, ``nn.LogicallyPartitioned`` and any other ``AxisMetadata``, and NNX's
     ``Variable`` with its subclasses (``Param``). Both carry a partition spec that applies to the parameter
@@ -28,6 +34,9 @@ def unboxed(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     variables with names on their axes (``out_sharding``), every array of the state is a variable too, with
     those names of its parameter that apply. ``nnx.get_partition_spec`` and ``nnx.get_named_sharding`` of an
     ``nnx.Optimizer`` then agree with `state_shardings`. Trees without boxes pass through.
+
+    Haliax's ``NamedArray`` is such a box too, whose names Levanter's trainer turns into shardings: every
+    array of the state is a ``NamedArray`` with the names that apply, its other axes ``state_0``, ``state_1``...
 
     If masks, labels and layouts are given to ``tx`` as trees, they must match the parameters without boxes.
 
@@ -57,7 +66,7 @@ def unboxed(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     def init_fn(params: PyTree) -> PyTree:
         plain, owners = _unbox(params), _owners(params)
         state = tx.init(plain)
-        return with_metadata(tx, plain, owners, state) if any(owners) else state
+        return _named(with_metadata(tx, plain, owners, state)) if any(owners) else state
 
     def update_fn(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any):
         new, following = tx.update(
@@ -68,12 +77,42 @@ def unboxed(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@jax.tree_util.register_pytree_node_class
+class _Nameless(NamedTuple):
+    """Stands for a Haliax array inside of ``unboxed``: its child has no key, by which rules know Haliax.
+
+    Where a leaf is masked it stays in the state. Levanter's checkpoints walk through a named tuple.
+    """
+
+    array: Any
+
+    def tree_flatten(self) -> tuple[tuple[Any], None]:
+        return (self.array,), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: tuple[Any]) -> _Nameless:
+        return cls(*children)
+
+
+def _named(state: PyTree) -> PyTree:
+    """The state with Haliax arrays in place of the nodes around them."""
+
+    def is_nameless(node: Any) -> bool:
+        return isinstance(node, _Nameless)
+
+    def inner(node: Any) -> Any:
+        return node.array if is_nameless(node) and is_named_array(node.array) else node
+
+    return jax.tree.map(inner, state, is_leaf=is_nameless)
+
+
 def is_box(node: Any) -> bool:
-    """Whether a tree node is a Linen box or an NNX variable, from its class's methods."""
-    # Look at the class only: an instance of an NNX variable forwards unknown names to its array.
+    """Whether a node of a tree is a Linen box, an NNX variable or a Haliax array, told by its class."""
+    # By the class alone: an instance of an NNX variable forwards unknown names to its array.
     kind = type(node)
     linen = hasattr(kind, "unbox") and hasattr(kind, "replace_boxed")
-    return linen or (hasattr(kind, "get_raw_value") and hasattr(kind, "get_metadata"))
+    variable = hasattr(kind, "get_raw_value") and hasattr(kind, "get_metadata")
+    return linen or variable or is_named_array(node)
 
 
 def refuse_boxes(params: PyTree) -> None:
@@ -91,6 +130,8 @@ def refuse_boxes(params: PyTree) -> None:
 
 
 def _has_names(box: Any) -> bool:
+    if is_named_array(box):  # only Levanter's trainer makes shardings of these
+        return False
     if hasattr(type(box), "get_metadata"):
         return has_partition_names(box)
     return any(getattr(box, "names", None) or ())
@@ -103,6 +144,8 @@ def _unbox(tree: PyTree) -> PyTree:
         if not is_box(node):
             return node
         value, _ = _open(path, node)
+        if is_named_array(node):
+            return _Nameless(value)
         return content(path, value) if is_box(value) else _unbox(value)
 
     return jax.tree_util.tree_map_with_path(content, tree, is_leaf=is_box)
@@ -115,7 +158,7 @@ def _rebox(boxed: PyTree, values: PyTree) -> PyTree:
         if not is_box(node):
             return value
         inner, box = _open(path, node)
-        return box.unflatten([_rebox(inner, value)])
+        return box.unflatten([_rebox(inner, value.array if is_named_array(node) else value)])
 
     return jax.tree_util.tree_map_with_path(enclose, boxed, values, is_leaf=is_box)
 

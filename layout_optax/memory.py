@@ -273,7 +273,10 @@ def _is_count(keys: tuple[Any, ...]) -> bool:
 
 
 def _is_namedtuple(node: Any) -> bool:
-    return isinstance(node, tuple) and hasattr(node, "_fields")
+    """Whether a node is a named tuple to JAX too; one that flattens itself is no state."""
+    return (
+        isinstance(node, tuple) and hasattr(node, "_fields") and not hasattr(node, "tree_flatten")
+    )
 
 
 def _walk(

@@ -1,10 +1,11 @@
-"""Partition metadata for an optimizer's state, from the parameters' metadata, for NNX's trainers."""
+"""Names for the axes of an optimizer's state, by which trainers place it, from those of the parameters."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,19 +22,26 @@ _NAMES = ("out_sharding", "sharding_names", "sharding")
 
 
 class Owner(NamedTuple):
-    """A parameter with metadata: its box, its array, and the names of its axes."""
+    """A parameter with names: the box it lies in, its array, and the names on its axes."""
 
     box: Any
     value: Any
     names: tuple[Any, ...]
 
 
+def is_named_array(node: Any) -> bool:
+    """Whether a node is a Haliax ``NamedArray``, told by its class: an array with a name for each axis."""
+    return {"array", "axis_names"} <= getattr(type(node), "__dataclass_fields__", {}).keys()
+
+
 def partition_names(box: Any, ndim: int) -> tuple[Any, ...] | None:
-    """The names of an NNX variable's axes; None if it has none.
+    """The names that an NNX variable or a Haliax array has for its axes; None where it has none.
 
     Names are mesh axes, or logical axes that rules turn into mesh axes later. MaxText stores a scanned axis
     separately; this function inserts it.
     """
+    if is_named_array(box):
+        return tuple(box.axis_names) if len(box.axis_names) == ndim else None
     if not hasattr(type(box), "get_metadata"):
         return None
     metadata, names = box.get_metadata(), _names(box)
@@ -97,7 +105,8 @@ def with_metadata(
         for leaf, spec in zip(leaves, specs, strict=True)
     ]
     try:
-        shardings = state_shardings(tx, treedef.unflatten(shapes))
+        with _axes_of_one_device():
+            shardings = state_shardings(tx, treedef.unflatten(shapes))
     except Exception as error:  # any error that a third-party init raises on Explicit axes
         warnings.warn(
             "unboxed: the state gets no sharding metadata, since init does not run on a mesh of Explicit "
@@ -119,13 +128,32 @@ def with_metadata(
     return jax.tree.map(box, state, shardings)
 
 
+@contextlib.contextmanager
+def _axes_of_one_device() -> Iterator[None]:
+    """Has types keep mesh axes of one device, as all are here; MaxText has JAX drop them."""
+    flag = "jax_remove_size_one_mesh_axis_from_type"
+    before = getattr(jax.config, flag, False)
+    if before:
+        jax.config.update(flag, False)
+    try:
+        yield
+    finally:
+        if before:
+            jax.config.update(flag, before)
+
+
 def _mesh(owner: Owner) -> Mesh | AbstractMesh | None:
     """The mesh that a parameter is on or will be on."""
     sharding = named_sharding(owner.value)
     if sharding is not None:
         return sharding.mesh
-    mesh = owner.box.get_metadata().get("mesh") or jax.sharding.get_abstract_mesh()
+    mesh = _metadata(owner.box).get("mesh") or jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
+
+
+def _metadata(box: Any) -> Mapping[str, Any]:
+    """What an NNX variable knows beside its value; a Haliax array knows names alone."""
+    return {} if is_named_array(box) else box.get_metadata()
 
 
 def _shards(owner: Owner, axis: int) -> int:
@@ -135,7 +163,7 @@ def _shards(owner: Owner, axis: int) -> int:
     number of parts: if it divides an axis, so does any mesh of these devices.
     """
     size, mesh = jnp.shape(owner.value)[axis], _mesh(owner)
-    rules = dict(owner.box.get_metadata().get("sharding_rules") or ())
+    rules = dict(_metadata(owner.box).get("sharding_rules") or ())
     names = [
         name for each in mesh_axes(owner.names[axis]) for name in mesh_axes(rules.get(each, each))
     ]
@@ -155,8 +183,9 @@ def _entry(
     An axis keeps the name of a parameter axis of its own size. The other names belong to axes that the state
     lacks (for a rank axis or a large statistic); as many are kept as divide the axis.
     """
-    own = tuple(token for token in tokens if named[token][0].value.shape[_axis(token)] == size)[:1]
-    others = [token for token in tokens if token not in own]
+    # First comes the name of a kept axis: a rank may be as long as an axis that the factor lacks.
+    own = tuple(t for t in tokens[:1] if named[t][0].value.shape[_axis(t)] == size)
+    others = tokens[len(own) :]
     left = size // math.prod(sizes[token] for token in own)
     mesh = _mesh(named[tokens[0]][0]) if tokens else None
     if mesh is not None and all(
@@ -177,7 +206,10 @@ def _axis(token: str) -> int:
 
 
 def _boxed(value: Any, box: Any, names: tuple[Any, ...]) -> Any:
-    """Puts a value into a variable of a parameter's kind and metadata, with other names."""
+    """A value in a variable of a parameter's kind and metadata, with names of its own."""
+    if is_named_array(box):  # each axis has one name, and no two the same
+        single = (next(iter(mesh_axes(entry)), f"state_{i}") for i, entry in enumerate(names))
+        return type(box)(value, tuple(single))
     dropped = (*_NAMES, "optimizer_sharding", "partition_name", "param_scan_axis")
     metadata = {
         key: item

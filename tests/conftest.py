@@ -23,6 +23,8 @@ import pytest
 
 from tests.parts import part_of
 
+collect_ignore = ["frameworks"]  # make test-frameworks, in environments of their own
+
 QUICK = (
     "--xla_backend_optimization_level=0",
     "--xla_cpu_use_fusion_emitters=false",

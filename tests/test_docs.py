@@ -104,9 +104,10 @@ def test_links_lead_somewhere(path):
 
 OWN_TESTS = {
     "docs/compatibility.md": "tests/compatibility/test_page.py",
+    "docs/frameworks.md": "tests/frameworks/harness.py",
     "docs/sharding.md": "tests/sharding/test_documented_step.py",
 }
-"""Pages whose snippets need a mesh, and the test that runs them."""
+"""Pages whose snippets need a mesh or a framework, and the test that runs them."""
 PRINTING = ("numerics.md", "lorapre_explained.md", "sage.md")
 """Pages whose snippets print what a test compares."""
 RUN = [path for path in [*PAGES, ROOT / "README.md"] if snippets(path.read_text())]

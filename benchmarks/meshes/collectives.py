@@ -75,7 +75,7 @@ CASES: Mapping[str, Case] = {
     "SinkGD, 5 iterations": Case(sage.scale_by_sinkhorn),
     "one low-rank moment": Case(lambda: lorapre.low_rank_ema(0.9, RANK)),
     "LoRA-Pre Adam, the paper's": Case(lambda: lorapre.scale_by_lorapre_adam(RANK)),
-    "LoRA-Pre Adam, recommended": Case(
+    "LoRA-Pre Adam, recommended, first step": Case(
         lambda: lorapre.scale_by_lorapre_adam(RANK, **lorapre.RECOMMENDED)
     ),
     "LoRA-Pre Adam, recommended, later steps": Case(_later_steps),
@@ -184,6 +184,12 @@ there inside `jax.sharding.auto_axes`. Nothing is timed.
 {describe_circumstances(results["circumstances"])}
 
 {table(header, rows)}
+
+LoRA-Pre Adam's recommended options search a subspace in step 1; later steps skip it. Under `fsdp=8` two
+moments of rank r move 4 r / d of a matrix whose axis of length d is sharded: the factor along the other axis
+lies in eight parts of its rank between steps; a step gathers it, and adds its change up over all devices. Both
+are needed as long as no device keeps that factor whole. At rank {RANK} and d = 1024 that is 6.25 %, at d = 4096
+1.6 %.
 
 `whole_matrices=True` moves each shard four times (two mesh axes, there and back) if there is a stack to
 distribute. A single matrix is gathered, which saves traffic and repeats the arithmetic on all eight devices.

@@ -147,9 +147,21 @@ LAYOUT = {
 }
 
 
+@pytest.mark.parametrize("drops", [False, True], ids=["keeps", "drops"])
 @pytest.mark.parametrize(("rank", "split"), [(8, True), (6, False)])
-def test_logical_names_are_projected_before_any_mesh_is_known(rank, split):
-    """As MaxText does it: shapes first, rules for mesh axes later; eight devices bound what a name means."""
+def test_logical_names_are_projected_before_any_mesh_is_known(rank, split, drops):
+    """As MaxText does it: shapes first, rules for mesh axes later; eight devices bound what a name means.
+
+    MaxText too has JAX drop mesh axes of one device from types.
+    """
+    jax.config.update("jax_remove_size_one_mesh_axis_from_type", drops)
+    try:
+        check_logical_names(rank, split)
+    finally:
+        jax.config.update("jax_remove_size_one_mesh_axis_from_type", False)
+
+
+def check_logical_names(rank, split):
     tx = unboxed(lorapre_optax.low_rank_ema(0.9, rank, layout=LAYOUT))
     made = nnx.eval_shape(lambda: nnx.Optimizer(Scanned(), tx, wrt=nnx.Param))
     held = made.opt_state

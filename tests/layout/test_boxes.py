@@ -42,6 +42,10 @@ INNER = {
 }
 
 
+OLD_OPTAX = tuple(map(int, optax.__version__.split(".")[:3])) < (0, 2, 7)
+"""Its adafactor's statistics have no sharding on Explicit axes."""
+
+
 def is_shape(node):
     return isinstance(node, tuple)
 
@@ -94,8 +98,10 @@ def test_boxes_change_neither_state_nor_numbers(inner, kind):
     plain_state, state = plain.init(params), wrapped.init(boxes)
     update, box_update = jax.jit(plain.update), jax.jit(wrapped.update)
     for seed in (1, 2):
-        # Of NNX variables the state has metadata too.
-        assert any(map(is_box, jax.tree.leaves(state, is_leaf=is_box))) == (kind == "Param")
+        # Of NNX variables the state has metadata too, unless init makes it of bare shapes.
+        assert any(map(is_box, jax.tree.leaves(state, is_leaf=is_box))) == (
+            kind == "Param" and not (inner == "adafactor" and OLD_OPTAX)
+        )
         chex.assert_trees_all_equal(nnx.as_pure(state), plain_state)
         updates, plain_state = update(draw(seed), plain_state, params)
         box_updates, state = box_update(boxed(draw(seed), box), state, boxes)

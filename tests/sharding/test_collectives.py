@@ -22,7 +22,8 @@ LIMITS = {
     "SinkGD, 5 iterations": 6 * (512 + 512) + 16,
     "one low-rank moment": MOMENT,
     "LoRA-Pre Adam, the paper's": 2 * MOMENT,
-    "LoRA-Pre Adam, recommended": 2 * MOMENT + 3 * THIN,  # the search for a first subspace
+    "LoRA-Pre Adam, recommended, first step": 2 * MOMENT
+    + 3 * THIN,  # the search for a first subspace
     "LoRA-Pre Adam, recommended, later steps": 2 * MOMENT,
     "LoRA-Pre Lion": MOMENT,
 }
