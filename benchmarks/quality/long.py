@@ -1,4 +1,4 @@
-"""The long table: every row at a budget of tokens, at its own rate and its own ratio for the tables."""
+"""The long table: every row at a budget of tokens, at its own learning rates of matrices and of tables."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def measure_long(
     minutes: float,
     command: Sequence[str] = (),
 ) -> None:
-    """Runs what is missing and nobody else runs, until it is done or the time is over."""
+    """Runs what is missing and no other worker runs, until it is done or the time is over."""
     store = SharedStore(folder / f"{NAME}.json")
     facts = circumstances(plain_command("benchmarks.quality", command))
     worker = Worker(protocol, tokens, store, facts, seconds=60 * minutes)
@@ -121,16 +121,21 @@ def long_section(content: Mapping[str, Any]) -> str:
     """The part of the page about the long table."""
     begin = """## Long
 
-Each row at a budget of tokens, at its own rate and its own ratio of the rate of embedding and head to it (1,
-0.3, 0.1 or 3, 10, as long as one helps), searched at full length."""
-    if not content["cells"]:
-        return f"""{begin} No row has been run yet. This runs them on two CPU cores (128 wide, 4 layers):
+Each row has a budget of tokens, its own learning rate of the matrices and its own of embedding and head. Both
+are searched at full length by factors of two: each in turn, beside the best of the other, or together at
+ratios of 1, 0.3, 0.1 or 3, 10 as long as one helps. One row with rates in turn:
+
+    python -m benchmarks.tokens tokens.npz --optimizers NAME=RATE/RATE --seeds 3 --name quality_long
+
+All rows with ratios on two CPU cores (128 wide, 4 layers):
 
     python -m benchmarks.quality --tokens 4e6 --workers 2
 
-and this on an accelerator (256 wide, 6 layers):
+and on an accelerator (256 wide, 6 layers):
 
     python -m benchmarks.quality --tokens 16.384e6 --file tokens.npz --workers 3"""
+    if not content["cells"]:
+        return f"{begin}\n\nNo row has been run yet."
     picture = f"![perplexity against optimizer state]({NAME}_pareto.png)"
     facts = describe_circumstances(content["circumstances"])
     found = [begin, facts, *sections(content, "###"), picture]

@@ -1,4 +1,4 @@
-"""A worker: takes searches that nobody has and runs their missing cells while there is time."""
+"""A worker: takes searches that no other worker has and runs their missing cells while there is time."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class Worker:
                 time.sleep(min(WAIT_SECONDS, max(0.0, self.left())))
 
     def base(self) -> tuple[float, float] | None:
-        """Rates of matrices and tables of the base, once its search is done by somebody."""
+        """Rates of matrices and tables of the base, once a worker has done its search."""
         if self._given_base is not None:
             return self._given_base
         self.store.refresh()
