@@ -32,6 +32,11 @@ FRAMEWORKS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
 }
 """By environment: its tests, and the packages whose versions the page shows beside those of `COMMON`."""
 COMMON = ("jax", "flax", "optax", "numpy")
+NOTES = {
+    "levanter": "Levanter asks for optax below 0.2.7 and our packages for 0.2.8 or later, so this "
+    "environment has Levanter's 0.2.6, installed without a resolver."
+}
+"""Why an environment holds versions that its packages' metadata refuse."""
 _VERSIONS = """
 import importlib.metadata as m, json, sys
 found = {}
@@ -127,7 +132,9 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
             continue
         pinned = ", ".join(f"{key} {value}" for key, value in found["versions"].items())
         versions.append(f"- `{name}`: Python {found['python']}, {pinned}")
-        versions += [f"    - against the metadata: {line}" for line in found["conflicts"]]
+        if found["conflicts"] and name in NOTES:
+            versions.append(f"    - {NOTES[name]}")
+        versions += [f"    - pip says: {line}" for line in found["conflicts"]]
     table, listed = "\n".join(lines), "\n".join(versions)
     return f"""# Inside frameworks
 
