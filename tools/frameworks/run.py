@@ -162,7 +162,7 @@ The tests are in `tests/frameworks`, the pins in `tools/frameworks`; neither is 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs, writes the two files after each framework; 0 if all passed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", help=f"some of {', '.join(FRAMEWORKS)}; all if none")
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs" / "results")
     options = parser.parse_args(arguments)
