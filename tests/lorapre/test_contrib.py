@@ -112,7 +112,7 @@ def test_convergence_with_factors_at_work(name, options, rate):
     }
     target = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), target)
     schedule = optax.cosine_decay_schedule(rate, 1500)
-    tx = getattr(lorapre_optax, name)(schedule, 4, full_rank_fallback=False, **options)
+    tx = getattr(lorapre_optax, name)(schedule, 4, **options)
     params = jax.tree.map(jnp.zeros_like, target)
     state = jax.jit(tx.init)(params)
     sizes = {leaf.shape for leaf in jax.tree.leaves(state)}

@@ -637,7 +637,10 @@ def test_settings_have_the_names_that_files_of_version_0_2_have():
     second_moment initial_subspace factor_dtype damping role_multipliers"""
     given = {"weight_decay": 0.01, "decay_vectors": True, "rank": 4, "options": "paper"}
     given["bound"] = "Infinity"
-    assert stored["options"] == {**dict.fromkeys(names.split()), **given}
+    since = {"table_rule": None}
+    assert stored["options"] == {**dict.fromkeys(names.split()), **given, **since}
+    assert settings_from_json(stored) == settings
+    del stored["options"]["table_rule"]
     assert settings_from_json(stored) == settings
     run = describe_run(settings, tiny.dataset().describe())
     assert {name for name in run if name.startswith("options.")} == {f"options.{n}" for n in given}
