@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,8 @@ from benchmarks.tokens.shapes import shape
 from benchmarks.tokens.sharing import plain_command
 from benchmarks.tokens.store import SharedStore
 from benchmarks.tokens.worker import Protocol, Worker
+from examples.llama.comparing import palette
 from examples.llama.data.dataset import DataConfig, prepare_data
-from examples.llama.optimizers.variants import parse_variant
 
 NAME = "quality_long"
 OURS = ("sage", "sinkgd", "lion_hybrid", "lorapre")
@@ -100,11 +101,30 @@ def long_points(content: Mapping[str, Any]) -> list[Point]:
             math.exp(row["loss"]),
             math.exp(row["spread"][0]),
             math.exp(row["spread"][1]),
-            parse_variant(row["variant"]).optimizer.startswith(OURS),
+            _ours(row["variant"]),
+            palette.colour(_matrix_optimizer(row["variant"])),
         )
         for row in summarize(own)
         if math.isfinite(row["loss"])
     ]
+
+
+def _ours(variant: str) -> bool:
+    """Whether an optimizer, or one half of a crossing, is this repository's.
+
+    >>> [_ours(name) for name in ("factored+lorapre_muon_r4", "sage_hybrid:scale=2", "adamw:b2=0.95")]
+    [True, True, False]
+    """
+    return any(half.startswith(OURS) for half in variant.partition(":")[0].split("+"))
+
+
+def _matrix_optimizer(variant: str) -> str:
+    """The optimizer of a variant; of a crossing that of its matrices, without rank.
+
+    >>> _matrix_optimizer("factored+lorapre_muon_r4"), _matrix_optimizer("adamw:b2=0.95")
+    ('lorapre_muon', 'adamw')
+    """
+    return re.sub(r"_r\d+.*", "", variant.partition(":")[0].rpartition("+")[2])
 
 
 def plot_long(folder: pathlib.Path) -> None:

@@ -118,7 +118,7 @@ def plot_pareto(points: Sequence[Point], path: pathlib.Path, title: str, footer:
         axes.plot([], [], linestyle="none", label=label, marker=marker, color=GREY)
     axes.errorbar([], [], yerr=[], label="lowest to highest of three seeds", color=GREY, capsize=2)
     axes.plot([], [], color="0.6", label="not beaten in both (black rim, bold)")
-    axes.legend(loc="lower left", fontsize=FONT)
+    axes.legend(loc="best", fontsize=FONT)
     figure.canvas.draw()
     _name(axes, points, best)
     write_footer(figure, footer)

@@ -97,10 +97,13 @@ def _searched(cells: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> st
 
 def _edge(cells: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> bool:
     """Whether no neighbour was tried on one side of the best, along what was moved."""
+    inside = []
     for key, other in (("learning_rate", "table_rate"), ("table_rate", "learning_rate")):
         line = [cell[key] for cell in cells if cell[other] == best[other]]
-        if len(line) >= 3 and min(line) < best[key] < max(line):
-            return False
+        if len(line) >= 3:
+            inside.append(min(line) < best[key] < max(line))
+    if inside:
+        return not all(inside)
     line = [
         cell["learning_rate"]
         for cell in cells
