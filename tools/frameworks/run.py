@@ -33,8 +33,8 @@ FRAMEWORKS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
 """By environment: its tests, and the packages whose versions the page shows beside those of `COMMON`."""
 COMMON = ("jax", "flax", "optax", "numpy")
 NOTES = {
-    "levanter": "Levanter asks for optax below 0.2.7 and our packages for 0.2.8 or later, so this "
-    "environment has Levanter's 0.2.6, installed without a resolver."
+    "levanter": "Levanter asks for optax below 0.2.7. Our packages asked for 0.2.8 or later when this "
+    "environment was made, and ask for 0.2.6 now."
 }
 """Why an environment holds versions that its packages' metadata refuse."""
 _VERSIONS = """
