@@ -35,7 +35,7 @@ def test_a_finished_cell_is_kept_and_a_missing_one_shown(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a finished cell was run again")
 
-    monkeypatch.setattr(cells_module, "Run", refuse)
+    monkeypatch.setattr(cells_module, "prepare_run", refuse)
     again = cells(tmp_path / "cells.json")
     assert [again.loss(key, rate, 3) for rate in (1e-3, 3e-2)] == losses
     assert again.best(key, 3)["heldout_loss"] == min(losses)

@@ -191,7 +191,13 @@ def test_every_option_is_taken_by_some_optimizer_and_every_entry_is_described():
     assert len({entry.label for entry in OPTIMIZERS.values()}) == len(OPTIMIZERS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+USUAL = ("adamw", "galore", "sage_hybrid", "lorapre_adamw", "lorapre_muon")  # they have all options
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in USUAL else pytest.param(name, marks=pytest.mark.extended) for name in NAMES],
+)
 def test_every_option_of_an_entry_changes_what_is_computed(name):
     values = {
         "b1": 0.8,
