@@ -44,7 +44,7 @@ demo: $(READY) ## Train a small Llama with AdamW, Lion-Hybrid and SAGE-Hybrid on
 demo-distributed: $(READY) ## Train the demo in two processes of four simulated devices; compare with one process
 	@$(BIN)/python -m benchmarks.meshes.two_processes $(ARGS)
 
-test: $(READY) ## Prove every formula, golden vector, promise and error message once (some six minutes on two cores)
+test: $(READY) ## Prove every formula, golden vector, promise and error message once (some eight minutes on two cores)
 	@echo "== Running the tests on Python $(VERSION), first with quick code generation"
 	@TEST_CODEGEN=quick $(PYTEST) -m "not extended" $(ARGS)
 	@echo "== Running the tests of bits, bytes and long loops with full code generation"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import pathlib
 import shlex
 import sys
@@ -32,15 +31,12 @@ from lorapre_optax import (
     scale_by_lorapre_adam,
     scale_by_lorapre_muon,
 )
-from lorapre_optax._newton_schulz import orthogonalize
-from lorapre_optax._products import Narrow
 
 BITS = {"TF32": 10, "bfloat16": 7, "float32": 23}
 """Bits of the mantissa after the leading one."""
 P, Q = 96, 160
 LAYOUT = ParamLayout("matrix", (0,), (1,))
 DECAYS = (0.9, 0.95**0.5)
-BF16 = Narrow(jnp.dtype(jnp.bfloat16), True)
 
 
 class Setting(NamedTuple):
@@ -227,15 +223,17 @@ def measure_disturbances(rank: int, length: int = 100) -> dict[str, Any]:
 def measure_newton_schulz() -> dict[str, float]:
     """Error of five iterations against float64, relative to the norm, by dtype."""
     x = np.random.default_rng(0).normal(size=(P, Q))
+
+    def direction(dtype: str, ns_dtype: str) -> np.ndarray:
+        """Newton-Schulz of x alone: without history, and of a shape whose factor is 1."""
+        tx = scale_by_lorapre_muon(None, 0.0, ns_dtype=ns_dtype, layout=LAYOUT)
+        gradient = jnp.asarray(x, dtype)
+        return np.asarray(jax.jit(tx.update)(gradient, tx.init(gradient))[0])
+
     with jax.enable_x64(True):
-        exact = np.asarray(orthogonalize(jnp.asarray(x), LAYOUT))
-    found = {}
-    for name, narrow in (("float32", None), ("bfloat16", BF16)):
-        out = jax.jit(functools.partial(orthogonalize, layout=LAYOUT, narrow=narrow))(
-            jnp.asarray(x, jnp.float32)
-        )
-        found[name] = float(np.linalg.norm(np.asarray(out) - exact) / np.linalg.norm(exact))
-    return found
+        exact = direction("float64", "float64")
+    errors = {name: direction("float32", name) - exact for name in ("float32", "bfloat16")}
+    return {name: float(np.linalg.norm(e) / np.linalg.norm(exact)) for name, e in errors.items()}
 
 
 def measure_parts(rank: int = 64) -> dict[str, dict[str, float]]:

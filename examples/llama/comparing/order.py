@@ -58,8 +58,8 @@ LONG: dict[str, LongRun] = {
 """6.8 million parameters after 1000 steps of 32 x 512 tokens, one seed: docs/results/accelerator.md."""
 
 RECIPE = "lorapre_muon:options=recommended"
-"""The recipe of least state. In 4.2 million tokens of 361,280 parameters it was level with AdamW and ahead of
-Adafactor, each at its own learning rates: the long table of docs/results/quality.md."""
+"""The recipe of least state. After 4.2 million tokens of 361,280 parameters it was ahead of AdamW and level
+with Adafactor, each at its own learning rates: the long table of docs/results/quality.md."""
 
 
 def _order() -> tuple[str, ...]:

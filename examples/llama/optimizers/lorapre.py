@@ -33,14 +33,11 @@ def muon(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransfo
     base = dict(RECOMMENDED_MUON) if options.option_set == "recommended" else {}
     if options.table_rank is not None:
         base.pop("table_rule", None)
-    common = _common(options)
-    if common["learning_rate_multipliers"] is None:
-        common.pop("learning_rate_multipliers")
     given = {
         "consistent_rms": 0.2 if options.scale is None else options.scale,
         **_switched_off(options.only(*_FACTORS, "table_rank", "table_rule")),
         **options.only("b1", "b2", prefix="adam_"),
-        **common,
+        **_common(options),
     }
     return lorapre_optax.lorapre_muon(learning_rate, **{**base, **given})
 
@@ -119,9 +116,10 @@ def _switched_off(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _common(options: OptimizerOptions) -> dict[str, Any]:
     """Decay and learning rates by role."""
-    multipliers = options.role_multipliers
-    return {
+    found = {
         "weight_decay": options.weight_decay,
         "weight_decay_mask": options.decay_mask(),
-        "learning_rate_multipliers": None if multipliers is None else dict(multipliers),
     }
+    if options.role_multipliers is not None:
+        found["learning_rate_multipliers"] = dict(options.role_multipliers)
+    return found
