@@ -118,7 +118,10 @@ def measure_training(
     settings = programs[0].settings
     rng = np.random.default_rng(0)
     shape = (settings.batch_size, settings.seq_len + 1)
-    batches = [rng.integers(0, settings.model.vocab_size, shape).astype(np.int32) for _ in range(4)]
+    batches = [
+        {"tokens": rng.integers(0, settings.model.vocab_size, shape).astype(np.int32)}
+        for _ in range(4)
+    ]
     for program in programs:
         program.compile()
     found = paired_step_times(programs[0], programs[1], batches, pairs)

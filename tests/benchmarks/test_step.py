@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -11,7 +12,9 @@ import pytest
 
 from benchmarks.peers import register_peers
 from benchmarks.steps import memory, step_time
+from benchmarks.steps.programs import trainer_settings
 from benchmarks.steps.updates import Store, Update, operations, random_tree
+from examples.llama.model.config import preset
 from examples.llama.optimizers.registry import OPTIMIZERS
 
 
@@ -85,6 +88,19 @@ def test_the_floor_takes_three_products_a_moment():
     flops = update.compile()[0].cost_analysis()["flops"]
     matrices = update.parameter_count - 8192 * 192 - 9 * 192
     assert 12 * 16 * matrices < flops < 12 * 16 * matrices + 40 * update.parameter_count
+
+
+def test_the_trainers_step_is_timed(monkeypatch):
+    def tiny(*args, **options):
+        settings = trainer_settings(*args, **options, batch_size=2, seq_len=16)
+        small = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_layers": 1}
+        return dataclasses.replace(settings, model=preset("demo", **small))
+
+    monkeypatch.setattr(step_time, "trainer_settings", tiny)
+    cell = step_time.measure_training("demo", "float32", "lorapre_adamw:rank=2", "keep", 2)
+    assert cell["rank"] == 2
+    assert cell["time"]["pairs"] == 2
+    assert cell["tokens_per_second"] * cell["time"]["median_seconds"] == pytest.approx(32)
 
 
 @pytest.mark.full_codegen
