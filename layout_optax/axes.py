@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from layout_optax.layout import ParamLayout
+from layout_optax.layout import EINSUM_AXES, ParamLayout
 
 LARGE_STATISTIC = 2**16
 """Statistics with at least this many elements are also sharded along the mesh axes of removed axes."""
@@ -59,14 +59,13 @@ def subscripts(layout: ParamLayout, ndim: int) -> tuple[str, str, str]:
     """Einsum axes of a whole parameter, of its batch and row axes, and of its batch and column axes.
 
     Each keeps the parameter's axis order. None uses ``z``, which is free for a rank axis.
+    `ParamLayout.resolve` refuses parameters with more axes than there are letters.
 
     Example:
       >>> subscripts(ParamLayout("matrix", (2,), (1,)), 3)
       ('abc', 'ac', 'ab')
     """
-    if ndim > 25:
-        raise ValueError(f"subscripts: at most 25 axes, got {ndim}.")
-    letters = "abcdefghijklmnopqrstuvwxy"[:ndim]
+    letters = EINSUM_AXES[:ndim]
     without = lambda axes: "".join(c for i, c in enumerate(letters) if i not in axes)  # noqa: E731
     return letters, without(layout.column_axes), without(layout.row_axes)
 
@@ -140,11 +139,14 @@ def project(sharding: NamedSharding, ndim: int, axes: Sequence[int]) -> NamedSha
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
-    """The sharding of an array, shape or tracer if all its mesh axes are Explicit, else None."""
+    """The sharding of an array, shape or tracer if any of its mesh axes is Explicit, else None.
+
+    In the types of a mesh with axes of both kinds, the spec shows the Explicit ones.
+    """
     sharding = named_sharding(x)
     if sharding is None:
         return None
-    explicit = all(kind == AxisType.Explicit for kind in sharding.mesh.axis_types)
+    explicit = any(kind == AxisType.Explicit for kind in sharding.mesh.axis_types)
     return sharding if explicit else None
 
 

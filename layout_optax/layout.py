@@ -18,6 +18,8 @@ import optax
 Role = Literal["embedding", "head", "matrix", "vector"]
 ROLES: tuple[str, ...] = get_args(Role)
 PyTree: TypeAlias = Any
+EINSUM_AXES = "abcdefghijklmnopqrstuvwxy"
+"""One letter for each axis of a parameter with rows and columns; ``z`` is left for a rank axis."""
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -65,7 +67,8 @@ class ParamLayout:
         """Returns the layout with non-negative, sorted axes for a parameter of ``ndim`` axes.
 
         Raises:
-          ValueError: if an axis lies outside the parameter, or two entries mean the same axis.
+          ValueError: if an axis lies outside the parameter, two entries mean the same axis, or a parameter
+            with rows and columns has more than 25 axes.
         """
         rows, columns = (
             tuple(sorted(axis + ndim if axis < 0 else axis for axis in axes))
@@ -79,6 +82,11 @@ class ParamLayout:
             )
         if len(set(rows + columns)) != len(rows + columns):
             raise ValueError(f"ParamLayout: {self} names one axis{where} twice ({ndim} axes).")
+        if rows and ndim > len(EINSUM_AXES):
+            raise ValueError(
+                f"ParamLayout: the parameter{where} has {ndim} axes, and a {self.role} can have "
+                f"{len(EINSUM_AXES)}. Reshape its batch axes into one."
+            )
         return ParamLayout(self.role, rows, columns)
 
     def batch_axes(self, ndim: int) -> tuple[int, ...]:

@@ -147,16 +147,16 @@ def _key(rank: Mapping[str, Any], path: str, layout: ParamLayout) -> str | None:
     return None
 
 
-def warn_of_other_roles(rank: RankLike, leaves: LayoutLeaves, roles: Collection[str]) -> None:
+def warn_of_other_roles(
+    rank: Mapping[str, Any], leaves: LayoutLeaves, roles: Collection[str]
+) -> None:
     """Warns of keys of a mapping that match only parameters without factors.
 
     Args:
-      rank: see `RankLike`.
+      rank: ranks by path, pattern or role; see `RankLike`.
       leaves: the leaves of all parameters.
       roles: the roles whose moments can be factors.
     """
-    if not isinstance(rank, Mapping):
-        return
     found = {
         path: layout.role
         for path, layout in zip(leaves.paths, leaves.layouts, strict=True)

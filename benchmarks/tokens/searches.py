@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.tokens.rules import MATRICES, RANKS, TABLES
-from examples.llama.comparing.tuning import search_rate
+from examples.llama.comparing.tuning import rounded_rate, search_rate
 
 RATIOS = (1.0, 0.3, 0.1)
 """The tables' rate over the matrices', in the order in which they are tried."""
@@ -122,14 +122,9 @@ def _best(run: Callable[[float], float], start: float) -> float:
 def _at(run: Run, ratio: float, start: float) -> tuple[float, tuple[float, float]]:
     """The lowest loss at a ratio, and its rates."""
     found = search_rate(
-        lambda rate: run(rate, rounded(rate * ratio)), start, max_trials=MOST_TRIALS
+        lambda rate: run(rate, rounded_rate(rate * ratio)), start, max_trials=MOST_TRIALS
     ).best
-    return found.loss, (found.rate, rounded(found.rate * ratio))
-
-
-def rounded(rate: float) -> float:
-    """Four significant digits, so that a rate is found again."""
-    return float(f"{rate:.4g}")
+    return found.loss, (found.rate, rounded_rate(found.rate * ratio))
 
 
 def matrix_rules() -> list[Search]:

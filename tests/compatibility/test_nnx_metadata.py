@@ -196,6 +196,7 @@ def test_two_names_on_a_rank_axis():
     assert right((None, "kv", "embed")) == ("kv", "embed")
     assert right((None, ("fsdp", "tensor"), None), mesh) == (("fsdp", "tensor"), None)
     assert right(("fsdp", None, "tensor"), mesh) == ("fsdp", "tensor")
+    assert right(NamedSharding(mesh, P("fsdp", None, "tensor"))) == ("fsdp", "tensor")
 
 
 def test_an_init_that_explicit_axes_refuse_gets_no_metadata_and_a_warning():

@@ -95,6 +95,17 @@ def _leaf(path):
     return node
 
 
+def test_a_parameter_of_too_many_axes_is_refused_by_path():
+    params = {"up": {"kernel": jnp.ones((1,) * 24 + (8, 8))}}
+    layout = layout_optax.ParamLayout("matrix", -1, -2)
+    for tx in (
+        sage_optax.scale_by_sinkhorn(layout=layout),
+        lorapre_optax.scale_by_lorapre_muon(2, layout=layout),
+    ):
+        with pytest.raises(ValueError, match=r"of 'up/kernel' has 26 axes.* Reshape its batch"):
+            tx.init(params)
+
+
 def test_masked_out_they_are_nobodys_business():
     params = PARAMS | {"steps": jnp.ones(3, jnp.int32)}
     tx = optax.masked(
@@ -132,6 +143,14 @@ def test_the_state_of_another_optimizer_is_refused(name):
     other = optax.sgd(1e-3, momentum=0.9).init(PARAMS)
     with pytest.raises((TypeError, ValueError), match=r"another optimizer|same in chain"):
         tx.update(PARAMS, other, PARAMS)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in STATELESS])
+def test_the_state_of_other_containers_is_refused(name):
+    tx = make(name)
+    leaves = jax.tree.leaves(PARAMS)
+    with pytest.raises(ValueError, match=r"another structure|holds .* do not have|structure"):
+        tx.update(tuple(leaves), tx.init(leaves), tuple(leaves))
 
 
 def test_states_of_other_options_are_refused():

@@ -69,6 +69,7 @@ def test_whole_energy_zero_gradients_and_stacks():
         "embed": {"embedding": low.astype("bfloat16")},
         "frozen": None,
         "masked": optax.MaskedNode(),
+        "empty": {"kernel": np.ones((0, 6), np.float32)},
     }
     other = {**grads, "cancels": {"kernel": -low}}
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), grads)

@@ -268,6 +268,12 @@ def test_errors(options, message):
         scale_by_sinkhorn(**options)
 
 
+@pytest.mark.parametrize("name", ["iterations", "eps"])
+def test_schedules_are_for_rates_only(name):
+    with pytest.raises(TypeError, match=f"{name} must be a number, not a schedule"):
+        scale_by_sinkhorn(**{name: optax.constant_schedule(1)})
+
+
 def test_injected_callables_are_refused_with_the_way_out():
     factory, params = optax.inject_hyperparams(sinkgd), {"kernel": jnp.ones((4, 6))}
     for option in ({"weight_decay_mask": lambda _: False}, {"layout": infer_layout}):

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lorapre_optax as lorapre
+import sage_optax
 from layout_optax import ParamLayout, infer_layout, state_shardings
 from lorapre_optax._factor_sharding import factor_sharding
 
@@ -35,6 +36,13 @@ TRANSFORMATIONS = {
         RANK, full_rank_fallback=False, layout=LAYOUT, **lorapre.RECOMMENDED
     ),
     "ema": lambda: lorapre.low_rank_ema(0.9, RANK, full_rank_fallback=False, layout=LAYOUT),
+}
+
+
+OTHERS = {
+    "muon": lambda: lorapre.scale_by_lorapre_muon(RANK, layout=LAYOUT),
+    "sage": lambda: sage_optax.scale_by_sage(layout=LAYOUT),
+    "sinkhorn": lambda: sage_optax.scale_by_sinkhorn(layout=LAYOUT),
 }
 
 
@@ -71,7 +79,7 @@ CASES = [
 
 @functools.cache
 def on_one_device(name):
-    tx = TRANSFORMATIONS[name]()
+    tx = (TRANSFORMATIONS | OTHERS)[name]()
     state, updates, step = tx.init(draw(0)), [], jax.jit(tx.update)
     for seed in range(1, STEPS + 1):
         update, state = step(draw(seed), state)
@@ -109,6 +117,35 @@ def test_no_factor_is_whole_on_a_device_and_results_are_those_of_one(name, sizes
     expected, last = on_one_device(name)
     assert_close(updates, expected)
     assert_close(jax.device_get(state), last)
+
+
+def steps_under(mesh, tx, placed):
+    """The updates and the last state of a jitted transformation, under a mesh."""
+    with jax.set_mesh(mesh):
+        state, step, updates = tx.init(jax.device_put(draw(0), placed)), jax.jit(tx.update), []
+        for seed in range(1, STEPS + 1):
+            update, state = step(jax.device_put(draw(seed), placed), state)
+            updates.append(jax.device_get(update))
+    return updates, jax.device_get(state)
+
+
+@pytest.mark.parametrize("name", [*TRANSFORMATIONS, *OTHERS])
+def test_axes_of_both_kinds_in_one_mesh(name):
+    """Arrays are placed on both; their types show the Explicit one."""
+    kinds = (AxisType.Explicit, AxisType.Auto)
+    mesh = jax.make_mesh(MESHES["both"], ("fsdp", "tensor"), axis_types=kinds)
+    tx = (TRANSFORMATIONS | OTHERS)[name]()
+    assert_close(steps_under(mesh, tx, shardings(mesh)), on_one_device(name))
+
+
+def test_each_device_steps_its_own_inside_of_shard_map():
+    mesh = jax.make_mesh((8,), ("data",))
+    tx = TRANSFORMATIONS["ema"]()
+    mapped = jax.shard_map(tx.update, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    state = tx.init(draw(0))
+    (first, *_), _ = on_one_device("ema")
+    update, _ = jax.jit(mapped)(draw(1), state)
+    assert_close(jax.device_get(update), first)
 
 
 def spec_of(rank, spec, *sizes, removed=(0,), names=("a", "b", "c")):

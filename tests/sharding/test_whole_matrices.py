@@ -91,3 +91,7 @@ def test_outside_of_jit(kind):
     (found,) = distributed_orthogonalize([jax.device_put(x, sharding)], [STACK])
     assert found.sharding.is_equivalent_to(sharding, 3)
     np.testing.assert_allclose(found, orthogonalize(x, STACK), atol=1e-5)
+    whole = jax.device_put(x, NamedSharding(grid.mesh_of(kind), P()))
+    (found,) = distributed_orthogonalize([whole], [STACK])
+    assert found.sharding.is_fully_replicated
+    np.testing.assert_allclose(found, orthogonalize(x, STACK), atol=1e-5)

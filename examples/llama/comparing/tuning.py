@@ -64,7 +64,7 @@ def search_rate(
     losses: dict[int, float] = {}
 
     def measure(k: int) -> None:
-        loss = run(_round(start * factor**k))
+        loss = run(rounded_rate(start * factor**k))
         losses[k] = loss if math.isfinite(loss) else math.inf
 
     for k in (0, 1, -1):
@@ -83,12 +83,12 @@ def search_rate(
     best = min(losses, key=losses.__getitem__)
     if losses[best] == math.inf:
         raise RuntimeError(
-            f"no rate from {_round(start * factor ** min(losses)):g} to "
-            f"{_round(start * factor ** max(losses)):g} gives a finite loss"
+            f"no rate from {rounded_rate(start * factor ** min(losses)):g} to "
+            f"{rounded_rate(start * factor ** max(losses)):g} gives a finite loss"
         )
-    trials = [Trial(_round(start * factor**k), losses[k]) for k in sorted(losses)]
+    trials = [Trial(rounded_rate(start * factor**k), losses[k]) for k in sorted(losses)]
     return SearchResult(
-        Trial(_round(start * factor**best), losses[best]),
+        Trial(rounded_rate(start * factor**best), losses[best]),
         trials,
         best in (min(losses), max(losses)),
     )
@@ -122,6 +122,6 @@ class TrialStore:
         return remembered
 
 
-def _round(rate: float) -> float:
+def rounded_rate(rate: float) -> float:
     """Rounds to four significant digits, so that a learning rate is readable and can be found again."""
     return float(f"{rate:.4g}")
