@@ -14,7 +14,7 @@ from benchmarks.common import circumstances, describe_circumstances
 from benchmarks.quality.pareto import Point, plot_pareto
 from benchmarks.quality.rows import ROWS, SEEDS, QualityRow
 from benchmarks.tokens.file import Tokens, load_tokens, tokens_sha256
-from benchmarks.tokens.page import GROUP, sections, summarize
+from benchmarks.tokens.page import cells_by_group, sections, summarize
 from benchmarks.tokens.searches import Search
 from benchmarks.tokens.shapes import shape
 from benchmarks.tokens.sharing import plain_command
@@ -88,12 +88,8 @@ def long_content(folder: pathlib.Path) -> Mapping[str, Any]:
     return SharedStore(folder / f"{NAME}.json").content
 
 
-def long_points(content: Mapping[str, Any]) -> list[Point]:
-    """The rows of the newest group of cells as points of the Pareto plot."""
-    if not content["cells"]:
-        return []
-    last = content["cells"][-1]
-    own = [cell for cell in content["cells"] if all(cell[n] == last[n] for n in GROUP)]
+def long_points(cells: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """The rows of a group of cells as points of the Pareto plot."""
     return [
         Point(
             row["label"],
@@ -104,7 +100,7 @@ def long_points(content: Mapping[str, Any]) -> list[Point]:
             _ours(row["variant"]),
             palette.colour(_matrix_optimizer(row["variant"])),
         )
-        for row in summarize(own)
+        for row in summarize(cells)
         if math.isfinite(row["loss"])
     ]
 
@@ -127,14 +123,27 @@ def _matrix_optimizer(variant: str) -> str:
     return re.sub(r"_r\d+.*", "", variant.partition(":")[0].rpartition("+")[2])
 
 
+def _picture(number: int) -> str:
+    """The file name of the plot of the group of this number.
+
+    >>> _picture(0), _picture(1)
+    ('quality_long_pareto.png', 'quality_long_pareto_2.png')
+    """
+    return f"{NAME}_pareto{f'_{number + 1}' if number else ''}.png"
+
+
 def plot_long(folder: pathlib.Path) -> None:
-    """Draws perplexity against state, once there are rows."""
+    """Draws perplexity against state, a picture for each group of cells."""
     content = long_content(folder)
-    points = long_points(content)
-    if points:
-        title = f"Perplexity against state after {content['cells'][-1]['budget'] / 1e6:.4g} million tokens"
-        command = content["circumstances"]["command"]
-        plot_pareto(points, folder / f"{NAME}_pareto.png", title, command)
+    for number, cells in enumerate(cells_by_group(content)):
+        points = long_points(cells)
+        if points:
+            title = (
+                f"Perplexity against state after {cells[0]['budget'] / 1e6:.4g} million tokens, "
+                f"{cells[0]['parameters']:,} parameters"
+            )
+            command = content["circumstances"]["command"]
+            plot_pareto(points, folder / _picture(number), title, command)
 
 
 def long_section(content: Mapping[str, Any]) -> str:
@@ -156,7 +165,10 @@ and on an accelerator (256 wide, 6 layers):
     python -m benchmarks.quality --tokens 16.384e6 --file tokens.npz --workers 3"""
     if not content["cells"]:
         return f"{begin}\n\nNo row has been run yet."
-    picture = f"![perplexity against optimizer state]({NAME}_pareto.png)"
-    facts = describe_circumstances(content["circumstances"])
-    found = [begin, facts, *sections(content, "###"), picture]
+    found = [begin, describe_circumstances(content["circumstances"])]
+    groups = cells_by_group(content)
+    for number, section in enumerate(sections(content, "###")):
+        found.append(section)
+        if number < len(groups) and long_points(groups[number]):
+            found.append(f"![perplexity against optimizer state]({_picture(number)})")
     return "\n\n".join(part.strip() for part in found)

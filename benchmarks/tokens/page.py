@@ -47,6 +47,14 @@ def sections(content: Mapping[str, Any], heading: str = "##") -> list[str]:
     return [_section(content, group, heading) for group in groups]
 
 
+def cells_by_group(content: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:
+    """The cells of each part with rows, in the order of `sections`."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for cell in content["cells"]:
+        groups.setdefault(_group(cell), []).append(cell)
+    return list(groups.values())
+
+
 def summarize(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The best cell of every variant of a group, with what was searched around it, by loss.
 

@@ -26,7 +26,8 @@ ROW = r"^\| ([^|]+) \| ([\d.]+) \| ([^|]+) \| ([\d.]+), ([\d.]+)(, edge of the s
 @pytest.mark.parametrize("page", PAGES)
 def test_every_page_has_the_measured_rows(page):
     content = json.loads((ROOT / "docs/results/quality_long.json").read_text())
-    rows = {row["variant"]: row for row in summarize(content["cells"])}
+    cells = [cell for cell in content["cells"] if cell["shape"] == "core"]
+    rows = {row["variant"]: row for row in summarize(cells)}
     text = (ROOT / page).read_text().partition("learning rate: matrices, embedding |")[2]
     found = re.findall(ROW, text.partition("\n\n")[0], re.MULTILINE)
     assert [VARIANTS[label] for label, *_ in found] == [

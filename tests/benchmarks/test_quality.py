@@ -107,7 +107,7 @@ def test_the_long_table_is_at_a_budget_of_tokens_and_beside_the_early_one(
     assert {cell["seed"] for cell in found if cell["variant"] == "sage_hybrid"} == {0, 1}
     quality_report.write_report(cells, tmp_path, circumstances("here"))
     page = (tmp_path / "quality.md").read_text()
-    points = {one.label: one for one in long.long_points(long.long_content(tmp_path))}
+    points = {one.label: one for one in long.long_points(found)}
     assert points.keys() == {"SAGE-Hybrid", "Lion-Hybrid"}
     sage = points["SAGE-Hybrid"]
     assert sage.low < sage.perplexity < sage.high
