@@ -204,7 +204,7 @@ LoRA-Pre SinkGD acts on the embedding, with SinkGD (scale 5) and no state on the
 `table r` has low rank everywhere. "Recommended": {", ".join(TOGETHER)}; all low-rank embeddings have these
 options.
 
-{describe_circumstances(facts)} Corpus {cells.dataset.corpus_sha256[:12]}, seed 0.
+{describe_circumstances(facts)} Corpus {cells.corpus}, seed 0.
 
 {table([*header, "of AdamW's"], main)}
 

@@ -140,7 +140,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     register_peers()
     # Trials of the ranks' benchmark are the same runs.
-    cells = Cells(options.output / "quality.json", also=[options.output / "lorapre_quality.json"])
+    cells = Cells(
+        options.output / "quality.json",
+        also=[options.output / "lorapre_quality.json"],
+        read_only=options.report or options.tokens is not None,
+    )
     command = shlex.join(["python", "-m", "benchmarks.quality"])
 
     def publish() -> None:

@@ -35,12 +35,14 @@ class Cells:
         model: A shape to use instead of the preset's.
         dataset: Prepared data to use instead of reading it.
         common: Fields of `TrainConfig` that all runs share.
+        read_only: Whether cells are only read: the data of a new run is then not prepared, and the files may
+            hold runs on data that this machine does not have.
 
     Attributes:
         steps_run: Steps of the cells that were run rather than found.
 
     Raises:
-        ValueError: A file holds runs on other data.
+        ValueError: A file holds runs on other data than this machine's.
     """
 
     def __init__(
@@ -51,10 +53,11 @@ class Cells:
         model: LlamaConfig | None = None,
         dataset: Dataset | None = None,
         common: Mapping[str, Any] | None = None,
+        read_only: bool = False,
     ):
         self.path, self.model, self.common = path, model, dict(common or {})
-        config = self._config("adamw", _ANY_RATE, 1, 0)
-        if dataset is None:
+        if dataset is None and not read_only:
+            config = self._config("adamw", _ANY_RATE, 1, 0)
             dataset = prepare_data(data_config(config, resolve(config, model)))
         self.dataset = dataset
         self.stored = self._read(path)
@@ -99,9 +102,9 @@ class Cells:
         return [*self.stored["cells"], *self._others]
 
     def _read(self, path: pathlib.Path) -> dict[str, Any]:
-        data = jsonable(self.dataset.describe())
+        data = None if self.dataset is None else jsonable(self.dataset.describe())
         stored = read_json(path) or {"data": data, "cells": []}
-        if stored["data"] != data:
+        if data is not None and stored["data"] != data:
             raise ValueError(f"{path} holds runs on other data; move it away to start anew.")
         return stored
 
@@ -118,7 +121,14 @@ class Cells:
             out=pathlib.Path(out),
         )
 
+    @property
+    def corpus(self) -> str:
+        """The first digits of the hash of the text."""
+        return (self.stored["data"] or {}).get("corpus_sha256", "")[:12]
+
     def _run(self, key: str, rate: float, steps: int, seed: int) -> dict[str, Any]:
+        if self.dataset is None:
+            raise ValueError(f"{self.path} was opened to read; no run is started.")
         with tempfile.TemporaryDirectory() as out:
             run = prepare_run(
                 self._config(key, rate, steps, seed, out),

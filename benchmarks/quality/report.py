@@ -177,7 +177,7 @@ change the start and the order of the text, not the held-out part. Rates are sea
 steps on a grid of factor 2; "edge": the best is at the end of the grid. Missing cells have not been run; the
 command runs them.
 
-{describe_circumstances(facts)} Corpus {cells.dataset.corpus_sha256[:12]}.
+{describe_circumstances(facts)} Corpus {cells.corpus}.
 
 {table([*header, "state, MiB", "of AdamW's"], [_line(cells, row) for row in ROWS])}
 

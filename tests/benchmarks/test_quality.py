@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import pytest
 
@@ -83,6 +85,18 @@ def test_it_goes_on_where_it_stopped_and_ends_with_nothing_missing(few_rows, tmp
         "quality_pareto.png",
         "quality_rates.png",
     }
+
+
+def test_runs_on_other_data_are_read_but_not_continued(tmp_path):
+    path = tmp_path / "quality.json"
+    path.write_text(json.dumps({"data": {"corpus_sha256": "f" * 64}, "cells": []}))
+    with pytest.raises(ValueError, match="holds runs on other data"):
+        Cells(path, model=tiny.MODEL, dataset=tiny.dataset(), common=COMMON)
+    cells = Cells(path, read_only=True)
+    assert cells.corpus == "f" * 12
+    assert cells.best("adamw", 3) is None
+    with pytest.raises(ValueError, match="opened to read"):
+        cells.loss("adamw", 1e-3, 3)
 
 
 def test_the_long_table_is_at_a_budget_of_tokens_and_beside_the_early_one(

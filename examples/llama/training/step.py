@@ -78,7 +78,6 @@ def warmup_cosine(steps: int, warmup_steps: int, final_fraction: float) -> optax
 
     The first step's learning rate is `1 / (warmup_steps + 1)` of the peak, because a step at 0 would change
     nothing. The last step's learning rate is just above the end of the cosine.
-    spent for nothing. The last step's rate is just above the end of the cosine.
 
     >>> schedule = warmup_cosine(steps=10, warmup_steps=1, final_fraction=0.1)
     >>> [round(float(schedule(count)), 2) for count in (0, 1, 10)]

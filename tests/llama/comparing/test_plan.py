@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 import statistics
 from pathlib import Path
@@ -259,6 +260,15 @@ def test_the_longer_experiment_is_what_was_measured():
         cells = [row for row in rows if row["key"] == variants[key]]
         best = min(cells, key=lambda row: row["ppl"])
         assert (round(best["ppl"], 2), best["rate"]) == (run.perplexity, run.rate)
+        neighbours = [
+            next(
+                (f"{row['ppl']:.1f}" for row in cells if row["rate"] == factor * best["rate"]), "-"
+            )
+            for factor in (0.5, 2)
+        ]
+        for page in ("README.md", "docs/choosing.md"):
+            (line,) = re.findall(rf"\| {best['ppl']:.2f} \|.*", (ROOT / page).read_text())
+            assert f"| {', '.join(neighbours)} |" in line, page
     assert list(LONG) == sorted(LONG, key=lambda key: LONG[key].perplexity)
 
 
