@@ -64,6 +64,7 @@ def measure(
         data="data",
         method=method,
         rank=SETTING["rank"],
+        learning_rate=1e-4,  # not every method has a default, and the program is the same at any
         batch_size=rows,
         seq_len=seq_len,
         compute_dtype="bfloat16",
