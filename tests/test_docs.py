@@ -179,7 +179,7 @@ def test_figures_of_the_choosing_page_are_those_that_were_measured():
         for value in re.findall(r"\b(\d{2,3}\.\d)\b(?! %)", others):
             assert value in measured, others
     single = {f"{cell['heldout_perplexity']:.1f}" for cells in seeds.values() for cell in cells}
-    said = page.partition("What it does say:")[2].partition("\n## ")[0]
+    said = page.partition("What it shows:")[2].partition("\n## ")[0]
     found = re.findall(r"\b(\d{2,3}\.\d)\b(?! %)", said)
     assert len(found) >= 10
     assert set(found) <= measured | single

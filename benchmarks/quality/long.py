@@ -92,7 +92,7 @@ def long_points(cells: Sequence[Mapping[str, Any]]) -> list[Point]:
     """The rows of a group of cells as points of the Pareto plot."""
     return [
         Point(
-            row["label"],
+            row["label"].removeprefix("tables ").replace(", matrices ", " + "),
             100 * row["best"]["state_ratio"],
             math.exp(row["loss"]),
             math.exp(row["spread"][0]),
@@ -139,8 +139,9 @@ def plot_long(folder: pathlib.Path) -> None:
         points = long_points(cells)
         if points:
             title = (
-                f"Perplexity against state after {cells[0]['budget'] / 1e6:.4g} million tokens, "
-                f"{cells[0]['parameters']:,} parameters"
+                f"Perplexity against state: {cells[0]['parameters']:,} parameters,\n"
+                f"{cells[0]['budget'] / 1e6:.4g} million tokens, "
+                f"{cells[0]['batch_size']} x {cells[0]['seq_len']} a step"
             )
             command = content["circumstances"]["command"]
             plot_pareto(points, folder / _picture(number), title, command)

@@ -86,8 +86,8 @@ def plot_pareto(points: Sequence[Point], path: pathlib.Path, title: str, footer:
     axes.set_xlim(LEFT_EDGE, 150)
     best = front(points)
     axes.step(
-        [_place(point) for point in best] + [150],
-        [point.perplexity for point in best] + [best[-1].perplexity],
+        [_place(point) for point in best],
+        [point.perplexity for point in best],
         where="post",
         color="0.6",
         linewidth=1,

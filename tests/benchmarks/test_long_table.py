@@ -14,21 +14,39 @@ from examples.llama.comparing.plan import PlanConfig, make_plan
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = ("README.md", "docs/choosing.md", "docs/results/recipes.md")
+HEADER = "learning rate: matrices, embedding |"
+PARAMETERS = {"core": 361_280, "small": 1_840_256}
+"""The parameters of the shapes, in the order of their tables on a page."""
 VARIANTS = {
     "LoRA-Pre Muon, rank 4, factored embedding (`RECOMMENDED_MUON`)": "factored+lorapre_muon_r4",
+    "orthogonalised gradient, factored embedding": "factored+orthogonal",
     "AdamW, `b2=0.95`": "adamw:b2=0.95",
     "Adafactor (optax's, which factors no side below 128)": "adafactor",
+    "orthogonalised gradient, SAGE int8 on the embedding": "sage_int8+orthogonal",
+    "LoRA-Pre Muon, rank 8, SAGE int8 on the embedding": "sage_int8+lorapre_muon_r8",
     "SAGE-Hybrid": "sage_hybrid",
 }
 ROW = r"^\| ([^|]+) \| ([\d.]+) \| ([^|]+) \| ([\d.]+), ([\d.]+)(, edge of the search)? \| ([\d.]+) % \|$"
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_page_has_the_measured_rows(page):
+def rows_of(shape, batch_size=16):
+    """The rows of one part of the long table, by variant, in the order of their losses."""
     content = json.loads((ROOT / "docs/results/quality_long.json").read_text())
-    cells = [cell for cell in content["cells"] if cell["shape"] == "core"]
-    rows = {row["variant"]: row for row in summarize(cells)}
-    text = (ROOT / page).read_text().partition("learning rate: matrices, embedding |")[2]
+    cells = [
+        cell
+        for cell in content["cells"]
+        if (cell["shape"], cell["batch_size"]) == (shape, batch_size)
+    ]
+    return {row["variant"]: row for row in summarize(cells)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("shape", PARAMETERS)
+def test_every_page_has_the_measured_rows(page, shape):
+    rows = rows_of(shape)
+    _, *tables = (ROOT / page).read_text().split(HEADER)
+    assert len(tables) == len(PARAMETERS)
+    text = tables[list(PARAMETERS).index(shape)]
     found = re.findall(ROW, text.partition("\n\n")[0], re.MULTILINE)
     assert [VARIANTS[label] for label, *_ in found] == [
         name for name in rows if name in VARIANTS.values()
@@ -49,7 +67,47 @@ def test_every_page_has_the_measured_rows(page):
         assert bool(edge) == row["edge"], label
         assert share == f"{100 * best['state_ratio']:.1f}", label
         assert best["budget"] == 4_194_304
-        assert best["parameters"] == 361_280
+        assert best["parameters"] == PARAMETERS[shape]
+
+
+def test_the_larger_batch_is_what_was_measured():
+    rows = rows_of("core", 128)
+    text = (ROOT / "docs/results/recipes.md").read_text().partition("### Larger batches")[2]
+    found = re.findall(
+        r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+), ([\d.]+)(, edge of the search)? \|$",
+        text,
+        re.MULTILINE,
+    )
+    assert [VARIANTS[label] for label, *_ in found] == list(rows)
+    for label, perplexity, rate, table_rate, edge in found:
+        row = rows[VARIANTS[label]]
+        assert perplexity == f"{math.exp(row['loss']):.1f}", label
+        assert float(rate) == row["best"]["learning_rate"], label
+        assert float(table_rate) == row["best"]["table_rate"], label
+        assert bool(edge) == row["edge"], label
+
+
+def test_the_best_rates_of_the_tuning_page_are_those_of_the_searches():
+    text = (ROOT / "docs/tuning.md").read_text().partition("### Best rates by run")[2]
+    labels = {
+        "AdamW, `b2=0.95`": "adamw:b2=0.95",
+        "SAGE-Hybrid": "sage_hybrid",
+        "LoRA-Pre Muon with factored embedding, rank 4": "factored+lorapre_muon_r4",
+        "Adafactor": "adafactor",
+    }
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    places = {2: rows_of("core"), 3: rows_of("core", 128), 4: rows_of("small")}
+    compared = 0
+    for label, *columns in (line for line in lines if line[0] in labels):
+        for place, rows in places.items():
+            said = re.match(r"([\d.]+) / ([\d.]+)", columns[place - 1])
+            row = rows.get(labels[label])
+            assert (said is None) == (row is None), (label, place)
+            if said and row:
+                best = row["best"]["learning_rate"], row["best"]["table_rate"]
+                assert tuple(map(float, said.groups())) == best, (label, place)
+                compared += 1
+    assert compared == 10
 
 
 @pytest.mark.parametrize(

@@ -48,12 +48,12 @@ def test_the_page_of_cells_is_written_from_them():
 def test_the_rates_of_the_tuning_page_are_the_best_of_their_searches():
     rows = {row["variant"]: row["best"] for row in summarize(content()["cells"])}
     text = (RESULTS.parent / "tuning.md").read_text()
-    beside = text.partition("grids of factor two ([recipes]")[2].partition("So SAGE beside")[0]
-    found = re.findall(r"^\| ([^|]+) \| (tables|matrices) \| ([\d.]+) \|$", beside, re.MULTILINE)
+    beside = text.partition("best of grids of factor two")[2].partition("SAGE's best rate there")[0]
+    found = re.findall(r"^\| ([^|]+) \| (embedding|matrices) \| ([\d.]+) \|$", beside, re.MULTILINE)
     variants = {
-        ("SAGE", "tables"): "sage+muon",
-        ("AdamW", "tables"): "adamw+muon",
-        ("factored RMS", "tables"): "factored+muon",
+        ("SAGE", "embedding"): "sage+muon",
+        ("AdamW", "embedding"): "adamw+muon",
+        ("factored RMS", "embedding"): "factored+muon",
         ("AdamW", "matrices"): "adamw+adamw",
         ("SinkGD", "matrices"): "adamw+sinkgd",
         ("Muon", "matrices"): "adamw+muon",
@@ -62,4 +62,4 @@ def test_the_rates_of_the_tuning_page_are_the_best_of_their_searches():
     assert len(found) == len(variants)
     for rule, side, rate in found:
         best = rows[variants[rule.partition(",")[0], side]]
-        assert float(rate) == best["table_rate" if side == "tables" else "learning_rate"], rule
+        assert float(rate) == best["table_rate" if side == "embedding" else "learning_rate"], rule
