@@ -13,6 +13,11 @@ where its search begins:
     python -m benchmarks.tokens tokens.npz --optimizers sage+muon=6e-3/1.2e-2 --seeds 3
 
 A second rate is the tables': then each of the two is searched in turn, by factors of two, until neither moves.
+With `@matrices` or `@tables` behind its name an optimizer moves this rate alone, beside the other one of
+`--base`:
+
+    python -m benchmarks.tokens tokens.npz --optimizers lion+muon@tables=2e-3 --base 1.2e-2,1.2e-2
+
 Every finished run is kept in OUT/recipes.json at once and not run again; several workers share the list through
 claims, so that commands can be stopped and started, also beside each other. `--trace sage_hybrid=5e-4` follows
 one optimizer over a run instead; `--report` writes the page of cells only. With `--name quality_long` the runs
@@ -31,7 +36,7 @@ from benchmarks.tokens.file import load_tokens
 from benchmarks.tokens.issue import everything
 from benchmarks.tokens.page import page
 from benchmarks.tokens.rules import register_crossing
-from benchmarks.tokens.searches import LISTS, RATIOS, Search
+from benchmarks.tokens.searches import LISTS, ONE_SIDE, RATIOS, Search
 from benchmarks.tokens.sharing import plain_command, share_work
 from benchmarks.tokens.store import SharedStore
 from benchmarks.tokens.trace import trace
@@ -43,28 +48,38 @@ NAME = "recipes"
 
 
 def parse_searches(text: str, seeds: int = 1) -> list[Search]:
-    """Reads `variant=rate,variant=rate/table_rate`: the last `=` of an item is before its rates.
+    """Reads `variant=rate,variant=rate/table_rate,variant@tables=rate`: the last `=` is before the rates.
 
     Args:
-        text: The searches; those with two rates move each in turn, the others both at each ratio.
+        text: The searches; those with two rates move each in turn, those with `@matrices` or `@tables` this
+            rate beside the base's other one, the rest both at each ratio.
         seeds: Seeds of each search's best.
 
     Raises:
-        ValueError: A variant or a rule is unknown, or a rate is no positive number.
+        ValueError: A variant, a rule or what is to move is unknown, or a rate is no positive number.
 
     >>> parse_searches("sage+muon=6e-3")
     [Search(variant='sage+muon', start=0.006, moves='both', seeds=1, table_start=None)]
     >>> parse_searches("sage+muon=6e-3/1.2e-2", 3)
     [Search(variant='sage+muon', start=0.006, moves='each', seeds=3, table_start=0.012)]
+    >>> parse_searches("lion+muon@tables=2e-3")
+    [Search(variant='lion+muon', start=0.002, moves='tables', seeds=1, table_start=None)]
     """
     found = []
     for item in filter(None, (part.strip() for part in text.split(","))):
-        variant, _, rates = (part.strip() for part in item.rpartition("="))
+        name, _, rates = (part.strip() for part in item.rpartition("="))
+        variant, one_side, side = name.partition("@")
         register_crossing(variant)
         start, *table = (
             parse_rate(rate, variant, item, "optimizer") for rate in rates.split("/", 1)
         )
-        if table:
+        if one_side:
+            if side not in ONE_SIDE:
+                raise ValueError(f"{item!r} moves {side!r}; use one of {', '.join(ONE_SIDE)}")
+            if table:
+                raise ValueError(f"{item!r} moves one rate and names two; --base keeps the other")
+            found.append(Search(variant, start, ONE_SIDE[side], seeds))
+        elif table:
             found.append(Search(variant, start, "each", seeds, table[0]))
         else:
             found.append(Search(variant, start, seeds=seeds))

@@ -125,6 +125,12 @@ MATRICES: Mapping[str, Rule] = {
         )
         for rank in RANKS
     },
+    **{
+        f"lorapre_muon_r{rank}_nesterov": Rule(
+            f"LoRA-Pre Muon r={rank} nesterov", _muon(rank=rank, nesterov=True), 1.2e-2
+        )
+        for rank in RANKS
+    },
 }
 """Rules for matrices. Vectors have AdamW, at the matrices' rate."""
 

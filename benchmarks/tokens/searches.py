@@ -15,6 +15,8 @@ HIGHER_RATIOS = (3.0, 10.0)
 """Tried where the first of `RATIOS` is better than the second."""
 BASE = "adamw+muon"
 """The pair beside which single rules are replaced."""
+ONE_SIDE: dict[str, Literal["matrices", "tables"]] = {"matrices": "matrices", "tables": "tables"}
+"""Searches that move one rate and keep the base's other one, by the name of the rate that moves."""
 MOST_TRIALS = 7
 Run = Callable[[float, float], float]
 """From the matrices' peak rate and the tables' to the held-out loss."""
@@ -47,7 +49,7 @@ class Search:
     @property
     def needs_base(self) -> bool:
         """Whether one of its rates is the base's."""
-        return self.moves in ("matrices", "tables")
+        return self.moves in ONE_SIDE
 
 
 def search(

@@ -1,4 +1,4 @@
-"""The lookup of token embeddings, with a gradient by scatter or by products with one-hot rows."""
+"""The token embedding: its lookup, with a gradient by scatter or by products, and its use as a head."""
 
 from __future__ import annotations
 
@@ -83,3 +83,27 @@ def _backward(dtype, saved, cotangent):
 
 
 _lookup.defvjp(_forward, _backward)
+
+
+def transposed(table: jax.Array) -> jax.Array:
+    """The embedding (V, d) as the kernel (d, V) of a tied head.
+
+    On a CPU its gradient is computed as (d, V) and transposed afterwards. XLA would fold the transposition into
+    the product, which then takes the logits' gradient (tokens, V) across its rows: three to four times as long
+    at a vocabulary of 4096 and a width of 64.
+
+    >>> jax.grad(lambda table: transposed(table)[1, 2])(jnp.ones((3, 2))).tolist()
+    [[0.0, 0.0], [0.0, 0.0], [0.0, 1.0]]
+    """
+    return _transposed(table) if platform() == "cpu" else table.T
+
+
+@jax.custom_vjp
+def _transposed(table: jax.Array) -> jax.Array:
+    return table.T
+
+
+_transposed.defvjp(
+    lambda table: (table.T, None),
+    lambda _, cotangent: (jax.lax.optimization_barrier(cotangent).T,),
+)

@@ -36,7 +36,7 @@ from examples.llama.model.blocks import (
     unconstrained,
 )
 from examples.llama.model.config import LlamaConfig
-from examples.llama.model.embedding import lookup
+from examples.llama.model.embedding import lookup, transposed
 
 Params = dict[str, Any]
 """A pure nested dict of arrays (or of `jax.ShapeDtypeStruct`), as from `create`."""
@@ -189,13 +189,13 @@ class Llama(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Multiplies hidden states (..., d) by the head; float32 (..., V)."""
         if self.config.tie_embeddings:
-            weight, contracted = self.embed_tokens.embedding[...], 1
+            weight = transposed(jnp.asarray(self.embed_tokens.embedding[...]))
         else:
-            weight, contracted = self.lm_head.kernel[...], 0
+            weight = self.lm_head.kernel[...]
         logits = flat_dot_general(
             hidden,
             weight.astype(self.dtype),
-            (((hidden.ndim - 1,), (contracted,)), ((), ())),
+            (((hidden.ndim - 1,), (0,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
         return self.constrain(logits, "batch", *(None,) * (hidden.ndim - 2), "vocab")

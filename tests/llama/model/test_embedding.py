@@ -1,4 +1,4 @@
-"""The embedding's gradient without a scatter: the same numbers, and what the program holds."""
+"""The embedding's gradient without a scatter: the same numbers, what the program holds, and the tied head's."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from examples.llama.model import embedding
-from examples.llama.model.embedding import lookup
+from examples.llama.model.embedding import lookup, transposed
 
 
 def gradient(how, dtype, tokens, table, chunk_bytes=None, monkeypatch=None):
@@ -67,3 +67,22 @@ def test_auto_takes_products_on_a_tpu_in_sixteen_bits_only(monkeypatch):
     assert not products("tpu", jnp.float32)
     assert not products("cuda", jnp.bfloat16)
     assert not products("cpu", jnp.bfloat16)
+
+
+def test_the_tied_heads_gradient_is_the_products():
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(50, 6)), jnp.float32)
+    hidden = jnp.asarray(rng.normal(size=(9, 6)), jnp.float32)
+
+    def gradient_of(head):
+        return jax.jit(jax.grad(lambda table: jnp.sum(jnp.sin(hidden @ head(table)))))(table)
+
+    found, expected = gradient_of(transposed), gradient_of(lambda table: table.T)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bfloat16_table_has_a_bfloat16_gradient():
+    found = jax.grad(lambda table: jnp.sum(transposed(table)).astype(jnp.float32))(
+        jnp.ones((3, 2), jnp.bfloat16)
+    )
+    assert (found.shape, found.dtype) == ((3, 2), jnp.bfloat16)
