@@ -152,10 +152,12 @@ def long_section(content: Mapping[str, Any]) -> str:
     begin = """## Long
 
 Each row has a budget of tokens, its own learning rate of the matrices and its own of embedding and head. Both
-are searched at full length by factors of two: each in turn, beside the best of the other, or together at
-ratios of 1, 0.3, 0.1 or 3, 10 as long as one helps. One row with rates in turn:
+are searched at full length by factors of two: each in turn, beside the best of the other, together at
+ratios of 1, 0.3, 0.1 or 3, 10 as long as one helps, or one beside a rate of the other that is kept (`searched`
+says which). One row with rates in turn, and one with the embedding's rate kept:
 
     python -m benchmarks.tokens tokens.npz --optimizers NAME=RATE/RATE --seeds 3 --name quality_long
+    python -m benchmarks.tokens tokens.npz --optimizers NAME@matrices=RATE --base RATE,RATE --name quality_long
 
 All rows with ratios on two CPU cores (128 wide, 4 layers):
 

@@ -17,7 +17,7 @@ from examples.llama.optimizers.registry import OptimizerEntry, register_optimize
 from layout_optax import by_role
 
 Make = Callable[[], optax.GradientTransformation]
-RANKS = (4, 8, 32)
+RANKS = (4, 8, 16, 32)
 ROW_POWERS = (0.5, 1.0)
 """Exponents of SAGE's row damper."""
 _RMS = 0.2

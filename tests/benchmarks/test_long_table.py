@@ -25,7 +25,23 @@ VARIANTS = {
     "orthogonalised gradient, SAGE int8 on the embedding": "sage_int8+orthogonal",
     "LoRA-Pre Muon, rank 8, SAGE int8 on the embedding": "sage_int8+lorapre_muon_r8",
     "SAGE-Hybrid": "sage_hybrid",
+    "Muon, factored embedding": "factored+muon",
+    "Muon, SAGE on the embedding": "sage+muon",
+    "Muon, AdamW on the embedding": "adamw+muon",
+    "LoRA-Pre Adam, rank 13, recommended options": (
+        "lorapre_adamw:rank=13:options=recommended:b2=0.95"
+    ),
+    "Fira, rank 16": "fira:rank=16:b2=0.95",
+    "APOLLO, rank 20": "apollo:rank=20:b2=0.95",
+    "GaLore, rank 16": "galore:rank=16:b2=0.95",
 }
+LARGER_BATCH = VARIANTS | {
+    "SinkGD, AdamW on the embedding": "adamw+sinkgd",
+    "SinkGD, SAGE on the embedding, AdamW on vectors": "sage+sinkgd",
+    "SAGE-Hybrid, vectors at ten times the rate": "sage_hybrid:vector_rate=10",
+}
+SHORTER = {"README.md"}
+"""Pages that show some of the rows only."""
 ROW = r"^\| ([^|]+) \| ([\d.]+) \| ([^|]+) \| ([\d.]+), ([\d.]+)(, edge of the search)? \| ([\d.]+) % \|$"
 
 
@@ -48,9 +64,12 @@ def test_every_page_has_the_measured_rows(page, shape):
     assert len(tables) == len(PARAMETERS)
     text = tables[list(PARAMETERS).index(shape)]
     found = re.findall(ROW, text.partition("\n\n")[0], re.MULTILINE)
-    assert [VARIANTS[label] for label, *_ in found] == [
-        name for name in rows if name in VARIANTS.values()
-    ]
+    names = [VARIANTS[label] for label, *_ in found]
+    wanted = [name for name in rows if name in VARIANTS.values()]
+    if page in SHORTER:
+        assert len(names) >= 4
+        wanted = [name for name in wanted if name in names]
+    assert names == wanted
     for label, perplexity, seeds, rate, table_rate, edge, share in found:
         row = rows[VARIANTS[label]]
         best, spread = row["best"], [math.exp(loss) for loss in row["spread"]]
@@ -78,9 +97,9 @@ def test_the_larger_batch_is_what_was_measured():
         text,
         re.MULTILINE,
     )
-    assert [VARIANTS[label] for label, *_ in found] == list(rows)
+    assert [LARGER_BATCH[label] for label, *_ in found] == list(rows)
     for label, perplexity, rate, table_rate, edge in found:
-        row = rows[VARIANTS[label]]
+        row = rows[LARGER_BATCH[label]]
         assert perplexity == f"{math.exp(row['loss']):.1f}", label
         assert float(rate) == row["best"]["learning_rate"], label
         assert float(table_rate) == row["best"]["table_rate"], label
@@ -93,6 +112,8 @@ def test_the_best_rates_of_the_tuning_page_are_those_of_the_searches():
         "AdamW, `b2=0.95`": "adamw:b2=0.95",
         "SAGE-Hybrid": "sage_hybrid",
         "LoRA-Pre Muon with factored embedding, rank 4": "factored+lorapre_muon_r4",
+        "Muon": "adamw+muon",
+        "orthogonalised gradient with factored embedding": "factored+orthogonal",
         "Adafactor": "adafactor",
     }
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
@@ -107,7 +128,7 @@ def test_the_best_rates_of_the_tuning_page_are_those_of_the_searches():
                 best = row["best"]["learning_rate"], row["best"]["table_rate"]
                 assert tuple(map(float, said.groups())) == best, (label, place)
                 compared += 1
-    assert compared == 10
+    assert compared == 13
 
 
 @pytest.mark.parametrize(

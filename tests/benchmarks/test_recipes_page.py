@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import re
 
@@ -15,27 +16,43 @@ def content():
     return json.loads((RESULTS / "recipes.json").read_text())
 
 
+def single_rules():
+    """The cells of the long table that the page's tables of rules show."""
+    cells = json.loads((RESULTS / "quality_long.json").read_text())["cells"]
+    return [cell for cell in cells if (cell["shape"], cell["batch_size"]) == ("core", 16)]
+
+
 def test_every_row_is_the_best_of_its_search():
-    rows = {row["variant"]: row for row in summarize(content()["cells"])}
+    rows = {row["variant"]: row for row in summarize(single_rules())}
     text = (RESULTS / "recipes.md").read_text()
     found = re.findall(
-        r"^\| [^|]+ \(`([^`]+)`\) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\d) \| ([\d.]+) % \|$",
+        r"^\| [^|]+ \(`([^`]+)`\) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+)(, edge)? \| ([\d.]+) \| (\d) "
+        r"\| ([\d.]+) % \|$",
         text,
         re.MULTILINE,
     )
-    assert len(found) >= 10
-    assert {name for name, *_ in found} == set(rows)
-    for name, loss, rate, table_rate, seeds, share in found:
-        best = rows[name]["best"]
-        assert loss == f"{rows[name]['loss']:.3f}", name
+    assert {name for name, *_ in found} >= {name for name in rows if "+" in name}
+    for name, loss, perplexity, rate, edge, table_rate, seeds, share in found:
+        row = rows[name]
+        best = row["best"]
+        assert loss == f"{row['loss']:.3f}", name
+        assert perplexity == f"{math.exp(row['loss']):.1f}", name
         assert (float(rate), float(table_rate)) == (best["learning_rate"], best["table_rate"]), name
-        assert int(seeds) == rows[name]["seeds"], name
+        assert bool(edge) == row["edge"], name
+        assert int(seeds) == row["seeds"], name
         assert share == f"{100 * best['state_ratio']:.1f}", name
+
+
+def test_the_spread_of_seeds_that_the_page_names_is_the_measured_one():
+    (row,) = (row for row in summarize(single_rules()) if row["variant"] == "adamw:b2=0.95")
+    low, high = row["spread"]
+    text = " ".join((RESULTS / "recipes.md").read_text().split())
+    assert f"The three seeds of AdamW lie between {low:.3f} and {high:.3f}" in text
 
 
 def test_the_sizes_that_the_page_names_are_those_of_the_cells():
     text = (RESULTS / "recipes.md").read_text()
-    for cell in content()["cells"]:
+    for cell in [*content()["cells"], *single_rules()]:
         assert f"{cell['parameters']:,} parameters" in text
         assert f"{cell['tokens']:,} tokens" in text or cell["heldout_loss"] is None
         assert cell["tokens_sha256"][:12] in text
@@ -46,7 +63,7 @@ def test_the_page_of_cells_is_written_from_them():
 
 
 def test_the_rates_of_the_tuning_page_are_the_best_of_their_searches():
-    rows = {row["variant"]: row["best"] for row in summarize(content()["cells"])}
+    rows = {row["variant"]: row["best"] for row in summarize(single_rules())}
     text = (RESULTS.parent / "tuning.md").read_text()
     beside = text.partition("best of grids of factor two")[2].partition("SAGE's best rate there")[0]
     found = re.findall(r"^\| ([^|]+) \| (embedding|matrices) \| ([\d.]+) \|$", beside, re.MULTILINE)
@@ -54,7 +71,7 @@ def test_the_rates_of_the_tuning_page_are_the_best_of_their_searches():
         ("SAGE", "embedding"): "sage+muon",
         ("AdamW", "embedding"): "adamw+muon",
         ("factored RMS", "embedding"): "factored+muon",
-        ("AdamW", "matrices"): "adamw+adamw",
+        ("AdamW", "matrices"): "adamw:b2=0.95",
         ("SinkGD", "matrices"): "adamw+sinkgd",
         ("Muon", "matrices"): "adamw+muon",
         ("orthogonalised gradient", "matrices"): "adamw+orthogonal",

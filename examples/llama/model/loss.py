@@ -202,13 +202,10 @@ def _cross_entropy_forward(logits, labels):
 
 
 def _cross_entropy_backward(saved, cotangent):
-    # With one leading axis: XLA's CPU backend would compute the indices of several for every number.
-    shape = saved[0].shape
-    logits = saved[0].reshape(-1, shape[-1])
-    log_sum, labels, cotangent = (part.reshape(-1, 1) for part in (*saved[1:], cotangent))
-    index = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 1)
-    gradient = (jnp.exp(logits - log_sum) - (index == labels)) * cotangent
-    return gradient.reshape(shape), None
+    logits, log_sum, labels = saved
+    index = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
+    softmax = jnp.exp(logits - log_sum[..., None])
+    return (softmax - (index == labels[..., None])) * cotangent[..., None], None
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
