@@ -7,10 +7,15 @@ import math
 import pathlib
 import re
 
+import jax
+import optax
 import pytest
 
 from benchmarks.tokens.page import summarize
 from examples.llama.comparing.plan import PlanConfig, make_plan
+from examples.llama.model.config import preset
+from examples.llama.model.llama import abstract
+from lorapre_optax import RECOMMENDED_MUON, lorapre_muon
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = ("README.md", "docs/choosing.md", "docs/results/recipes.md")
@@ -145,3 +150,21 @@ def test_the_state_of_the_recipe_is_what_choosing_says(preset, size, share):
     text = (ROOT / "docs/choosing.md").read_text()
     assert f"{size} GiB for\n`{preset}`" in text or f"{size} GiB for `{preset}`" in text
     assert f"({share} % of" in text
+
+
+def test_the_state_of_other_ranks_is_what_choosing_says():
+    params = abstract(preset("sage_1.3b"))
+
+    def size(tx):
+        leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    whole = size(optax.adamw(1e-3))
+    text = " ".join((ROOT / "docs/choosing.md").read_text().split())
+    for rank, said in (
+        (None, "takes {:.2f} GiB for `sage_1.3b` ({:.0f} % of"),
+        (64, "rank 64 takes {:.3f} GiB ({:.1f} %)"),
+    ):
+        tx = lorapre_muon(0.012, **{**RECOMMENDED_MUON, "rank": rank})
+        found = size(tx)
+        assert said.format(found / 2**30, 100 * found / whole) in text, rank
