@@ -78,7 +78,8 @@ def parse_searches(text: str, seeds: int = 1) -> list[Search]:
                 raise ValueError(f"{item!r} moves {side!r}; use one of {', '.join(ONE_SIDE)}")
             if table:
                 raise ValueError(f"{item!r} moves one rate and names two; --base keeps the other")
-            found.append(Search(variant, start, ONE_SIDE[side], seeds))
+            moves = "tables" if side == "tables" else "matrices"
+            found.append(Search(variant, start, moves, seeds))
         elif table:
             found.append(Search(variant, start, "each", seeds, table[0]))
         else:

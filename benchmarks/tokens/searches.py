@@ -15,8 +15,8 @@ HIGHER_RATIOS = (3.0, 10.0)
 """Tried where the first of `RATIOS` is better than the second."""
 BASE = "adamw+muon"
 """The pair beside which single rules are replaced."""
-ONE_SIDE: dict[str, Literal["matrices", "tables"]] = {"matrices": "matrices", "tables": "tables"}
-"""Searches that move one rate and keep the base's other one, by the name of the rate that moves."""
+ONE_SIDE = ("matrices", "tables")
+"""What a search moves that keeps the base's other rate."""
 MOST_TRIALS = 7
 Run = Callable[[float, float], float]
 """From the matrices' peak rate and the tables' to the held-out loss."""
