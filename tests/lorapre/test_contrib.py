@@ -93,25 +93,28 @@ def test_the_suite_ran_ours():
 
 @pytest.mark.filterwarnings("ignore::layout_optax.LayoutWarning")  # there is no table here
 @pytest.mark.parametrize(
-    ("name", "options", "rate"),
+    ("name", "options", "rate", "steps"),
     [
-        ("lorapre_adamw", {}, 3e-2),
-        ("lorapre_adamw", {"residual": 0.9, "bias_correction": "exact", "bound": 1.0}, 3e-2),
-        ("lorapre_muon", {}, 3e-2),
-        ("lorapre_sgd", {"momentum": 0.5}, 3e-2),
-        ("lorapre_lion", {}, 3e-2),
-        ("lorapre_lion", {"residual": 0.9}, 3e-2),
-        ("lorapre_sinkgd", {"weight_decay": 0.0, "layout": TABLE}, 3e-2),
+        # Without a bound a single entry can throw a run off the target, whichever way rounding
+        # falls: at this rate one in sixty, at a tenth of it none of 256 (benchmarks.convergence).
+        ("lorapre_adamw", {}, 3e-3, 4500),
+        ("lorapre_adamw", {"bound": 1.0}, 3e-2, 1500),
+        ("lorapre_adamw", {"residual": 0.9, "bias_correction": "exact", "bound": 1.0}, 3e-2, 1500),
+        ("lorapre_muon", {}, 3e-2, 1500),
+        ("lorapre_sgd", {"momentum": 0.5}, 3e-2, 1500),
+        ("lorapre_lion", {}, 3e-2, 1500),
+        ("lorapre_lion", {"residual": 0.9}, 3e-2, 1500),
+        ("lorapre_sinkgd", {"weight_decay": 0.0, "layout": TABLE}, 3e-2, 1500),
     ],
 )
-def test_convergence_with_factors_at_work(name, options, rate):
+def test_convergence_with_factors_at_work(name, options, rate, steps):
     rng = np.random.default_rng(0)
     target = {
         "q": {"kernel": rng.normal(size=(24, 40))},
         "layers": {"up": {"kernel": rng.normal(size=(2, 24, 40))}},
     }
     target = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), target)
-    schedule = optax.cosine_decay_schedule(rate, 1500)
+    schedule = optax.cosine_decay_schedule(rate, steps)
     tx = getattr(lorapre_optax, name)(schedule, 4, **options)
     params = jax.tree.map(jnp.zeros_like, target)
     state = jax.jit(tx.init)(params)
@@ -125,7 +128,7 @@ def test_convergence_with_factors_at_work(name, options, rate):
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=1500)[0])
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps)[0])
     params, state = run((params, state))
     for found, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(target), strict=True):
         assert jnp.max(jnp.abs(found - wanted)) < 3e-2
