@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", help="these variants of the lists, in this order")
     parser.add_argument("--optimizers", default="", help="searches of your own")
     parser.add_argument("--seeds", type=int, default=1, help="of each search of your own")
-    parser.add_argument("--trace", default="", help="variant=rate, to follow over a run")
+    parser.add_argument("--trace", default="", help="variant=rate[/rate], to follow over a run")
     parser.add_argument("--shape", default="wide")
     parser.add_argument("--tokens", type=float, default=16.384e6, help="of a run")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -225,7 +225,8 @@ def _work(
 def _trace(options: argparse.Namespace, store: SharedStore, given: Sequence[str]) -> None:
     (wanted,) = parse_searches(options.trace)
     worker = _worker(options, store, given)
-    store.trace(trace(worker, wanted.variant, wanted.start), worker.facts)
+    found = trace(worker, wanted.variant, wanted.start, wanted.table_start)
+    store.trace(found, worker.facts)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def follow(worker: Worker, claims: pathlib.Path) -> Iterator[str]:
     if not common:
         return
     rate = min(common, key=lambda cell: cell["heldout_loss"])["learning_rate"]
-    wanted = {**worker.shared(), "variant": TRACED, "learning_rate": rate}
+    wanted = {**worker.shared(), "variant": TRACED, "learning_rate": rate, "table_rate": rate}
     traces = worker.store.content.get("traces", [])
     if any(all(one[name] == value for name, value in wanted.items()) for one in traces):
         return

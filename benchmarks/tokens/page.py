@@ -196,12 +196,14 @@ def _traced(found: Mapping[str, Any], heading: str) -> str:
     points = found["points"]
     shown = points[1::2] if len(points) > 12 else points
     names = [name for name in points[0] if name != "tokens"]
-    order = ("loss", "update/", "damper/", "cosine/", "rows/")
+    order = ("loss", "update/", "damper/", "cosine/", "spectrum/", "common/", "rows/")
     names.sort(key=lambda name: next(n for n, o in enumerate(order) if name.startswith(o)))
     lines = [[f"{p['tokens'] / 1e6:.3g}M", *(f"{p[name]:.3g}" for name in names)] for p in shown]
     shares = ", ".join(f"{100 * part:.1f} %" for part in found["group_share"])
+    rate, tables = found["learning_rate"], found["table_rate"]
+    rates = f"{rate:g}" if rate == tables else f"{rate:g}, tables {tables:g},"
     return (
-        f"{heading}# {found['variant']} at {found['learning_rate']:g} over the run\n\n"
+        f"{heading}# {found['variant']} at {rates} over the run\n\n"
         f"Row groups from the rarest quarter of the tokens to the most frequent: {shares} of the text.\n\n"
         f"{table(['tokens', *names], lines)}"
     )

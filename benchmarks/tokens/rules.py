@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -14,7 +15,7 @@ import lorapre_optax
 import sage_optax
 from examples.llama.optimizers.options import OptimizerOptions
 from examples.llama.optimizers.registry import OptimizerEntry, register_optimizer
-from layout_optax import by_role
+from layout_optax import by_role, resolve_layout
 
 Make = Callable[[], optax.GradientTransformation]
 RANKS = (4, 8, 16, 32)
@@ -76,6 +77,29 @@ def _lorapre_adam(rank: int) -> Make:
     return lambda: lorapre_optax.scale_by_lorapre_adam(rank, **lorapre_optax.RECOMMENDED)
 
 
+def centred(direction: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A direction for tables less its mean over the vocabulary.
+
+    The same step of every row adds the same number to all logits of a token, which no probability notices. The
+    gradient of a head has no such part; a rule that normalises its rows one by one adds it.
+
+    >>> tx = centred(optax.identity())
+    >>> table = {"embed_tokens": {"embedding": jnp.asarray([[1.0, 0.0], [3.0, 0.0]])}}
+    >>> tx.update(table, tx.init(table))[0]["embed_tokens"]["embedding"].tolist()
+    [[-1.0, 0.0], [1.0, 0.0]]
+    """
+
+    def without_mean(updates: Any, params: Any) -> Any:
+        del params
+        return jax.tree.map(
+            lambda layout, leaf: leaf - jnp.mean(leaf, layout.row_axes, keepdims=True),
+            resolve_layout(None, updates),
+            updates,
+        )
+
+    return optax.chain(direction, optax.stateless(without_mean))
+
+
 TABLES: Mapping[str, Rule] = {
     "adamw": Rule("AdamW", _adam, 1.2e-2),
     "sage": Rule("SAGE", sage_optax.scale_by_sage, 4e-3),
@@ -88,6 +112,7 @@ TABLES: Mapping[str, Rule] = {
         )
         for power in ROW_POWERS
     },
+    "sage_centred": Rule("SAGE, centred", lambda: centred(sage_optax.scale_by_sage()), 4e-3),
     "lion": Rule("Lion", optax.scale_by_lion, 2e-3),
     "factored": Rule("factored RMS", _factored, 1.2e-2),
     **{

@@ -45,8 +45,11 @@ def trace_run(
     Returns:
         `points`: for each stretch `tokens` at its end, the mean training `loss`, and the means of
         `update/ROLE/rms`, `damper/ROLE/mean` (SAGE only), `cosine/ROLE` (of successive updates),
-        `rows/GROUP/update` and `rows/GROUP/moved` (rms of a row group's update, and of its distance from
-        the start at the end of the stretch), groups from the rarest, 0, to the most frequent;
+        `spectrum/gradient` and `spectrum/update` (mean over the matrices of the squared norm over the squared
+        spectral norm, their stable rank), `common/update` and `common/moved` (the part of the table's update,
+        and of its distance from the start at the end of the stretch, that all rows share, of its squared norm),
+        `rows/GROUP/update` and `rows/GROUP/moved` (rms of a row group's update and of that distance), groups
+        from the rarest, 0, to the most frequent;
         `group_share`: the share of the training tokens that each group is.
 
     Raises:
@@ -96,11 +99,15 @@ def row_groups(train: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarr
     return groups, share
 
 
-def trace(worker: Any, variant: str, rate: float) -> dict[str, Any]:
-    """A trace with what it is of, for the store; both rates are the same."""
+def trace(
+    worker: Any, variant: str, rate: float, table_rate: float | None = None
+) -> dict[str, Any]:
+    """A trace with what it is of, for the store; without a rate of the tables both are the same."""
     program = worker.program_of(variant)
-    found = trace_run(program, worker.tokens, rate, left=worker.left)
-    return {**worker.shared(), "variant": variant, "learning_rate": rate, **found}
+    table_rate = rate if table_rate is None else table_rate
+    found = trace_run(program, worker.tokens, rate, table_rate / rate, left=worker.left)
+    rates = {"learning_rate": rate, "table_rate": table_rate}
+    return {**worker.shared(), "variant": variant, **rates, **found}
 
 
 def _step(program: TokenProgram, groups: jax.Array) -> Callable[..., Any]:
@@ -121,10 +128,14 @@ def _step(program: TokenProgram, groups: jax.Array) -> Callable[..., Any]:
             )
             numbers |= {name: value for name, value in damper.items() if name.endswith("/mean")}
             numbers |= _cosines(record.updates, previous)
+            numbers["spectrum/gradient"] = stable_rank(record.gradients)
+            numbers["spectrum/update"] = stable_rank(record.updates)
             update = _table(record.updates)
             moved = _table(record.params) + update - table
             for what, rows in (("update", update), ("moved", moved)):
                 squares = jnp.mean(jnp.square(rows), axis=1)
+                shared = jnp.mean(jnp.square(jnp.mean(rows, axis=0)))
+                numbers[f"common/{what}"] = shared / jnp.maximum(jnp.mean(squares), 1e-30)
                 mean = jax.ops.segment_sum(squares, groups, GROUPS) / jnp.bincount(
                     groups, length=GROUPS
                 )
@@ -150,6 +161,28 @@ def _cosines(updates: Any, previous: Any) -> dict[str, jax.Array]:
         dot, new, old = sum(parts[1:], parts[0])
         found[f"cosine/{role}"] = dot / jnp.maximum(jnp.sqrt(new * old), 1e-30)
     return found
+
+
+def stable_rank(tree: Any) -> jax.Array:
+    """The mean over the model's matrices of their squared norm over their squared spectral norm.
+
+    >>> kernel = jnp.stack([jnp.eye(4), jnp.ones((4, 4))])
+    >>> round(float(stable_rank({"layers": {"up_proj": {"kernel": kernel}}})), 3)
+    2.5
+    """
+    layouts = jax.tree.leaves(resolve_layout(None, tree))
+    matrices = [
+        leaf.reshape(-1, *leaf.shape[-2:])  # the model stacks its layers on leading axes
+        for layout, leaf in zip(layouts, jax.tree.leaves(tree), strict=True)
+        if layout.role == "matrix"
+    ]
+    ranks = []
+    for stack in matrices:
+        largest = jnp.max(jnp.abs(stack), axis=(1, 2), keepdims=True)
+        stack = stack / jnp.where(largest > 0, largest, 1.0)
+        squares = jnp.sum(jnp.square(stack), axis=(1, 2))
+        ranks.append(squares / jnp.maximum(jnp.square(jnp.linalg.norm(stack, 2, (1, 2))), 1e-30))
+    return jnp.mean(jnp.concatenate(ranks))
 
 
 def _table(params: Any) -> jax.Array:

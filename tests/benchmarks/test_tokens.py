@@ -308,7 +308,7 @@ def test_every_rule_updates_its_parameters_and_no_other(side):
 
 @pytest.mark.extended
 def test_a_trace_follows_updates_damper_and_rows(arguments, tmp_path):
-    command.main([*arguments, "--trace", "sage_hybrid=1e-2"])
+    command.main([*arguments, "--trace", "sage_hybrid=1e-2/2e-2"])
     (found,) = stored(tmp_path)["traces"]
     point = found["points"][-1]
     assert point["tokens"] == BUDGET
@@ -316,12 +316,20 @@ def test_a_trace_follows_updates_damper_and_rows(arguments, tmp_path):
         assert point[f"update/{role}/rms"] > 0
         assert -1 <= point[f"cosine/{role}"] <= 1
     assert 0 < point["damper/embedding/mean"] <= 1
+    assert point["update/embedding/rms"] > 1.5 * point["update/vector/rms"]  # twice the rate
+    for what in ("gradient", "update"):
+        assert 1 <= point[f"spectrum/{what}"] <= tiny.MODEL.hidden_size
+    for what in ("update", "moved"):
+        assert 0 < point[f"common/{what}"] < 1
     assert sum(found["group_share"]) == pytest.approx(1, abs=1e-3)
     assert found["group_share"] == sorted(found["group_share"])
     moved = [point[f"rows/{group}/moved"] for group in range(4)]
     assert all(distance > 0 for distance in moved)
     assert found["points"][0]["rows/3/moved"] < moved[3]
-    assert "### sage_hybrid at 0.01 over the run" in (tmp_path / "recipes_cells.md").read_text()
+    assert (
+        "### sage_hybrid at 0.01, tables 0.02, over the run"
+        in (tmp_path / "recipes_cells.md").read_text()
+    )
     store = SharedStore(tmp_path / "recipes.json")
     store.trace({**found, "points": []}, {})
     assert [one["points"] for one in store.content["traces"]] == [[]]
