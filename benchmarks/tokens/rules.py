@@ -100,6 +100,25 @@ def centred(direction: optax.GradientTransformation) -> optax.GradientTransforma
     return optax.chain(direction, optax.stateless(without_mean))
 
 
+def capped(direction: optax.GradientTransformation, limit: float) -> optax.GradientTransformation:
+    """A direction for matrices whose singular values are at most `limit` times their root mean square.
+
+    Matrices are the last two axes. With 1 and a full rank all singular values end alike, as in Muon.
+
+    >>> tx = capped(optax.identity(), 1.0)
+    >>> matrix = {"kernel": jnp.diag(jnp.asarray([3.0, 4.0, 0.0, 0.0]))}
+    >>> [round(float(x), 3) for x in jnp.diag(tx.update(matrix, tx.init(matrix))[0]["kernel"])]
+    [2.5, 2.5, 0.0, 0.0]
+    """
+
+    def cap(matrix: jax.Array) -> jax.Array:
+        left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
+        rms = jnp.sqrt(jnp.mean(jnp.square(values), axis=-1, keepdims=True))
+        return (left * jnp.minimum(values, limit * rms)[..., None, :]) @ right
+
+    return optax.chain(direction, optax.stateless(lambda updates, _: jax.tree.map(cap, updates)))
+
+
 TABLES: Mapping[str, Rule] = {
     "adamw": Rule("AdamW", _adam, 1.2e-2),
     "sage": Rule("SAGE", sage_optax.scale_by_sage, 4e-3),
@@ -127,6 +146,9 @@ MATRICES: Mapping[str, Rule] = {
     "orthogonal": Rule("orthogonalised gradient", _muon(rank=1, mu=0.0), 2.4e-2),
     "sinkgd": Rule("SinkGD", _sinkgd("unit", 5), 1e-3),
     "sinkgd_1": Rule("SinkGD, 1 iteration", _sinkgd("unit", 1), 1e-3),
+    "sinkgd_capped": Rule(
+        "SinkGD, singular values capped", lambda: capped(_sinkgd("unit", 5)(), 2.0), 1e-3
+    ),
     "sinkgd_sqrt": Rule("SinkGD sqrt", _sinkgd("sqrt", 5), 2e-3),
     "sinkgd_sqrt_1": Rule("SinkGD sqrt, 1 iteration", _sinkgd("sqrt", 1), 2e-3),
     "sinkgd_ema": Rule(
