@@ -96,7 +96,7 @@ def test_the_suite_ran_ours():
     ("name", "options", "rate", "steps"),
     [
         # Without a bound a single entry can throw a run off the target, whichever way rounding
-        # falls: at this rate one in sixty, at a tenth of it none of 256 (benchmarks.convergence).
+        # falls: 4 runs of 256 at 3e-2, none at 3e-3 in three times the steps (benchmarks.convergence).
         ("lorapre_adamw", {}, 3e-3, 4500),
         ("lorapre_adamw", {"bound": 1.0}, 3e-2, 1500),
         ("lorapre_adamw", {"residual": 0.9, "bias_correction": "exact", "bound": 1.0}, 3e-2, 1500),
