@@ -29,6 +29,8 @@ VARIANTS = {
     "Adafactor (optax's, which factors no side below 128)": "adafactor",
     "orthogonalised gradient, SAGE int8 on the embedding": "sage_int8+orthogonal",
     "LoRA-Pre Muon, rank 8, SAGE int8 on the embedding": "sage_int8+lorapre_muon_r8",
+    "LoRA-Pre Muon, rank 8, factored embedding": "factored+lorapre_muon_r8",
+    "LoRA-Pre Muon, rank 16, factored embedding": "factored+lorapre_muon_r16",
     "SAGE-Hybrid": "sage_hybrid",
     "Muon, factored embedding": "factored+muon",
     "Muon, SAGE on the embedding": "sage+muon",
@@ -44,26 +46,38 @@ LARGER_BATCH = VARIANTS | {
     "SinkGD, AdamW on the embedding": "adamw+sinkgd",
     "SinkGD, SAGE on the embedding, AdamW on vectors": "sage+sinkgd",
     "SAGE-Hybrid, vectors at ten times the rate": "sage_hybrid:vector_rate=10",
+    "AdamW, SAGE on the embedding": "sage+adamw",
+    "SinkGD sqrt on the EMA, SAGE on the embedding": "sage+sinkgd_ema",
+    "SinkGD with capped singular values, SAGE on the embedding": "sage+sinkgd_capped",
+    "SinkGD, centred SAGE on the embedding": "sage_centred+sinkgd",
+    "SinkGD, SAGE with a row damper of 1 on the embedding": "sage_rows_1+sinkgd",
 }
+CHANGES = {
+    "untied": {"shape": "core_untied"},
+    "constant": {"final_rate": 1.0},
+}
+"""The protocols of the table of changes, beside the ordinary one."""
 LEFT_OUT = {
     "README.md": {
         "sage+muon",
         "apollo:rank=20:b2=0.95",
         "sage_int8+orthogonal",
         "sage_int8+lorapre_muon_r8",
+        "factored+lorapre_muon_r8",
     }
 }
 """Rows that a page does not show."""
 ROW = r"^\| ([^|]+) \| ([\d.]+) \| ([^|]+) \| ([\d.]+), ([\d.]+)(, edge of the search)? \| ([\d.]+) % \|$"
 
 
-def rows_of(shape, batch_size=16):
+def rows_of(shape="core", batch_size=16, final_rate=None):
     """The rows of one part of the long table, by variant, in the order of their losses."""
     content = json.loads((ROOT / "docs/results/quality_long.json").read_text())
     cells = [
         cell
         for cell in content["cells"]
-        if (cell["shape"], cell["batch_size"]) == (shape, batch_size)
+        if (cell["shape"], cell["batch_size"], cell["final_rate_fraction"])
+        == (shape, batch_size, final_rate)
     ]
     return {row["variant"]: row for row in summarize(cells)}
 
@@ -113,6 +127,22 @@ def test_the_larger_batch_is_what_was_measured():
         assert float(rate) == row["best"]["learning_rate"], label
         assert float(table_rate) == row["best"]["table_rate"], label
         assert bool(edge) == row["edge"], label
+
+
+def test_untied_tables_and_a_constant_rate_are_what_was_measured():
+    text = (ROOT / "docs/results/recipes.md").read_text().partition("### Untied")[2]
+    place = r" ([\d.]+) \(([\d.]+), ([\d.]+)(, edge)?\) \|"
+    found = re.findall(r"^\| ([^|]+) \|" + 3 * place + "$", text, re.MULTILINE)
+    protocols = [rows_of(), *(rows_of(**changed) for changed in CHANGES.values())]
+    assert {VARIANTS[label] for label, *_ in found} == set(protocols[1]) == set(protocols[2])
+    for label, *columns in found:
+        for number, rows in enumerate(protocols):
+            perplexity, rate, table_rate, edge = columns[4 * number : 4 * number + 4]
+            row = rows[VARIANTS[label]]
+            assert perplexity == f"{math.exp(row['loss']):.1f}", label
+            assert float(rate) == row["best"]["learning_rate"], label
+            assert float(table_rate) == row["best"]["table_rate"], label
+            assert bool(edge) == row["edge"], label
 
 
 def test_the_best_rates_of_the_tuning_page_are_those_of_the_searches():

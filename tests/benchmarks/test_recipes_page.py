@@ -7,8 +7,11 @@ import math
 import pathlib
 import re
 
+import pytest
+
 from benchmarks.tokens.page import page, summarize
 
+LARGE_BATCH = 128
 RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results"
 
 
@@ -19,7 +22,9 @@ def content():
 def single_rules():
     """The cells of the long table that the page's tables of rules show."""
     cells = json.loads((RESULTS / "quality_long.json").read_text())["cells"]
-    return [cell for cell in cells if (cell["shape"], cell["batch_size"]) == ("core", 16)]
+    wanted = ("core", 16, None)
+    names = ("shape", "batch_size", "final_rate_fraction")
+    return [cell for cell in cells if tuple(cell[name] for name in names) == wanted]
 
 
 def test_every_row_is_the_best_of_its_search():
@@ -58,6 +63,31 @@ def test_the_sizes_that_the_page_names_are_those_of_the_cells():
         assert f"{cell['parameters']:,} parameters" in text
         assert f"{cell['tokens']:,} tokens" in text or cell["heldout_loss"] is None
         assert cell["tokens_sha256"][:12] in text
+
+
+def test_the_traces_that_the_page_shows_are_those_of_the_runs():
+    """After a quarter of the run, after its half and near its end."""
+    text = (RESULTS / "recipes.md").read_text()
+    found = re.findall(
+        r"^\| [^|]+ \(`([^`]+)`\) \| ([\d.]+), ([\d.]+) \|" + 4 * r" ([^|]+) \|" + "$",
+        text.partition("### What the traces show")[2],
+        re.MULTILINE,
+    )
+    traces = {
+        one["variant"]: one for one in content()["traces"] if one["batch_size"] == LARGE_BATCH
+    }
+    assert [name for name, *_ in found] == list(traces)
+    columns = ("spectrum/gradient", "spectrum/update", "cosine/matrix", "common/update")
+    for name, rate, table_rate, *said in found:
+        one = traces[name]
+        assert (float(rate), float(table_rate)) == (one["learning_rate"], one["table_rate"])
+        points = [one["points"][place] for place in (4, 10, -2)]
+        assert [point["tokens"] / one["budget"] for point in points] == pytest.approx(
+            [0.234, 0.516, 0.984], abs=1e-3
+        )
+        for column, shown in zip(columns, said, strict=True):
+            digits = 1 if column.startswith("spectrum") else 2
+            assert shown == ", ".join(f"{point[column]:.{digits}f}" for point in points), name
 
 
 def test_the_page_of_cells_is_written_from_them():
