@@ -14,7 +14,7 @@ from benchmarks.common import circumstances, describe_circumstances
 from benchmarks.quality.pareto import Point, plot_pareto
 from benchmarks.quality.rows import ROWS, SEEDS, QualityRow
 from benchmarks.tokens.file import Tokens, load_tokens, tokens_sha256
-from benchmarks.tokens.page import cells_by_group, sections, summarize
+from benchmarks.tokens.page import cells_by_group, describe_protocol, sections, summarize
 from benchmarks.tokens.searches import Search
 from benchmarks.tokens.shapes import shape
 from benchmarks.tokens.sharing import plain_command
@@ -140,8 +140,7 @@ def plot_long(folder: pathlib.Path) -> None:
         if points:
             title = (
                 f"Perplexity against state: {cells[0]['parameters']:,} parameters,\n"
-                f"{cells[0]['budget'] / 1e6:.4g} million tokens, "
-                f"{cells[0]['batch_size']} x {cells[0]['seq_len']} a step"
+                f"{describe_protocol(cells[0])}"
             )
             command = content["circumstances"]["command"]
             plot_pareto(points, folder / _picture(number), title, command)

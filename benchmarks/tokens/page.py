@@ -55,6 +55,18 @@ def cells_by_group(content: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:
     return list(groups.values())
 
 
+def describe_protocol(cell: Mapping[str, Any]) -> str:
+    """The budget, the step and a schedule of its own, of a cell or a group.
+
+    >>> describe_protocol({"budget": 2e6, "batch_size": 8, "seq_len": 64, "final_rate_fraction": 1.0})
+    '2 million tokens, 8 x 64 a step, final rate 1 of the peak'
+    """
+    step = f"{cell['batch_size']} x {cell['seq_len']} a step"
+    final = cell["final_rate_fraction"]
+    end = "" if final is None else f", final rate {final:g} of the peak"
+    return f"{cell['budget'] / 1e6:.4g} million tokens, {step}{end}"
+
+
 def summarize(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The best cell of every variant of a group, with what was searched around it, by loss.
 
@@ -132,12 +144,9 @@ def _group(cell: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _section(content: Mapping[str, Any], group: tuple[Any, ...], heading: str) -> str:
-    fields = dict(zip(GROUP, group, strict=True))
+    fields: dict[str, Any] = dict(zip(GROUP, group, strict=True))
     cells = [cell for cell in content["cells"] if _group(cell) == group]
-    title = (
-        f"{heading} {fields['shape']}: {fields['budget'] / 1e6:.4g} million tokens, "
-        f"{fields['batch_size']} x {fields['seq_len']} a step"
-    )
+    title = f"{heading} {fields['shape']}: {describe_protocol(fields)}"
     about = [
         f"Products in {fields['dtype']}, on {fields['device']}, tokens {fields['tokens_sha256'][:12]}"
     ]
@@ -145,8 +154,6 @@ def _section(content: Mapping[str, Any], group: tuple[Any, ...], heading: str) -
         about.append(f"{cells[0]['parameters']:,} parameters, {len(cells)} runs")
     if fields["accumulate"] > 1:
         about.append(f"gradients of {fields['accumulate']} parts accumulated")
-    if fields["final_rate_fraction"] is not None:
-        about.append(f"final rate {fields['final_rate_fraction']:g} of the peak")
     parts = [title, "; ".join(about) + "."]
     if cells:
         parts.append(_rows(cells))
