@@ -33,8 +33,9 @@ from lorapre_optax._products import Narrow, narrow_operands
 from lorapre_optax._rank import RankLike
 from lorapre_optax._recommended import RECOMMENDED
 from lorapre_optax._routing import Others, route_matrices
+from sage_optax import scale_by_sage
 
-TableRule: TypeAlias = Literal["others", "factored_rms"]
+TableRule: TypeAlias = Literal["others", "factored_rms", "sage", "sage_int8"]
 
 
 def scale_by_lorapre_muon(
@@ -255,7 +256,8 @@ def lorapre_muon(
         `lorapre_optax.RECOMMENDED`, and no matrix, embedding or head keeps a full moment. Not in the paper.
       table_rule: ``"factored_rms"`` gives embedding and head Adafactor's direction (arXiv:1804.04235): the
         gradient over a factored estimate of its rms, clipped to an rms of 1. An embedding of V x d then keeps
-        V + d floats. ``"others"`` uses the rule of ``others``. Not in the paper.
+        V + d floats. ``"sage"`` gives them SAGE's (`sage_optax.scale_by_sage`), ``"sage_int8"`` the same with its
+        momentum in int8. ``"others"`` uses the rule of ``others``. Not in the paper.
       others: ``"adamw"`` or ``"sage"``; see `lorapre_adamw`.
       layout: see `layout_optax.ParamLayout`; None infers it.
       **whole_model: see `layout_optax.by_role`.
@@ -295,9 +297,13 @@ def lorapre_muon(
         layout=layout,
     )
     check_adam(adam_b1, adam_b2, eps, prefix="adam_")
-    table = choose(
-        "table_rule", table_rule, {"others": None, "factored_rms": scale_by_factored_rms(layout)}
-    )
+    table_rules = {
+        "others": None,
+        "factored_rms": scale_by_factored_rms(layout),
+        "sage": scale_by_sage(layout=layout),
+        "sage_int8": scale_by_sage(mu_dtype="int8", layout=layout),
+    }
+    table = choose("table_rule", table_rule, table_rules)
     if table_rank is not None and table is not None:
         raise ValueError(
             f"table_rank={table_rank!r} and table_rule={table_rule!r} both decide what embedding and head "

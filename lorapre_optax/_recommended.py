@@ -36,3 +36,18 @@ Adafactor's rule at four times the learning rate, vectors AdamW. For more state 
 ``{**RECOMMENDED_MUON, "rank": 32}``. It was ahead of AdamW in runs of one small model (361,280 parameters, 4.2
 million tokens: ``docs/results/recipes.md``).
 """
+
+RECOMMENDED_SAGE_MUON: Mapping[str, Any] = MappingProxyType(
+    {
+        "rank": None,
+        "nesterov": True,
+        "consistent_rms": 0.2,
+        "table_rule": "sage_int8",
+        "learning_rate_multipliers": MappingProxyType({"embedding": 0.5, "head": 0.5}),
+        "adam_b2": 0.95,
+    }
+)
+"""Options for ``lorapre_muon(learning_rate, **RECOMMENDED_SAGE_MUON)``: SAGE on embedding and head, Muon elsewhere.
+
+PLACEHOLDER
+"""

@@ -41,8 +41,8 @@ PUBLIC = {
         describe infer_layout memory_report resolve_layout state_bytes state_shardings unboxed""",
     "sage_optax": """STATIC_ARGS ParamLayout SageState describe lion_hybrid sage sage_damper sage_hybrid
         scale_by_sage scale_by_sinkhorn sinkgd sinkgd_hybrid state_shardings unboxed""",
-    "lorapre_optax": """RECOMMENDED RECOMMENDED_MUON STATIC_ARGS LorapreAdamState LowRankState ParamLayout
-        describe lorapre_adamw
+    "lorapre_optax": """RECOMMENDED RECOMMENDED_MUON RECOMMENDED_SAGE_MUON STATIC_ARGS LorapreAdamState
+        LowRankState ParamLayout describe lorapre_adamw
         lorapre_lion lorapre_metrics lorapre_muon lorapre_sgd lorapre_sinkgd low_rank_ema low_rank_trace
         resize_ranks scale_by_lorapre_adam scale_by_lorapre_lion scale_by_lorapre_muon state_shardings
         suggest_ranks unboxed""",

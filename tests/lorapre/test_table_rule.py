@@ -1,4 +1,4 @@
-"""LoRA-Pre Muon with factored tables: Adafactor's direction against float64, its state, and what it refuses."""
+"""LoRA-Pre Muon with a rule of its own for tables: Adafactor's against float64, SAGE's, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 import lorapre_optax
+import sage_optax
+from layout_optax import adam_direction, by_role
+from layout_optax.routing import OTHER
 from lorapre_optax._factored_rms import scale_by_factored_rms
-from tests.lorapre.aliases import NOT_OURS, SHAPES, as_float32, draw
+from tests.lorapre.aliases import NOT_OURS, SHAPES, as_float32, draw, run
 
 STEPS = 4
 
@@ -91,6 +94,40 @@ def test_only_embedding_and_head_get_it(others):
     flat = jax.tree_util.tree_leaves_with_path(state)
     kept = [leaf for path, leaf in flat if "embed" in jax.tree_util.keystr(path) and leaf.ndim]
     assert sum(leaf.size for leaf in kept) == v + d
+
+
+@pytest.mark.parametrize(("rule", "mu_dtype"), [("sage", None), ("sage_int8", "int8")])
+def test_embedding_and_head_can_have_sage(rule, mu_dtype):
+    """The same as the call of `by_role`, over steps; the recommended options give it a rate of its own."""
+    params, gradients = as_float32(draw(1)), as_float32(draw(2, steps=STEPS))
+    options = {**lorapre_optax.RECOMMENDED_SAGE_MUON, "table_rule": rule}
+    recommended = lorapre_optax.lorapre_muon(1e-2, layout=NOT_OURS, **options)
+    sage = sage_optax.scale_by_sage(mu_dtype=mu_dtype, layout=NOT_OURS)
+    muon = lorapre_optax.scale_by_lorapre_muon(
+        None, nesterov=True, consistent_rms=0.2, layout=NOT_OURS
+    )
+    adam = adam_direction(b2=0.95)
+    composed = by_role(
+        {"embedding": sage, "matrix": muon, "vector": adam, OTHER: adam},
+        1e-2,
+        weight_decay=0.0,
+        layout=NOT_OURS,
+        learning_rate_multipliers=options["learning_rate_multipliers"],
+    )
+    ours, _, state = run(recommended, params, gradients)
+    theirs, _, _ = run(composed, params, gradients)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-6)
+    others = {**options, "table_rule": "others"}
+    plain, _, _ = run(
+        lorapre_optax.lorapre_muon(1e-2, layout=NOT_OURS, **others), params, gradients
+    )
+    assert np.abs(plain["lm_head"]["kernel"] - ours["lm_head"]["kernel"]).max() > 1e-3
+    dtypes = {
+        leaf.dtype
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if "embed" in jax.tree_util.keystr(path) and leaf.shape == SHAPES["embed"]["embedding"]
+    }
+    assert dtypes == {jnp.dtype(mu_dtype or jnp.float32)}
 
 
 def test_two_rules_for_tables_are_refused():

@@ -11,7 +11,12 @@ import optax
 import lorapre_optax
 from examples.llama.optimizers.options import OptimizerOptions
 from layout_optax import by_role
-from lorapre_optax import RECOMMENDED, RECOMMENDED_MUON, scale_by_lorapre_adam
+from lorapre_optax import (
+    RECOMMENDED,
+    RECOMMENDED_MUON,
+    RECOMMENDED_SAGE_MUON,
+    scale_by_lorapre_adam,
+)
 from sage_optax import scale_by_sage, scale_by_sinkhorn
 
 _FACTORS = ("rank", "residual", "initial_subspace", "factor_dtype", "damping")
@@ -28,9 +33,12 @@ def adamw(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransf
 def muon(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
     """LoRA-Pre Muon on matrices, AdamW on the rest, at one rate as in the Muon baseline.
 
-    The recommended options have another rule and rate for embedding and head.
+    The recommended options have another rule and rate for embedding and head; those of SAGE if it is the rule.
     """
-    base = dict(RECOMMENDED_MUON) if options.option_set == "recommended" else {}
+    base = {}
+    if options.option_set == "recommended":
+        sage = options.table_rule in ("sage", "sage_int8")
+        base = dict(RECOMMENDED_SAGE_MUON if sage else RECOMMENDED_MUON)
     if options.table_rank is not None:
         base.pop("table_rule", None)
     given = {

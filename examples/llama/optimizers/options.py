@@ -21,7 +21,7 @@ OptionSet = Literal["paper", "recommended"]
 BiasCorrection = Literal["paper", "exact"]
 SecondMoment = Literal["low_rank", "full"]
 InitialSubspace = Literal["normal", "gradient"]
-TableRule = Literal["others", "factored_rms"]
+TableRule = Literal["others", "factored_rms", "sage", "sage_int8"]
 FactorDtype = Literal["float32", "bfloat16"]
 
 
@@ -56,7 +56,7 @@ class RuleOptions:
     table_rank: int | None = None
     """Rank of LoRA-Pre Adam on embedding and head, in LoRA-Pre Muon."""
     table_rule: TableRule | None = None
-    """LoRA-Pre Muon's rule for embedding and head: AdamW's or Adafactor's, V + d numbers."""
+    """LoRA-Pre Muon's rule for embedding and head: AdamW's, Adafactor's (V + d numbers) or SAGE's."""
     update_gap: int | None = None
     """Steps between two projections of GaLore."""
     # Files and the command line say `options`; here that is the whole of an optimizer's settings.

@@ -224,9 +224,10 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         "LoRA-Pre Muon",
         lorapre.muon,
         state="one factor pair, (p + q) r numbers per p x q matrix; two moments for the rest, or two factor "
-        "pairs for embedding and head with `table_rank`, V + d numbers with `table_rule=factored_rms`",
+        "pairs for embedding and head with `table_rank`, V + d numbers with `table_rule=factored_rms`, one "
+        "momentum with `sage`",
         description="LoRA-Pre Muon on matrices at update rms `scale` (0.2), AdamW on the rest; with "
-        "`table_rank` LoRA-Pre Adam, with `table_rule` Adafactor's rule on embedding and head.",
+        "`table_rank` LoRA-Pre Adam, with `table_rule` Adafactor's or SAGE's rule on embedding and head.",
         options=("b1", "b2", "scale", "option_set", "table_rank", "table_rule", *_FACTORS),
         has_rank=True,
     ),

@@ -367,9 +367,15 @@ def test_damper_arguments_are_those_of_the_damper():
 
 def test_the_recommended_lorapre_muon_is_that_of_the_package():
     params = random_params(tiny.MODEL)
-    for given, own in (({}, {}), ({"table_rank": 2}, {"table_rule": "others", "table_rank": 2})):
+    least, sage = lorapre_optax.RECOMMENDED_MUON, lorapre_optax.RECOMMENDED_SAGE_MUON
+    for given, base, own in (
+        ({}, least, {}),
+        ({"table_rank": 2}, least, {"table_rule": "others", "table_rank": 2}),
+        ({"table_rule": "sage_int8"}, sage, {}),
+        ({"table_rule": "sage"}, sage, {"table_rule": "sage"}),
+    ):
         theirs = make_optimizer("lorapre_muon", 1e-2, option_set="recommended", rank=2, **given)
-        recommended = {**lorapre_optax.RECOMMENDED_MUON, "rank": 2, **own}
+        recommended = {**base, "rank": 2, **own}
         ours = lorapre_optax.lorapre_muon(1e-2, **recommended)
         found, wanted = (
             jax.jit(one.update)(params, one.init(params), params)[0] for one in (theirs, ours)
