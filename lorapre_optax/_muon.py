@@ -256,8 +256,8 @@ def lorapre_muon(
         `lorapre_optax.RECOMMENDED`, and no matrix, embedding or head keeps a full moment. Not in the paper.
       table_rule: ``"factored_rms"`` gives embedding and head Adafactor's direction (arXiv:1804.04235): the
         gradient over a factored estimate of its rms, clipped to an rms of 1. An embedding of V x d then keeps
-        V + d floats. ``"sage"`` gives them SAGE's (`sage_optax.scale_by_sage`), ``"sage_int8"`` the same with its
-        momentum in int8. ``"others"`` uses the rule of ``others``. Not in the paper.
+        V + d floats. ``"sage"`` gives them SAGE's (`sage_optax.scale_by_sage`), ``"sage_int8"`` SAGE's with an
+        int8 momentum. ``"others"`` uses the rule of ``others``. Not in the paper.
       others: ``"adamw"`` or ``"sage"``; see `lorapre_adamw`.
       layout: see `layout_optax.ParamLayout`; None infers it.
       **whole_model: see `layout_optax.by_role`.

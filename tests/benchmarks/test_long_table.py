@@ -15,7 +15,7 @@ from benchmarks.tokens.page import summarize
 from examples.llama.comparing.plan import PlanConfig, make_plan
 from examples.llama.model.config import preset
 from examples.llama.model.llama import abstract
-from lorapre_optax import RECOMMENDED_MUON, lorapre_muon
+from lorapre_optax import RECOMMENDED_MUON, RECOMMENDED_SAGE_MUON, lorapre_muon
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = ("README.md", "docs/choosing.md", "docs/results/recipes.md")
@@ -67,6 +67,20 @@ LEFT_OUT = {
     }
 }
 """Rows that a page does not show."""
+BUDGETS = (
+    "factored+orthogonal",
+    "factored+lorapre_muon_r4",
+    "factored+lorapre_muon_r16",
+    None,
+    "factored+muon",
+    "sage_int8+muon",
+)
+"""The variants of the long table that are the calls of the table of budgets; None was not run."""
+BUDGET = r"^\| `(lorapre_muon\(.+\))`[^|]* \| ([^|]+) \| ([^|]+) \| ([\d.]+|not run) \|$"
+RECIPES = {
+    "RECOMMENDED_MUON": RECOMMENDED_MUON,
+    "RECOMMENDED_SAGE_MUON": RECOMMENDED_SAGE_MUON,
+}
 ROW = r"^\| ([^|]+) \| ([\d.]+) \| ([^|]+) \| ([\d.]+), ([\d.]+)(, edge of the search)? \| ([\d.]+) % \|$"
 
 
@@ -186,20 +200,22 @@ def test_the_state_of_the_recipe_is_what_choosing_says(preset, size, share):
     assert f"({share} % of" in text
 
 
-def test_the_state_of_other_ranks_is_what_choosing_says():
-    params = abstract(preset("sage_1.3b"))
+@pytest.mark.parametrize(("place", "name"), enumerate(["sage_1.3b", "llama3.1_8b"]))
+def test_the_budgets_that_choosing_shows_are_those_of_the_calls(place, name):
+    params = abstract(preset(name))
 
     def size(tx):
         leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     whole = size(optax.adamw(1e-3))
-    text = " ".join((ROOT / "docs/choosing.md").read_text().split())
-    full = {**RECOMMENDED_MUON, "rank": None}
-    for options, said in (
-        (full, "takes {:.2f} GiB for `sage_1.3b` ({:.0f} % of"),
-        ({**full, "table_rule": "others"}, "Muon with AdamW on the embedding {1:.0f} %)"),
-        ({**full, "rank": 64}, "rank 64 takes {:.3f} GiB ({:.1f} %)"),
-    ):
-        found = size(lorapre_muon(0.012, **options))
-        assert said.format(found / 2**30, 100 * found / whole) in text, said
+    rows, perplexities = (
+        re.findall(BUDGET, (ROOT / "docs/choosing.md").read_text(), re.MULTILINE),
+        rows_of(),
+    )
+    assert len(rows) == len(BUDGETS)
+    for (call, *said, perplexity), variant in zip(rows, BUDGETS, strict=True):
+        found = size(eval(call, {"lorapre_muon": lorapre_muon, "rate": 0.012} | RECIPES))
+        assert said[place] == f"{found / 2**30:.4f} ({100 * found / whole:.2f} %)", call
+        wanted = "not run" if variant is None else f"{math.exp(perplexities[variant]['loss']):.1f}"
+        assert perplexity == wanted, call
