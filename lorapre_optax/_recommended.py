@@ -50,7 +50,7 @@ RECOMMENDED_SAGE_MUON: Mapping[str, Any] = MappingProxyType(
 """Options for ``lorapre_muon(learning_rate, **RECOMMENDED_SAGE_MUON)``, Muon with SAGE on embedding and head.
 
 Matrices have a full momentum and orthogonalised updates with about AdamW's rms, embedding and head SAGE with an
-int8 momentum at two thirds of the learning rate, vectors AdamW. Of the matrices' rules that were run beside SAGE,
-Muon did best (361,280 parameters, 4.2 million tokens: ``docs/results/recipes.md``). Without any momentum of the
-matrices: ``{**RECOMMENDED_SAGE_MUON, "rank": 1, "mu": 0.0}`` with multipliers of a sixth.
+int8 momentum at two thirds of the learning rate, vectors AdamW. Of the rules for matrices that were run beside
+SAGE, Muon did best (361,280 parameters, 4.2 million tokens: ``docs/results/recipes.md``). For matrices without
+momentum: ``{**RECOMMENDED_SAGE_MUON, "rank": 1, "mu": 0.0}`` with multipliers of a sixth.
 """
