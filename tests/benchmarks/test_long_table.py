@@ -34,6 +34,7 @@ VARIANTS = {
     "SAGE-Hybrid": "sage_hybrid",
     "Muon, factored embedding": "factored+muon",
     "Muon, SAGE on the embedding": "sage+muon",
+    "Muon, SAGE int8 on the embedding": "sage_int8+muon",
     "Muon, AdamW on the embedding": "adamw+muon",
     "LoRA-Pre Adam, rank 13, recommended options": (
         "lorapre_adamw:rank=13:options=recommended:b2=0.95"
@@ -60,6 +61,7 @@ CHANGES = {
 LEFT_OUT = {
     "README.md": {
         "sage+muon",
+        "sage_int8+muon",
         "apollo:rank=20:b2=0.95",
         "sage_int8+orthogonal",
         "sage_int8+lorapre_muon_r8",

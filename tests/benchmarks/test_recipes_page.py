@@ -101,10 +101,13 @@ def test_the_rates_of_the_tuning_page_are_the_best_of_their_searches():
     found = re.findall(r"^\| ([^|]+) \| (embedding|matrices) \| ([\d.]+) \|$", beside, re.MULTILINE)
     variants = {
         ("SAGE", "embedding"): "sage+muon",
+        ("Lion", "embedding"): "lion+muon",
         ("AdamW", "embedding"): "adamw+muon",
         ("factored RMS", "embedding"): "factored+muon",
         ("AdamW", "matrices"): "adamw:b2=0.95",
         ("SinkGD", "matrices"): "adamw+sinkgd",
+        ("square-root SinkGD", "matrices"): "adamw+sinkgd_sqrt",
+        ("LoRA-Pre Muon", "matrices"): "adamw+lorapre_muon_r32",
         ("Muon", "matrices"): "adamw+muon",
         ("orthogonalised gradient", "matrices"): "adamw+orthogonal",
     }
