@@ -19,7 +19,6 @@ from lorapre_optax._muon import lorapre_muon as lorapre_muon
 from lorapre_optax._muon import scale_by_lorapre_muon as scale_by_lorapre_muon
 from lorapre_optax._recommended import RECOMMENDED as RECOMMENDED
 from lorapre_optax._recommended import RECOMMENDED_MUON as RECOMMENDED_MUON
-from lorapre_optax._recommended import RECOMMENDED_SAGE_MUON as RECOMMENDED_SAGE_MUON
 from lorapre_optax._resize import resize_ranks as resize_ranks
 from lorapre_optax._sgd import lorapre_sgd as lorapre_sgd
 from lorapre_optax._suggest import suggest_ranks as suggest_ranks
@@ -34,7 +33,6 @@ no longer after a step, and JAX compiles the step twice."""
 __all__ = [
     "RECOMMENDED",
     "RECOMMENDED_MUON",
-    "RECOMMENDED_SAGE_MUON",
     "STATIC_ARGS",
     "LorapreAdamState",
     "LowRankState",

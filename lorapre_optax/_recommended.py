@@ -36,21 +36,3 @@ Adafactor's rule at four times the learning rate, vectors AdamW. For more state 
 ``{**RECOMMENDED_MUON, "rank": 32}``. It was ahead of AdamW in runs of one small model (361,280 parameters, 4.2
 million tokens: ``docs/results/recipes.md``).
 """
-
-RECOMMENDED_SAGE_MUON: Mapping[str, Any] = MappingProxyType(
-    {
-        "rank": None,
-        "nesterov": True,
-        "consistent_rms": 0.2,
-        "table_rule": "sage_int8",
-        "learning_rate_multipliers": MappingProxyType({"embedding": 2 / 3, "head": 2 / 3}),
-        "adam_b2": 0.95,
-    }
-)
-"""Options for ``lorapre_muon(learning_rate, **RECOMMENDED_SAGE_MUON)``, Muon with SAGE on embedding and head.
-
-Matrices have a full momentum and orthogonalised updates with about AdamW's rms, embedding and head SAGE with an
-int8 momentum at two thirds of the learning rate, vectors AdamW. Of the rules for matrices that were run beside
-SAGE, Muon did best (361,280 parameters, 4.2 million tokens: ``docs/results/recipes.md``). For matrices without
-momentum: ``{**RECOMMENDED_SAGE_MUON, "rank": 1, "mu": 0.0}`` with multipliers of a sixth.
-"""

@@ -4,10 +4,12 @@ from layout_optax import ParamLayout, describe, state_shardings, unboxed
 from layout_optax import __version__ as __version__
 from sage_optax._hybrid import lion_hybrid, sage_hybrid, sinkgd_hybrid
 from sage_optax._options import STATIC_ARGS
+from sage_optax._recommended import RECOMMENDED_WITH_MUON as RECOMMENDED_WITH_MUON
 from sage_optax._sage import SageState, sage, sage_damper, scale_by_sage
 from sage_optax._sinkgd import scale_by_sinkhorn, sinkgd
 
 __all__ = [
+    "RECOMMENDED_WITH_MUON",
     "STATIC_ARGS",
     "ParamLayout",
     "SageState",

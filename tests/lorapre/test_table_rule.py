@@ -100,7 +100,7 @@ def test_only_embedding_and_head_get_it(others):
 def test_embedding_and_head_can_have_sage(rule, mu_dtype):
     """The same as the call of `by_role`, over steps; the recommended options give it a rate of its own."""
     params, gradients = as_float32(draw(1)), as_float32(draw(2, steps=STEPS))
-    options = {**lorapre_optax.RECOMMENDED_SAGE_MUON, "table_rule": rule}
+    options = {**sage_optax.RECOMMENDED_WITH_MUON, "table_rule": rule}
     recommended = lorapre_optax.lorapre_muon(1e-2, layout=NOT_OURS, **options)
     sage = sage_optax.scale_by_sage(mu_dtype=mu_dtype, layout=NOT_OURS)
     muon = lorapre_optax.scale_by_lorapre_muon(

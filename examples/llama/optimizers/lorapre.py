@@ -11,13 +11,8 @@ import optax
 import lorapre_optax
 from examples.llama.optimizers.options import OptimizerOptions
 from layout_optax import by_role
-from lorapre_optax import (
-    RECOMMENDED,
-    RECOMMENDED_MUON,
-    RECOMMENDED_SAGE_MUON,
-    scale_by_lorapre_adam,
-)
-from sage_optax import scale_by_sage, scale_by_sinkhorn
+from lorapre_optax import RECOMMENDED, RECOMMENDED_MUON, scale_by_lorapre_adam
+from sage_optax import RECOMMENDED_WITH_MUON, scale_by_sage, scale_by_sinkhorn
 
 _FACTORS = ("rank", "residual", "initial_subspace", "factor_dtype", "damping")
 _ADAM = ("b1", "b2", "eps", "bias_correction", "bound", "second_moment", *_FACTORS)
@@ -38,7 +33,7 @@ def muon(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransfo
     base = {}
     if options.option_set == "recommended":
         sage = options.table_rule in ("sage", "sage_int8")
-        base = dict(RECOMMENDED_SAGE_MUON if sage else RECOMMENDED_MUON)
+        base = dict(RECOMMENDED_WITH_MUON if sage else RECOMMENDED_MUON)
     if options.table_rank is not None:
         base.pop("table_rule", None)
     given = {

@@ -13,6 +13,7 @@ import pytest
 from optax import contrib
 
 import lorapre_optax
+import sage_optax
 from examples.llama.model.config import preset
 from examples.llama.model.llama import abstract
 from examples.llama.optimizers.lorapre import adam_options
@@ -367,7 +368,7 @@ def test_damper_arguments_are_those_of_the_damper():
 
 def test_the_recommended_lorapre_muon_is_that_of_the_package():
     params = random_params(tiny.MODEL)
-    least, sage = lorapre_optax.RECOMMENDED_MUON, lorapre_optax.RECOMMENDED_SAGE_MUON
+    least, sage = lorapre_optax.RECOMMENDED_MUON, sage_optax.RECOMMENDED_WITH_MUON
     for given, base, own in (
         ({}, least, {}),
         ({"table_rank": 2}, least, {"table_rule": "others", "table_rank": 2}),
