@@ -20,7 +20,7 @@ from examples.llama.comparing.plots import WIDTH, perplexity_axis, save, write_f
 
 LEFT_EDGE = 0.1
 """Per cent of AdamW's state at the left edge; what has less stands on it."""
-_CROWDED_FROM = 9.0  # per cent; names of the points from here on stand beside the plot
+_CROWDED_FROM = 0.9  # per cent; names of the points from here on stand beside the plot
 
 
 @dataclass(frozen=True)
