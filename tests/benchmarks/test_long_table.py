@@ -33,6 +33,7 @@ VARIANTS = {
     "LoRA-Pre Muon, rank 8, factored embedding": "factored+lorapre_muon_r8",
     "LoRA-Pre Muon, rank 16, factored embedding": "factored+lorapre_muon_r16",
     "SAGE-Hybrid": "sage_hybrid",
+    "SinkGD, factored embedding": "factored+sinkgd",
     "Muon, factored embedding": "factored+muon",
     "Muon, SAGE on the embedding": "sage+muon",
     "Muon, SAGE int8 on the embedding": "sage_int8+muon",
@@ -202,20 +203,30 @@ def test_the_state_of_the_recipe_is_what_choosing_says(preset, size, share):
     assert f"({share} % of" in text
 
 
+def size_of(tx, name):
+    """Bytes of an optimizer's state for a preset."""
+    leaves = jax.tree.leaves(jax.eval_shape(tx.init, abstract(preset(name))))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+@pytest.mark.parametrize("name", ["sage_1.3b", "llama3.1_8b"])
+def test_the_state_of_sinkgd_with_a_factored_embedding_is_what_choosing_says(name):
+    section = (ROOT / "docs/choosing.md").read_text().partition("### SinkGD with a factored")[2]
+    code = section.partition("```python\n")[2].partition("```")[0]
+    made = {}
+    exec(code, made)
+    said = " ".join(section.partition("```")[0].split())
+    assert f"{size_of(made['tx'], name) / 2**30:.4f} GiB for `{name}`" in said
+
+
 @pytest.mark.parametrize(("place", "name"), [(0, "sage_1.3b"), (1, "llama3.1_8b")])
 def test_the_budgets_that_choosing_shows_are_those_of_the_calls(place, name):
-    params = abstract(preset(name))
-
-    def size(tx):
-        leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-
-    whole = size(optax.adamw(1e-3))
+    whole = size_of(optax.adamw(1e-3), name)
     rows = re.findall(BUDGET, (ROOT / "docs/choosing.md").read_text(), re.MULTILINE)
     measured = rows_of()
     assert len(rows) == len(BUDGETS)
     for (call, *said, perplexity), variant in zip(rows, BUDGETS, strict=True):
-        found = size(eval(call, {"lorapre_muon": lorapre_muon, "rate": 0.012} | RECIPES))
+        found = size_of(eval(call, {"lorapre_muon": lorapre_muon, "rate": 0.012} | RECIPES), name)
         assert said[place] == f"{found / 2**30:.4f} ({100 * found / whole:.2f} %)", call
         wanted = "not run" if variant is None else f"{math.exp(measured[variant]['loss']):.1f}"
         assert perplexity == wanted, call
