@@ -7,7 +7,6 @@ import math
 import pathlib
 import re
 
-import jax
 import optax
 import pytest
 
@@ -15,8 +14,10 @@ from benchmarks.tokens.page import summarize
 from examples.llama.comparing.plan import PlanConfig, make_plan
 from examples.llama.model.config import preset
 from examples.llama.model.llama import abstract
+from layout_optax import state_bytes
 from lorapre_optax import RECOMMENDED_MUON, lorapre_muon
 from sage_optax import RECOMMENDED_WITH_MUON
+from tests.snippets import snippets
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = ("README.md", "docs/choosing.md", "docs/results/recipes.md")
@@ -203,30 +204,40 @@ def test_the_state_of_the_recipe_is_what_choosing_says(preset, size, share):
     assert f"({share} % of" in text
 
 
-def size_of(tx, name):
-    """Bytes of an optimizer's state for a preset."""
-    leaves = jax.tree.leaves(jax.eval_shape(tx.init, abstract(preset(name))))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-
-
 @pytest.mark.parametrize("name", ["sage_1.3b", "llama3.1_8b"])
 def test_the_state_of_sinkgd_with_a_factored_embedding_is_what_choosing_says(name):
     section = (ROOT / "docs/choosing.md").read_text().partition("### SinkGD with a factored")[2]
-    code = section.partition("```python\n")[2].partition("```")[0]
     made = {}
-    exec(code, made)
+    exec(snippets(section)[0], made)
+    found = state_bytes(made["tx"], abstract(preset(name)))
     said = " ".join(section.partition("```")[0].split())
-    assert f"{size_of(made['tx'], name) / 2**30:.4f} GiB for `{name}`" in said
+    assert f"{found / 2**30:.4f} GiB for `{name}`" in said
 
 
 @pytest.mark.parametrize(("place", "name"), [(0, "sage_1.3b"), (1, "llama3.1_8b")])
 def test_the_budgets_that_choosing_shows_are_those_of_the_calls(place, name):
-    whole = size_of(optax.adamw(1e-3), name)
+    params = abstract(preset(name))
+    whole = state_bytes(optax.adamw(1e-3), params)
     rows = re.findall(BUDGET, (ROOT / "docs/choosing.md").read_text(), re.MULTILINE)
     measured = rows_of()
     assert len(rows) == len(BUDGETS)
     for (call, *said, perplexity), variant in zip(rows, BUDGETS, strict=True):
-        found = size_of(eval(call, {"lorapre_muon": lorapre_muon, "rate": 0.012} | RECIPES), name)
+        tx = eval(call, {"lorapre_muon": lorapre_muon, "rate": 0.012} | RECIPES)
+        found = state_bytes(tx, params)
         assert said[place] == f"{found / 2**30:.4f} ({100 * found / whole:.2f} %)", call
         wanted = "not run" if variant is None else f"{math.exp(measured[variant]['loss']):.1f}"
         assert perplexity == wanted, call
+
+
+def test_the_perplexity_at_sages_recommended_ratio_is_the_measured_one():
+    multiplier = RECOMMENDED_WITH_MUON["learning_rate_multipliers"]["embedding"]
+    cells = json.loads((ROOT / "docs/results/quality_long.json").read_text())["cells"]
+    (cell,) = (
+        cell
+        for cell in cells
+        if cell["variant"] == "sage_int8+muon"
+        and cell["table_rate"] == pytest.approx(multiplier * cell["learning_rate"])
+    )
+    text = " ".join((ROOT / "docs/choosing.md").read_text().split())
+    said = f"{math.exp(cell['heldout_loss']):.1f} at 64 wide with this ratio"
+    assert said in text
