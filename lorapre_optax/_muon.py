@@ -24,7 +24,6 @@ from layout_optax.leaves import LayoutLeaves, flatten_with_layout
 from layout_optax.routing import WholeModel, takes_whole_model
 from lorapre_optax._adam import full_adam, scale_by_lorapre_adam
 from lorapre_optax._distributed_newton_schulz import distributed_orthogonalize
-from lorapre_optax._factored_rms import scale_by_factored_rms
 from lorapre_optax._factors import DampingKind
 from lorapre_optax._moment import InitialSubspace, LowRankState, MomentOptions, as_updates, init
 from lorapre_optax._momentum import step_trace
@@ -33,7 +32,7 @@ from lorapre_optax._products import Narrow, narrow_operands
 from lorapre_optax._rank import RankLike
 from lorapre_optax._recommended import RECOMMENDED
 from lorapre_optax._routing import Others, route_matrices
-from sage_optax import scale_by_sage
+from sage_optax import scale_by_factored_rms, scale_by_sage
 
 TableRule: TypeAlias = Literal["others", "factored_rms", "sage", "sage_int8"]
 
@@ -255,9 +254,10 @@ def lorapre_muon(
       table_rank: if given, embedding and head use LoRA-Pre Adam at this rank with the options of
         `lorapre_optax.RECOMMENDED`, and no matrix, embedding or head keeps a full moment. Not in the paper.
       table_rule: ``"factored_rms"`` gives embedding and head Adafactor's direction (arXiv:1804.04235): the
-        gradient over a factored estimate of its rms, clipped to an rms of 1. An embedding of V x d then keeps
-        V + d floats. ``"sage"`` gives them SAGE's (`sage_optax.scale_by_sage`), ``"sage_int8"`` SAGE's with an
-        int8 momentum. ``"others"`` uses the rule of ``others``. Not in the paper.
+        gradient over a factored estimate of its rms, clipped to an rms of 1
+        (`sage_optax.scale_by_factored_rms`). An embedding of V x d then keeps V + d floats. ``"sage"`` gives
+        them SAGE's (`sage_optax.scale_by_sage`), ``"sage_int8"`` SAGE's with an int8 momentum. ``"others"``
+        uses the rule of ``others``. Not in the paper.
       others: ``"adamw"`` or ``"sage"``; see `lorapre_adamw`.
       layout: see `layout_optax.ParamLayout`; None infers it.
       **whole_model: see `layout_optax.by_role`.

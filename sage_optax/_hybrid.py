@@ -9,12 +9,14 @@ from layout_optax.hyperparameters import check_adam, choose
 from layout_optax.layout import LayoutLike
 from layout_optax.routing import OTHER, WholeModel, adam_direction, by_role, takes_whole_model
 from sage_optax._damper import Damper, EpsMode
+from sage_optax._factored_rms import scale_by_factored_rms
 from sage_optax._options import momentum_dtype
 from sage_optax._routing import sinkgd_direction
 from sage_optax._sage import scale_by_sage
 from sage_optax._sinkhorn import Variant
 
 HeadRule: TypeAlias = Literal["table", "matrix", "adamw"]
+TableRule: TypeAlias = Literal["adamw", "factored_rms"]
 Rate: TypeAlias = optax.ScalarOrSchedule
 
 
@@ -193,13 +195,16 @@ def sinkgd_hybrid(
     iterations: Any = 5,
     sinkhorn_eps: Any = 1e-8,
     variant: Variant = "unit",
+    table_rule: TableRule = "adamw",
     head_rule: HeadRule = "table",
     layout: LayoutLike = None,
     **whole_model: Unpack[WholeModel],
 ) -> optax.GradientTransformationExtraArgs:
-    """SinkGD-Hybrid: AdamW on embedding, head and vectors, SinkGD on matrices.
+    """SinkGD-Hybrid: AdamW or Adafactor's rule on embedding and head, AdamW on vectors, SinkGD on matrices.
 
-    Adam and SinkGD often need different learning rates: set ``matrix_learning_rate`` or change ``scale``.
+    Adam and SinkGD often need different learning rates: set ``matrix_learning_rate`` or change ``scale``. With
+    ``table_rule="factored_rms"`` a whole model keeps V + d floats for an embedding of V x d, two for each entry
+    of a vector, and nothing for matrices; `sage_optax.RECOMMENDED_SINKGD` has the settings for it.
 
     Args:
       learning_rate: see `sage_hybrid`, as for every argument not named here.
@@ -211,7 +216,9 @@ def sinkgd_hybrid(
       iterations: see `sage_hybrid`.
       sinkhorn_eps: see `sage_hybrid`.
       variant: see `sage_hybrid`.
-      head_rule: ``"table"`` and ``"adamw"`` mean AdamW here, ``"matrix"`` means SinkGD.
+      table_rule: rule of the embedding: ``"adamw"``, or ``"factored_rms"``, Adafactor's direction
+        (`scale_by_factored_rms`). Not in the paper.
+      head_rule: ``"table"`` (the embedding's rule), ``"matrix"`` (SinkGD) or ``"adamw"``.
       layout: see `sage_hybrid`.
       **whole_model: see `layout_optax.by_role`.
 
@@ -226,6 +233,12 @@ def sinkgd_hybrid(
       >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
       >>> sinkgd_hybrid(1e-3).init(params)[0].inner_states["matrix"].inner_state  # SinkGD has no state
       (EmptyState(), EmptyState())
+
+      >>> from layout_optax import state_bytes
+      >>> from sage_optax import RECOMMENDED_SINKGD  # 64 + 32 floats and four step counts
+      >>> params = {"embed": jnp.ones((64, 32)), "up": {"kernel": jnp.ones((32, 48))}}
+      >>> state_bytes(sinkgd_hybrid(0.01, **RECOMMENDED_SINKGD), params)
+      400
     """
     dtype = momentum_dtype(mu_dtype)
     if dtype == jnp.int8:
@@ -235,10 +248,12 @@ def sinkgd_hybrid(
         )
     check_adam(adam_b1, adam_b2, adam_eps, prefix="adam_")
     adam = adam_direction(adam_b1, adam_b2, adam_eps, dtype)
+    rules = {"adamw": adam, "factored_rms": scale_by_factored_rms(layout)}
+    table = choose("table_rule", table_rule, rules)
     matrix = sinkgd_direction(scale, iterations, sinkhorn_eps, variant, layout)
     directions = {
-        "embedding": adam,
-        "head": choose("head_rule", head_rule, {"table": adam, "matrix": matrix, "adamw": adam}),
+        "embedding": table,
+        "head": choose("head_rule", head_rule, {"table": table, "matrix": matrix, "adamw": adam}),
         "vector": adam,
         "matrix": matrix,
         OTHER: adam,

@@ -1,8 +1,20 @@
-"""The options that we recommend for SAGE: on embedding and head, beside Muon; the defaults are the paper's."""
+"""The options that we recommend for SinkGD and SAGE, each beside another rule; the defaults are the papers'."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
+
+RECOMMENDED_SINKGD: Mapping[str, Any] = MappingProxyType(
+    {
+        "table_rule": "factored_rms",
+        "learning_rate_multipliers": MappingProxyType({"embedding": 12.0, "head": 12.0}),
+        "adam_b2": 0.95,
+    }
+)
+"""Options for ``sinkgd_hybrid(learning_rate, **RECOMMENDED_SINKGD)``: SinkGD with next to no state.
+
+Matrices have SinkGD, embedding and head Adafactor's rule at twelve times the learning rate, vectors AdamW.
+"""
 
 RECOMMENDED_WITH_MUON: Mapping[str, Any] = MappingProxyType(
     {

@@ -86,3 +86,21 @@ def sinkhorn(g, layout, *, iterations=5, eps=1e-8, variant="unit"):
             for j in range(n_columns):
                 x[:, j] *= column_gain / (np.sqrt(np.sum(x[:, j] ** 2)) + eps)
     return from_matrices(matrices, layout, np.shape(g))
+
+
+def factored_rms_directions(gradients, layout):
+    """Adafactor's directions (algorithm 4, no first moment) for the gradients of successive steps."""
+    found = []
+    row = column = 0.0
+    for t, gradient in enumerate(gradients, start=1):
+        g = to_matrices(gradient, layout)
+        beta = 1 - t**-0.8
+        square = g**2 + 1e-30
+        row = beta * row + (1 - beta) * square.mean(2, keepdims=True)
+        column = beta * column + (1 - beta) * square.mean(1, keepdims=True)
+        direction = np.empty_like(g)
+        for i in range(len(g)):
+            direction[i] = g[i] / np.sqrt(row[i] * column[i] / row[i].mean())
+            direction[i] /= max(1.0, np.sqrt(np.mean(direction[i] ** 2)))
+        found.append(from_matrices(direction, layout, np.shape(gradient)))
+    return np.stack(found)

@@ -39,8 +39,9 @@ MAY_IMPORT = {
 PUBLIC = {
     "layout_optax": """ANY_LEAF LayoutWarning MemoryReport ParamLayout WholeModel adam_direction by_role
         describe infer_layout memory_report resolve_layout state_bytes state_shardings unboxed""",
-    "sage_optax": """RECOMMENDED_WITH_MUON STATIC_ARGS ParamLayout SageState describe lion_hybrid sage
-        sage_damper sage_hybrid scale_by_sage scale_by_sinkhorn sinkgd sinkgd_hybrid state_shardings unboxed""",
+    "sage_optax": """FactoredRmsState RECOMMENDED_SINKGD RECOMMENDED_WITH_MUON STATIC_ARGS ParamLayout
+        SageState describe lion_hybrid sage sage_damper sage_hybrid scale_by_factored_rms scale_by_sage
+        scale_by_sinkhorn sinkgd sinkgd_hybrid state_shardings unboxed""",
     "lorapre_optax": """RECOMMENDED RECOMMENDED_MUON STATIC_ARGS LorapreAdamState LowRankState ParamLayout
         describe lorapre_adamw
         lorapre_lion lorapre_metrics lorapre_muon lorapre_sgd lorapre_sinkgd low_rank_ema low_rank_trace

@@ -69,6 +69,7 @@ CALLS = {
             number(1e-3), number(0.9), number(0.99), number(1e-8), weight_decay=number(0.1)
         ),
     ],
+    "scale_by_factored_rms": [lambda number: sage_optax.scale_by_factored_rms()],
     "scale_by_sinkhorn": [
         lambda number: sage_optax.scale_by_sinkhorn(),
         lambda number: sage_optax.scale_by_sinkhorn(variant="sqrt", vectors_dtype="bfloat16"),
@@ -81,7 +82,10 @@ CALLS = {
         ),
     ],
     "lion_hybrid": whole(sage_optax.lion_hybrid, b1=0.9, b2=0.99, scale=10.0),
-    "sinkgd_hybrid": whole(sage_optax.sinkgd_hybrid, adam_b1=0.9, adam_b2=0.99, adam_eps=1e-8),
+    "sinkgd_hybrid": [
+        *whole(sage_optax.sinkgd_hybrid, adam_b1=0.9, adam_b2=0.99, adam_eps=1e-8),
+        lambda number: sage_optax.sinkgd_hybrid(number(1e-3), table_rule="factored_rms"),
+    ],
     "scale_by_lorapre_adam": [
         lambda number: lorapre_optax.scale_by_lorapre_adam(
             2, number(0.9), initial_subspace="gradient"

@@ -15,6 +15,7 @@ OPTIMIZERS = {
     "sage_hybrid_bfloat16": lambda: sage_optax.sage_hybrid(1e-3, mu_dtype="bfloat16"),
     "lion_hybrid": lambda: sage_optax.lion_hybrid(optax.linear_schedule(0.0, 1e-3, 5)),
     "sinkgd_hybrid": lambda: sage_optax.sinkgd_hybrid(1e-3),
+    "sinkgd_hybrid_factored": lambda: sage_optax.sinkgd_hybrid(1e-3, table_rule="factored_rms"),
 }
 
 

@@ -24,12 +24,13 @@ OPTIMIZERS = {
     "sage_hybrid": {"learning_rate": RATE},
     "lion_hybrid": {"learning_rate": RATE},
     "sinkgd_hybrid": {"learning_rate": RATE},
+    "sinkgd_hybrid_factored": {"learning_rate": RATE, "table_rule": "factored_rms"},
 }
 
 
 def factory(name):
     """The optimizer, with annotations as objects: upstream reads the learning rate's."""
-    function = getattr(sage_optax, name.removesuffix("_int8"))
+    function = getattr(sage_optax, name.removesuffix("_int8").removesuffix("_factored"))
     signature = inspect.signature(function, eval_str=True)
 
     def make(*args, **kwargs):

@@ -114,6 +114,7 @@ def combination() -> optax.GradientTransformation:
 DIRECTIONS = {
     "scale_by_sage": lambda: sage.scale_by_sage(layout=LAYOUT),
     "scale_by_sage_int8": lambda: sage.scale_by_sage(mu_dtype="int8", layout=LAYOUT),
+    "scale_by_factored_rms": lambda: sage.scale_by_factored_rms(layout=LAYOUT),
     "scale_by_sinkhorn": lambda: sage.scale_by_sinkhorn(layout=LAYOUT),
     "scale_by_lorapre_adam": lambda: lorapre.scale_by_lorapre_adam(
         RANK, layout=LAYOUT, **lorapre.RECOMMENDED
@@ -127,6 +128,9 @@ COMPOSITIONS = {
     "sinkgd": lambda: sage.sinkgd(1e-3, layout=LAYOUT),
     "sage_hybrid": lambda: sage.sage_hybrid(1e-3, layout=LAYOUT),
     "sinkgd_hybrid": lambda: sage.sinkgd_hybrid(1e-3, layout=LAYOUT),
+    "sinkgd_hybrid_factored": lambda: sage.sinkgd_hybrid(
+        1e-3, table_rule="factored_rms", layout=LAYOUT
+    ),
     "lion_hybrid": lambda: sage.lion_hybrid(1e-3, layout=LAYOUT),
     "low_rank_ema": lambda: lorapre.low_rank_ema(0.9, RANK, layout=LAYOUT),
     "low_rank_trace": lambda: lorapre.low_rank_trace(0.9, RANK, layout=LAYOUT),

@@ -56,12 +56,14 @@ class RuleOptions:
     table_rank: int | None = None
     """Rank of LoRA-Pre Adam on embedding and head, in LoRA-Pre Muon."""
     table_rule: TableRule | None = None
-    """LoRA-Pre Muon's rule for embedding and head: AdamW's, Adafactor's (V + d numbers) or SAGE's."""
+    """Rule of LoRA-Pre Muon and SinkGD-Hybrid for embedding and head: AdamW's, Adafactor's (V + d numbers) or,
+    in LoRA-Pre Muon, SAGE's."""
     update_gap: int | None = None
     """Steps between two projections of GaLore."""
     # Files and the command line say `options`; here that is the whole of an optimizer's settings.
     option_set: OptionSet | None = dataclasses.field(default=None, metadata={"name": "options"})
-    """Values of LoRA-Pre Adam and Muon for options that are not given: the paper's or the recommended ones."""
+    """Values for options that are not given, of LoRA-Pre Adam and Muon and of SinkGD-Hybrid: the paper's or the
+    recommended ones."""
     bias_correction: BiasCorrection | None = None
     """Bias correction of LoRA-Pre's second moment."""
     bound: float | None = None

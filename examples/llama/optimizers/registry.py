@@ -185,9 +185,11 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "sinkgd_hybrid": OptimizerEntry(
         "SinkGD-Hybrid",
         sage.sinkgd_hybrid,
-        state="two moments for all but matrices, nothing for matrices",
-        description="SinkGD on matrices, AdamW on everything else, at one peak rate and `scale` (10).",
-        options=_ADAM + _HYBRID,
+        state="two moments for all but matrices, or V + d numbers for embedding and head with "
+        "`table_rule=factored_rms`; nothing for matrices",
+        description="SinkGD on matrices, AdamW on everything else, at one peak rate and `scale` (10); with "
+        "`table_rule` Adafactor's rule on embedding and head.",
+        options=(*_ADAM, "option_set", "table_rule", *_HYBRID),
     ),
     "lion_hybrid": OptimizerEntry(
         "Lion-Hybrid",

@@ -366,6 +366,30 @@ def test_damper_arguments_are_those_of_the_damper():
     assert damper_arguments(options) == {"b2": 0.95, "eps": 1e-6, "damper": "ema"}
 
 
+def test_the_recommended_sinkgd_hybrid_is_that_of_the_package():
+    params = random_params(tiny.MODEL)
+    recommended = sage_optax.RECOMMENDED_SINKGD
+    for given, own in (
+        ({"option_set": "recommended"}, recommended),
+        ({"option_set": "recommended", "b2": 0.9}, {**recommended, "adam_b2": 0.9}),
+        (
+            {"option_set": "recommended", "table_rule": "others"},
+            {**recommended, "table_rule": "adamw"},
+        ),
+        ({"table_rule": "factored_rms"}, {"table_rule": "factored_rms"}),
+        ({"option_set": "paper"}, {}),
+        ({"table_rule": "others"}, {}),
+    ):
+        theirs = make_optimizer("sinkgd_hybrid", 1e-2, **given)
+        ours = sage_optax.sinkgd_hybrid(1e-2, weight_decay=0.0, **own)
+        found, wanted = (
+            jax.jit(one.update)(params, one.init(params), params)[0] for one in (theirs, ours)
+        )
+        chex.assert_trees_all_equal(found, wanted)
+    with pytest.raises(ValueError, match=r"no table_rule sage_int8; use .*or take sage_hybrid"):
+        make_optimizer("sinkgd_hybrid", 1e-2, table_rule="sage_int8")
+
+
 def test_the_recommended_lorapre_muon_is_that_of_the_package():
     params = random_params(tiny.MODEL)
     least, sage = lorapre_optax.RECOMMENDED_MUON, sage_optax.RECOMMENDED_WITH_MUON

@@ -14,7 +14,9 @@ from layout_optax.axes import (
     shape_without,
     zero_statistic,
 )
+from layout_optax.boxes import refuse_boxes
 from layout_optax.fit import check_shapes, check_state_type
+from layout_optax.hyperparameters import check_layout
 from layout_optax.layout import LayoutLike, ParamLayout
 from layout_optax.leaves import flatten_with_layout
 
@@ -54,8 +56,12 @@ def scale_by_factored_rms(layout: LayoutLike = None) -> optax.GradientTransforma
       U &= G \, / \sqrt{R \, C \, / \, \mathrm{mean}(R)}, \qquad
         \mathrm{direction} = U / \max(1, \mathrm{rms}(U))
 
+    It is a rule for embedding and head beside SinkGD (`sinkgd_hybrid`) or LoRA-Pre Muon
+    (``lorapre_optax.lorapre_muon``). A vector is one row and keeps a full mean of its squares.
+
     `optax.scale_by_factored_rms` keeps the averages in the parameters' dtype, in which a bfloat16 average stops
-    changing once its decay is near 1, and it uses the two largest axes as rows and columns.
+    changing once its decay is near 1, it uses the two largest axes as rows and columns, and below a side of 128
+    it keeps a full second moment.
 
     Args:
       layout: see `layout_optax.LayoutLike`.
@@ -63,10 +69,29 @@ def scale_by_factored_rms(layout: LayoutLike = None) -> optax.GradientTransforma
     Returns:
       A transformation with state `FactoredRmsState`. Updates keep the gradients' dtype; empty arrays and
       unmanaged leaves pass through.
+
+    Raises:
+      TypeError: at init, for boxes, and for a managed leaf that is not a real floating-point array.
+      ValueError: at update, for a state of another transformation or of parameters with other shapes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"embed": jnp.ones((6, 4))}
+      >>> tx = scale_by_factored_rms()
+      >>> state = tx.init(params)
+      >>> state.row_square["embed"].shape, state.column_square["embed"].shape
+      ((6,), (4,))
+      >>> sizes = jnp.asarray([0.0, 0.01, 0.1, 1.0, 10.0, 100.0])  # a rare token's row moves as far
+      >>> updates, state = tx.update({"embed": jnp.outer(sizes, jnp.ones(4))}, state)
+      >>> updates["embed"][:, 0].round(3).tolist()
+      [0.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
 
     def init_fn(params: optax.Params) -> FactoredRmsState:
+        refuse_boxes(params)
+        check_layout(layout, params)
         ours = flatten_with_layout(layout, params)
+        ours.check_trainable()
 
         def zeros(removed: str) -> Any:
             return ours.map(
@@ -79,7 +104,7 @@ def scale_by_factored_rms(layout: LayoutLike = None) -> optax.GradientTransforma
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, FactoredRmsState]:
         del params, extra_args
-        check_state_type("lorapre_muon", state, FactoredRmsState)
+        check_state_type("scale_by_factored_rms", state, FactoredRmsState)
         ours = flatten_with_layout(layout, updates)
         count = jnp.asarray(optax.safe_increment(state.count))
 
