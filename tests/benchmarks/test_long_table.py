@@ -14,6 +14,7 @@ from benchmarks.tokens.page import summarize
 from examples.llama.comparing.plan import PlanConfig, make_plan
 from examples.llama.model.config import preset
 from examples.llama.model.llama import abstract
+from examples.llama.optimizers.lorapre import SAGE_BESIDE_FACTORS
 from layout_optax import state_bytes
 from lorapre_optax import RECOMMENDED_MUON, lorapre_muon
 from sage_optax import RECOMMENDED_WITH_MUON
@@ -227,6 +228,14 @@ def test_the_budgets_that_choosing_shows_are_those_of_the_calls(place, name):
         assert said[place] == f"{found / 2**30:.4f} ({100 * found / whole:.2f} %)", call
         wanted = "not run" if variant is None else f"{math.exp(measured[variant]['loss']):.1f}"
         assert perplexity == wanted, call
+
+
+def test_the_trainers_ratio_of_sage_beside_factors_is_the_searched_one():
+    best = rows_of()["sage_int8+lorapre_muon_r8"]["best"]
+    ratio = best["table_rate"] / best["learning_rate"]
+    assert SAGE_BESIDE_FACTORS["learning_rate_multipliers"] == pytest.approx(
+        {"embedding": ratio, "head": ratio}
+    )
 
 
 def test_the_perplexity_at_sages_recommended_ratio_is_the_measured_one():

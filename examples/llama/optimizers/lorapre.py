@@ -16,6 +16,11 @@ from sage_optax import RECOMMENDED_WITH_MUON, scale_by_sage, scale_by_sinkhorn
 
 _FACTORS = ("rank", "residual", "initial_subspace", "factor_dtype", "damping")
 _ADAM = ("b1", "b2", "eps", "bias_correction", "bound", "second_moment", *_FACTORS)
+SAGE_BESIDE_FACTORS = {
+    "nesterov": False,
+    "learning_rate_multipliers": {"embedding": 1 / 3, "head": 1 / 3},
+}
+"""What `RECOMMENDED_WITH_MUON`, made for full momentum, has for SAGE beside factors: as rank 8 was searched."""
 
 
 def adamw(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransformation:
@@ -33,7 +38,7 @@ def muon(learning_rate: Any, options: OptimizerOptions) -> optax.GradientTransfo
     base = {}
     if options.option_set == "recommended":
         sage = options.table_rule in ("sage", "sage_int8")
-        base = dict(RECOMMENDED_WITH_MUON if sage else RECOMMENDED_MUON)
+        base = {**RECOMMENDED_WITH_MUON, **SAGE_BESIDE_FACTORS} if sage else dict(RECOMMENDED_MUON)
     if options.table_rank is not None:
         base.pop("table_rule", None)
     given = {

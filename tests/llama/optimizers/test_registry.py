@@ -392,7 +392,12 @@ def test_the_recommended_sinkgd_hybrid_is_that_of_the_package():
 
 def test_the_recommended_lorapre_muon_is_that_of_the_package():
     params = random_params(tiny.MODEL)
-    least, sage = lorapre_optax.RECOMMENDED_MUON, sage_optax.RECOMMENDED_WITH_MUON
+    least = lorapre_optax.RECOMMENDED_MUON
+    sage = {
+        **sage_optax.RECOMMENDED_WITH_MUON,
+        "nesterov": False,
+        "learning_rate_multipliers": {"embedding": 1 / 3, "head": 1 / 3},
+    }
     for given, base, own in (
         ({}, least, {}),
         ({"table_rank": 2}, least, {"table_rule": "others", "table_rank": 2}),
