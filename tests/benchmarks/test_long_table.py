@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import re
+import statistics
 
 import optax
 import pytest
@@ -17,7 +18,7 @@ from examples.llama.model.llama import abstract
 from examples.llama.optimizers.lorapre import SAGE_BESIDE_FACTORS
 from layout_optax import state_bytes
 from lorapre_optax import RECOMMENDED_MUON, lorapre_muon
-from sage_optax import RECOMMENDED_WITH_MUON
+from sage_optax import RECOMMENDED_SINKGD, RECOMMENDED_WITH_MUON, sinkgd_hybrid
 from tests.snippets import snippets
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -73,6 +74,7 @@ LEFT_OUT = {
 }
 """Rows that a page does not show."""
 BUDGETS = (
+    "factored+sinkgd",
     "factored+orthogonal",
     "factored+lorapre_muon_r4",
     "factored+lorapre_muon_r16",
@@ -81,9 +83,10 @@ BUDGETS = (
     "sage_int8+muon",
 )
 """The variants of the long table that are the calls of the table of budgets; None was not run."""
-BUDGET = r"^\| `(lorapre_muon\(.+\))`[^|]* \| ([^|]+) \| ([^|]+) \| ([\d.]+|not run) \|$"
+BUDGET = r"^\| `((?:lorapre_muon|sinkgd_hybrid)\(.+\))`[^|]* \| ([^|]+) \| ([^|]+) \| ([\d.]+|not run) \|$"
 RECIPES = {
     "RECOMMENDED_MUON": RECOMMENDED_MUON,
+    "RECOMMENDED_SINKGD": RECOMMENDED_SINKGD,
     "RECOMMENDED_WITH_MUON": RECOMMENDED_WITH_MUON,
 }
 ROW = r"^\| ([^|]+) \| ([\d.]+) \| ([^|]+) \| ([\d.]+), ([\d.]+)(, edge of the search)? \| ([\d.]+) % \|$"
@@ -172,6 +175,7 @@ def test_the_best_rates_of_the_tuning_page_are_those_of_the_searches():
         "LoRA-Pre Muon with factored embedding, rank 4": "factored+lorapre_muon_r4",
         "Muon": "adamw+muon",
         "orthogonalised gradient with factored embedding": "factored+orthogonal",
+        "SinkGD with factored embedding": "factored+sinkgd",
         "Adafactor": "adafactor",
     }
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
@@ -186,7 +190,7 @@ def test_the_best_rates_of_the_tuning_page_are_those_of_the_searches():
                 best = row["best"]["learning_rate"], row["best"]["table_rate"]
                 assert tuple(map(float, said.groups())) == best, (label, place)
                 compared += 1
-    assert compared == 13
+    assert compared == 16
 
 
 @pytest.mark.parametrize(
@@ -215,6 +219,41 @@ def test_the_state_of_sinkgd_with_a_factored_embedding_is_what_choosing_says(nam
     assert f"{found / 2**30:.4f} GiB for `{name}`" in said
 
 
+def test_the_runs_of_sinkgd_with_a_factored_embedding_are_the_measured_ones():
+    section = (ROOT / "docs/choosing.md").read_text().partition("### SinkGD with a factored")[2]
+    section = section.partition("### ")[0]
+    found = re.findall(r"^\| [\d]+ wide.* \|$", section, re.MULTILINE)
+    runs = [rows_of(), rows_of("core", 128), rows_of("small")]
+    variants = ("factored+sinkgd", "adamw:b2=0.95", "factored+lorapre_muon_r4")
+    at_ratio = []
+    for line, rows in zip(found, runs, strict=True):
+        _, *perplexities, rates = (cell.strip() for cell in line.strip("|").split("|"))
+        for said, variant in zip(perplexities, variants, strict=True):
+            row = rows[variant]
+            seeds = f" ({row['seeds']} seeds)" if row["seeds"] > 1 else ""
+            assert said == f"{math.exp(row['loss']):.1f}{seeds}", (line, variant)
+            assert not row["edge"], (line, variant)
+        best = rows["factored+sinkgd"]["best"]
+        assert rates == f"{best['learning_rate']:g}, {best['table_rate']:g}", line
+        at_ratio.append(perplexity_at_the_recommended_ratio(best))
+    said = f"the ratio of `RECOMMENDED_SINKGD`, it ends at {', '.join(at_ratio[:-1])} and {at_ratio[-1]}"
+    assert said in " ".join(section.split())
+
+
+def perplexity_at_the_recommended_ratio(best):
+    """Of SinkGD's cells in the protocol of `best`, at its matrices' rate; the mean over seeds."""
+    multiplier = RECOMMENDED_SINKGD["learning_rate_multipliers"]["embedding"]
+    same = ("variant", "shape", "batch_size", "final_rate_fraction", "learning_rate")
+    cells = json.loads((ROOT / "docs/results/quality_long.json").read_text())["cells"]
+    losses = [
+        cell["heldout_loss"]
+        for cell in cells
+        if all(cell[key] == best[key] for key in same)
+        and cell["table_rate"] == pytest.approx(multiplier * cell["learning_rate"])
+    ]
+    return f"{math.exp(statistics.fmean(losses)):.1f}"
+
+
 @pytest.mark.parametrize(("place", "name"), [(0, "sage_1.3b"), (1, "llama3.1_8b")])
 def test_the_budgets_that_choosing_shows_are_those_of_the_calls(place, name):
     params = abstract(preset(name))
@@ -223,7 +262,8 @@ def test_the_budgets_that_choosing_shows_are_those_of_the_calls(place, name):
     measured = rows_of()
     assert len(rows) == len(BUDGETS)
     for (call, *said, perplexity), variant in zip(rows, BUDGETS, strict=True):
-        tx = eval(call, {"lorapre_muon": lorapre_muon, "rate": 0.012} | RECIPES)
+        made = {"lorapre_muon": lorapre_muon, "sinkgd_hybrid": sinkgd_hybrid, "rate": 0.012}
+        tx = eval(call, made | RECIPES)
         found = state_bytes(tx, params)
         assert said[place] == f"{found / 2**30:.4f} ({100 * found / whole:.2f} %)", call
         wanted = "not run" if variant is None else f"{math.exp(measured[variant]['loss']):.1f}"

@@ -500,8 +500,18 @@ def nbytes(tree):
         (sage_hybrid(1e-3), 0.979),
         (sage_hybrid(1e-3, mu_dtype="bfloat16"), 0.490),
         (sage_hybrid(1e-3, mu_dtype="int8"), 0.246),
+        (sinkgd_hybrid(1e-3, table_rule="factored_rms"), 0.001),
     ],
-    ids=["adamw", "lion", "sinkgd_hybrid", "lion_hybrid", "sage_hybrid", "bfloat16", "int8"],
+    ids=[
+        "adamw",
+        "lion",
+        "sinkgd_hybrid",
+        "lion_hybrid",
+        "sage_hybrid",
+        "bfloat16",
+        "int8",
+        "factored",
+    ],
 )
 def test_state_bytes_of_the_paper(tx, gib):
     params = llama_1_3b()

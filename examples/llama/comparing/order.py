@@ -62,16 +62,21 @@ RECIPE = "lorapre_muon:options=recommended"
 with Adafactor, each at its own learning rates: the long table of docs/results/quality.md."""
 
 
+LEAST = "sinkgd_hybrid:options=recommended"
+"""SinkGD with a factored embedding, which keeps less. In the same runs it was level with Adafactor."""
+
+
 def _order() -> tuple[str, ...]:
-    """`ORDER`: the recipe has AdamW's place, behind it."""
+    """`ORDER`: the recipe has AdamW's place, behind it, and the least state Adafactor's."""
     found = [*LONG, *(key for key in QUALITY if key not in LONG)]
-    found.insert(found.index("adamw") + 1, RECIPE)
+    for known, own in (("adamw", RECIPE), ("adafactor", LEAST)):
+        found.insert(found.index(known) + 1, own)
     return tuple(found)
 
 
 ORDER = _order()
 """Optimizers in the order of docs/choosing.md: by the longer experiment, then those that it lacks by the early
-one; and `RECIPE`."""
+one; and `RECIPE` and `LEAST`."""
 
 
 def recommend(

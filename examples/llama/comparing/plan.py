@@ -31,9 +31,9 @@ Attention = Literal["scores", "flash"]
 GIB = 2**30
 
 OPTIMIZERS = (
-    "adamw,lion,adafactor,muon,galore,sinkgd_hybrid,lion_hybrid,sage_hybrid,sage_hybrid_int8,"
-    "lorapre_adamw,lorapre_adamw:options=recommended,lorapre_muon,lorapre_muon:rank=4:options=recommended,"
-    "lorapre_lion,lorapre_sinkgd"
+    "adamw,lion,adafactor,muon,galore,sinkgd_hybrid,sinkgd_hybrid:options=recommended,lion_hybrid,sage_hybrid,"
+    "sage_hybrid_int8,lorapre_adamw,lorapre_adamw:options=recommended,lorapre_muon,"
+    "lorapre_muon:rank=4:options=recommended,lorapre_lion,lorapre_sinkgd"
 )
 FINETUNE_OPTIMIZERS = (
     "adamw,lion,adafactor,muon,galore,sage_hybrid,lorapre_adamw,"

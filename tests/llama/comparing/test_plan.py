@@ -14,7 +14,7 @@ from rich.console import Console
 
 from examples.llama.comparing import plan_text
 from examples.llama.comparing.memory import Planner
-from examples.llama.comparing.order import LONG, ORDER, QUALITY, RECIPE, recommend
+from examples.llama.comparing.order import LEAST, LONG, ORDER, QUALITY, RECIPE, recommend
 from examples.llama.comparing.plan import PlanConfig, make_plan
 from examples.llama.comparing.plan_text import answer, plan_tables
 from examples.llama.finetuning import run as finetuning
@@ -284,7 +284,7 @@ def test_the_pages_have_the_plans_order():
     ]
     assert places == sorted(places)
     assert ORDER[:4] == ("muon", "lorapre_muon", "lorapre_adamw:options=recommended", "adamw")
-    assert ORDER[4:6] == (RECIPE, "adafactor")
+    assert ORDER[4:7] == (RECIPE, "adafactor", LEAST)
 
 
 def test_the_table_and_the_answer(capsys, tmp_path):
