@@ -90,6 +90,40 @@ def test_the_traces_that_the_page_shows_are_those_of_the_runs():
             assert shown == ", ".join(f"{point[column]:.{digits}f}" for point in points), name
 
 
+def test_the_trace_of_sage_hybrid_that_the_page_shows_is_that_of_the_run():
+    """After a tenth, a quarter, a half and three quarters of the run, and at its end."""
+    section = (RESULTS / "recipes.md").read_text().partition("## SAGE-Hybrid over a run")[2]
+    section = section.partition("## ")[0]
+    (one,) = (
+        trace
+        for trace in content()["traces"]
+        if (trace["variant"], trace["budget"]) == ("sage_hybrid", 4_194_304)
+    )
+    assert one["learning_rate"] == one["table_rate"] == 0.004
+    columns = (
+        (".2f", "loss"),
+        (".2g", "update/embedding/rms", "update/matrix/rms", "update/vector/rms"),
+        (".2f", "damper/embedding/mean", "damper/vector/mean"),
+        (".2f", "cosine/embedding", "cosine/matrix"),
+        (".1f", "spectrum/gradient", "spectrum/update"),
+        (".2f", "common/update"),
+        (".2f", "rows/0/moved", "rows/3/moved"),
+    )
+    wanted = []
+    for place in (1, 4, 9, 14, 19):
+        point = one["points"][place]
+        shown = [", ".join(format(point[n], form) for n in names) for form, *names in columns]
+        share = f"{100 * point['tokens'] / one['budget']:.0f} %"
+        wanted.append(f"| {' | '.join([share, *shown])} |")
+    assert re.findall(r"^\| \d+ % .*$", section, re.MULTILINE) == wanted
+    rare, *_, frequent = one["group_share"]
+    said = " ".join(section.split())
+    assert (
+        f"({100 * rare:.1f} % of the text) and with the most frequent ({100 * frequent:.0f} %)"
+        in said
+    )
+
+
 def test_the_page_of_cells_is_written_from_them():
     assert (RESULTS / "recipes_cells.md").read_text().rstrip() == page(content()).rstrip()
 
