@@ -217,7 +217,7 @@ def test_the_state_of_sinkgd_with_a_factored_embedding_is_what_choosing_says(nam
     made = {}
     exec(snippets(section)[0], made)
     found = state_bytes(made["tx"], abstract(preset(name)))
-    said = " ".join(section.partition("```")[0].split())
+    said = " ".join(section.partition("### ")[0].split())
     assert f"{found / 2**30:.4f} GiB for `{name}`" in said
 
 
@@ -267,7 +267,9 @@ def test_the_budgets_that_choosing_shows_are_those_of_the_calls(place, name):
         made = {"lorapre_muon": lorapre_muon, "sinkgd_hybrid": sinkgd_hybrid, "rate": 0.012}
         tx = eval(call, made | RECIPES)
         found = state_bytes(tx, params)
-        assert said[place] == f"{found / 2**30:.4f} ({100 * found / whole:.2f} %)", call
+        share = 100 * found / whole
+        digits = 2 if share >= 0.01 else 3
+        assert said[place] == f"{found / 2**30:.4f} ({share:.{digits}f} %)", call
         wanted = "not run" if variant is None else f"{math.exp(measured[variant]['loss']):.1f}"
         assert perplexity == wanted, call
 
