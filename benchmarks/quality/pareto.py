@@ -14,13 +14,13 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from examples.llama.comparing.labels import FONT, label_points
+from examples.llama.comparing.labels import FONT
 from examples.llama.comparing.palette import GREY
 from examples.llama.comparing.plots import WIDTH, perplexity_axis, save, write_footer
 
 LEFT_EDGE = 0.1
 """Per cent of AdamW's state at the left edge; what has less stands on it."""
-_CROWDED_FROM = 0.9  # per cent; names of the points from here on stand beside the plot
+_LINE = 0.029  # of the plot's height; the distance of two names beside it
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,12 @@ def _place(point: Point) -> float:
 
 
 def _name(axes: Axes, points: Sequence[Point], best: Sequence[Point]) -> None:
-    """Names the points: beside them on the left, in a column beside the plot where they are crowded."""
+    """Names the points in a column beside the plot."""
     to_axes = axes.transData + axes.transAxes.inverted()
-    crowded = sorted(
-        (point for point in points if point.share >= _CROWDED_FROM), key=lambda p: p.perplexity
-    )
-    heights = [to_axes.transform((_place(point), point.perplexity))[1] for point in crowded]
-    for point, height in zip(crowded, spread_out(heights, 0.029, 1.0), strict=True):
+    points = sorted(points, key=lambda point: point.perplexity)
+    heights = [to_axes.transform((_place(point), point.perplexity))[1] for point in points]
+    distance = min(_LINE, 1 / max(len(points), 1))
+    for point, height in zip(points, spread_out(heights, distance, 1.0), strict=True):
         axes.annotate(
             f"{point.label}  {point.perplexity:.1f}",
             (_place(point), point.perplexity),
@@ -154,15 +153,3 @@ def _name(axes: Axes, points: Sequence[Point], best: Sequence[Point]) -> None:
                 "relpos": (0, 0.5),
             },
         )
-    label_points(
-        axes,
-        [
-            (
-                _place(point),
-                point.perplexity,
-                f"{point.label}  {point.perplexity:.1f}" if point not in crowded else "",
-                point.colour,
-            )
-            for point in points
-        ],
-    )
