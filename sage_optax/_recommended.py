@@ -13,7 +13,9 @@ RECOMMENDED_SINKGD: Mapping[str, Any] = MappingProxyType(
 )
 """Options for ``sinkgd_hybrid(learning_rate, **RECOMMENDED_SINKGD)``: SinkGD with next to no state.
 
-Matrices have SinkGD, embedding and head Adafactor's rule at twelve times the learning rate, vectors AdamW.
+Matrices have SinkGD, embedding and head Adafactor's rule at twelve times the learning rate, vectors AdamW. It
+was ahead of AdamW or level with it in three settings of two small models, in two of them far behind
+``lorapre_optax.RECOMMENDED_MUON``, whose steps cost more (4.2 million tokens: ``docs/choosing.md``).
 """
 
 RECOMMENDED_WITH_MUON: Mapping[str, Any] = MappingProxyType(

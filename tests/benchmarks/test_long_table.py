@@ -228,6 +228,7 @@ def test_the_runs_of_sinkgd_with_a_factored_embedding_are_the_measured_ones():
     runs = [rows_of(), rows_of("core", 128), rows_of("small")]
     variants = ("factored+sinkgd", "adamw:b2=0.95", "factored+lorapre_muon_r4")
     at_ratio = []
+    recommended = RECOMMENDED_SINKGD["learning_rate_multipliers"]["embedding"]
     for line, rows in zip(found, runs, strict=True):
         _, *perplexities, rates = (cell.strip() for cell in line.strip("|").split("|"))
         for said, variant in zip(perplexities, variants, strict=True):
@@ -237,14 +238,15 @@ def test_the_runs_of_sinkgd_with_a_factored_embedding_are_the_measured_ones():
         best = rows["factored+sinkgd"]["best"]
         edge = ", edge" if rows["factored+sinkgd"]["edge"] else ""
         assert rates == f"{best['learning_rate']:g}, {best['table_rate']:g}{edge}", line
-        at_ratio.append(perplexity_at_the_recommended_ratio(best))
+        at_ratio.append(perplexity_at(best, recommended))
     said = f"the ratio of `RECOMMENDED_SINKGD`, it ends at {', '.join(at_ratio[:-1])} and {at_ratio[-1]}"
     assert said in " ".join(section.split())
+    low = perplexity_at(runs[1]["factored+sinkgd"]["best"], 3)
+    assert f"at three times it ends at {low} in the larger steps" in " ".join(section.split())
 
 
-def perplexity_at_the_recommended_ratio(best):
-    """Of SinkGD's cells in the protocol of `best`, at its matrices' rate; the mean over seeds."""
-    multiplier = RECOMMENDED_SINKGD["learning_rate_multipliers"]["embedding"]
+def perplexity_at(best, multiplier):
+    """Of the cells of a variant in the protocol of `best`, at its matrices' rate; the mean over seeds."""
     same = ("variant", "shape", "batch_size", "final_rate_fraction", "learning_rate")
     cells = json.loads((ROOT / "docs/results/quality_long.json").read_text())["cells"]
     losses = [
