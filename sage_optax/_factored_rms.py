@@ -72,7 +72,8 @@ def scale_by_factored_rms(layout: LayoutLike = None) -> optax.GradientTransforma
 
     Raises:
       TypeError: at init, for boxes, and for a managed leaf that is not a real floating-point array.
-      ValueError: at update, for a state of another transformation or of parameters with other shapes.
+      ValueError: at init, for a layout that `optax.inject_hyperparams` has called; at update, for a state of
+        another transformation or of parameters with other shapes.
 
     Example:
       >>> import jax.numpy as jnp

@@ -241,6 +241,10 @@ def test_the_runs_of_sinkgd_with_a_factored_embedding_are_the_measured_ones():
         at_ratio.append(perplexity_at(best, recommended))
     said = f"the ratio of `RECOMMENDED_SINKGD`, it ends at {', '.join(at_ratio[:-1])} and {at_ratio[-1]}"
     assert said in " ".join(section.split())
+    spreads = (runs[0][variant]["spread"] for variant in variants[:2])
+    (low, high), (theirs_low, theirs_high) = ((math.exp(x) for x in spread) for spread in spreads)
+    said = f"({low:.1f} to {high:.1f}, AdamW {theirs_low:.1f} to {theirs_high:.1f})"
+    assert said in " ".join(section.split())
     low = perplexity_at(runs[1]["factored+sinkgd"]["best"], 3)
     assert f"at three times it ends at {low} in the larger steps" in " ".join(section.split())
 

@@ -55,6 +55,9 @@ def test_the_spread_of_seeds_that_the_page_names_is_the_measured_one():
     low, high = row["spread"]
     text = " ".join((RESULTS / "recipes.md").read_text().split())
     assert f"The three seeds of AdamW lie between {low:.3f} and {high:.3f}" in text
+    (own,) = (row for row in summarize(single_rules()) if row["variant"] == "factored+sinkgd")
+    said = "{:.3f} over 3 seeds ({:.3f} to {:.3f}, AdamW {:.3f} to {:.3f})"
+    assert said.format(own["loss"], *own["spread"], low, high) in text
 
 
 def test_the_sizes_that_the_page_names_are_those_of_the_cells():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -10,7 +11,9 @@ import signal
 import subprocess
 import sys
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -34,6 +37,8 @@ from examples.llama.optimizers.registry import OPTIMIZERS, make_optimizer
 from examples.llama.optimizers.variants import parse_variant
 from examples.llama.training.config import TrainConfig, resolve
 from examples.llama.training.program import Program
+from lorapre_optax import RECOMMENDED_MUON, lorapre_muon
+from sage_optax import RECOMMENDED_SINKGD, sinkgd_hybrid
 from tests.llama import tiny
 from tests.llama.random_params import random_params
 
@@ -287,6 +292,38 @@ def test_the_list_of_everything_names_every_rule_once():
         command.listed("base", "lion")
     with pytest.raises(ValueError, match="unknown rule 'sgd'"):
         register_crossing("sgd+muon")
+
+
+@pytest.mark.parametrize(
+    ("key", "recommended"),
+    [
+        ("factored+sinkgd", functools.partial(sinkgd_hybrid, **RECOMMENDED_SINKGD)),
+        ("factored+lorapre_muon_r4", functools.partial(lorapre_muon, **RECOMMENDED_MUON)),
+    ],
+)
+def test_the_pair_that_was_run_is_the_recommended_call(key, recommended):
+    """At one rate, over steps; the runs' embedding is optax's rule, the call's our own."""
+    rng = np.random.default_rng(0)
+    shapes = {"embed": (40, 36), "up": {"kernel": (36, 48)}, "norm": {"scale": (36,)}}
+
+    def draw():
+        return jax.tree.map(
+            lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+            shapes,
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+
+    params, gradients = draw(), [draw() for _ in range(3)]
+    register_crossing(key)
+    made = (
+        make_optimizer(key, 1e-2),
+        recommended(1e-2, weight_decay=0.0, learning_rate_multipliers={}),
+    )
+    states = [tx.init(params) for tx in made]
+    for g in gradients:
+        found = [tx.update(g, state, params) for tx, state in zip(made, states, strict=True)]
+        states = [state for _, state in found]
+        chex.assert_trees_all_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.extended

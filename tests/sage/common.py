@@ -22,6 +22,14 @@ LAYOUTS = {
     "scalar": (ParamLayout("vector", (), ()), ()),
 }
 
+SMALL = {
+    "embed": (6, 4),
+    "up": {"kernel": (4, 5)},
+    "norm": {"scale": (4,)},
+    "lm_head": {"kernel": (4, 6)},
+}
+"""One parameter of each role."""
+
 SOME_TREE = {
     "embed_tokens": {"embedding": (10, 6)},
     "layers": {"norm": {"scale": (3, 6)}, "mlp": {"up": {"kernel": (3, 6, 8)}}},

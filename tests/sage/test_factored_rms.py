@@ -11,16 +11,10 @@ import pytest
 
 from sage_optax import scale_by_factored_rms, sinkgd_hybrid
 from tests import reference
-from tests.sage.common import LAYOUTS, random_tree, run
+from tests.sage.common import LAYOUTS, SMALL, random_tree, run
 
 STEPS = 4
 SIZES = np.array([1, 10, 1, 3])  # of the steps; growing ones make the clip act
-SMALL = {
-    "embed": (6, 4),
-    "up": {"kernel": (4, 5)},
-    "norm": {"scale": (4,)},
-    "lm_head": {"kernel": (4, 6)},
-}
 
 
 def directions(tx, tree, gradients):
@@ -39,7 +33,7 @@ def steps_of(tree, seed):
 
     def draw(leaf):
         sizes = SIZES.reshape(STEPS, *(1,) * leaf.ndim)
-        return jnp.asarray(rng.normal(size=(STEPS, *leaf.shape)) * sizes, jnp.float32)
+        return jnp.asarray(rng.normal(size=(STEPS, *leaf.shape)) * sizes, leaf.dtype)
 
     return jax.tree.map(draw, tree)
 

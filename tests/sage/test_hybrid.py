@@ -25,15 +25,9 @@ from sage_optax import (
     sinkgd_hybrid,
 )
 from tests import reference
-from tests.sage.common import SOME_TREE, random_tree, run
+from tests.sage.common import SMALL, SOME_TREE, random_tree, run
 
 HYBRIDS = [sage_hybrid, lion_hybrid, sinkgd_hybrid]
-SMALL = {
-    "embed": (6, 4),
-    "up": {"kernel": (4, 5)},
-    "norm": {"scale": (4,)},
-    "lm_head": {"kernel": (4, 6)},
-}
 STACK = ParamLayout("matrix", -1, -2)
 
 # Golden trajectory of the authors' released code

@@ -61,7 +61,6 @@ RECIPE = "lorapre_muon:options=recommended"
 """The recipe of least state. After 4.2 million tokens of 361,280 parameters it was ahead of AdamW and level
 with Adafactor, each at its own learning rates: the long table of docs/results/quality.md."""
 
-
 LEAST = "sinkgd_hybrid:options=recommended"
 """SinkGD with a factored embedding, which keeps less. In the same runs it was level with Adafactor."""
 

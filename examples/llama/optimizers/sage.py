@@ -9,7 +9,6 @@ import optax
 
 import sage_optax
 from examples.llama.optimizers.options import OptimizerOptions
-from sage_optax import RECOMMENDED_SINKGD
 
 
 def damper_arguments(options: OptimizerOptions) -> dict[str, Any]:
@@ -56,18 +55,18 @@ def sinkgd_hybrid(learning_rate: Any, options: OptimizerOptions) -> optax.Gradie
     Raises:
         ValueError: The rule for embedding and head is SAGE's, which is another optimizer.
     """
-    base = dict(RECOMMENDED_SINKGD) if options.option_set == "recommended" else {}
+    base = dict(sage_optax.RECOMMENDED_SINKGD) if options.option_set == "recommended" else {}
     given = {
         **options.only("b1", "b2", "eps", prefix="adam_"),
         **options.only("mu_dtype"),
         **_hybrid_options(options),
     }
+    if options.table_rule in ("sage", "sage_int8"):
+        raise ValueError(
+            f"sinkgd_hybrid has no table_rule {options.table_rule}; use others (AdamW) or factored_rms, "
+            "or take sage_hybrid."
+        )
     if options.table_rule is not None:
-        if options.table_rule in ("sage", "sage_int8"):
-            raise ValueError(
-                f"sinkgd_hybrid has no table_rule {options.table_rule}; use others (AdamW) or factored_rms, "
-                "or take sage_hybrid."
-            )
         given["table_rule"] = "adamw" if options.table_rule == "others" else options.table_rule
     return sage_optax.sinkgd_hybrid(learning_rate, **{**base, **given})
 
